@@ -1,0 +1,84 @@
+"""Every exception this package raises on purpose.
+
+::
+
+    XllmError
+      MisuseError         what was asked for cannot be done as asked; the user changes something
+        ConfigError       a setting is unknown, of the wrong type or out of range
+        PlatformError     the platform, device or vLLM version does not fit
+        ModelError        a model name or folder is unknown, absent or damaged
+      NotNowError         right request, wrong moment; trying again later may work
+        DownloadError     a registry did not deliver, or not all of it
+        ChannelError      an engine's socket is not there, closed, or did not answer in time
+      InternalError       our bug; please report it
+        SeamError         a vLLM internal this package leans on is not what it was
+
+A message gives the value seen, what is accepted, and the next step.  The command line prints the
+message alone and exits with `exit_code`; set ``XLLM_TRACEBACK=1`` to see where it was raised.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ChannelError",
+    "ConfigError",
+    "DownloadError",
+    "InternalError",
+    "MisuseError",
+    "ModelError",
+    "NotNowError",
+    "PlatformError",
+    "SeamError",
+    "XllmError",
+]
+
+
+class XllmError(Exception):
+    """Root of the tree; catch this to catch everything raised on purpose."""
+
+    exit_code = 1
+
+
+class MisuseError(XllmError):
+    """The request itself has to change.  Exit code 2, as for argparse and click."""
+
+    exit_code = 2
+
+
+class ConfigError(MisuseError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+class PlatformError(MisuseError):
+    """The platform, device or vLLM version asked for or found does not fit."""
+
+
+class ModelError(MisuseError):
+    """A model name or folder is unknown, absent or damaged."""
+
+
+class NotNowError(XllmError):
+    """The request was right, the moment was not.  Exit code 75, `EX_TEMPFAIL` of sysexits.h."""
+
+    exit_code = 75
+
+
+class DownloadError(NotNowError):
+    """A registry did not deliver, or not all of it."""
+
+
+class ChannelError(NotNowError):
+    """An engine's control socket is not there, closed, or did not answer in time."""
+
+
+class InternalError(XllmError):
+    """A state that cannot be; please file a bug.  Exit code 70, `EX_SOFTWARE` of sysexits.h."""
+
+    exit_code = 70
+
+
+class SeamError(InternalError):
+    """A vLLM internal this package leans on is not what it was.
+
+    Raised at start-up, never in traffic; the message names the vLLM version and the attribute.
+    """
