@@ -1,0 +1,276 @@
+"""Is the output with the plugin equal to stock vLLM's?  See README.md beside this file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import click
+from rich.console import Console
+
+from xllm_plugin.bench import readme, schema
+from xllm_plugin.bench.schema import Check, Figure, Peer, Row
+from xllm_plugin.models import prepare
+from xllm_plugin.testing.collect import Collection, Settings, collect_in_child
+from xllm_plugin.testing.equality import (
+    Completion,
+    Report,
+    Verdict,
+    check_bit_equal,
+    check_near_ties,
+    check_token_equal,
+    measure,
+)
+
+FOLDER = Path(__file__).resolve().parent
+QUESTION = "Is the output with the plugin equal to stock vLLM's?"
+
+NARROW_BATCH = 1
+"""Sequences a batch of the yardstick; the main runs take 64.  Of 16, 4 and 1, one alone makes stock
+differ most from itself (it runs matrix-vector kernels), so that the near-tie rules have work."""
+
+# vLLM 0.32's C++ rotary operator on CPU turns 3-D queries, which MLA has, wrongly.  Stock needs to
+# be told; the plugin keeps MLA models off it by itself.
+WITHOUT_ROTARY_OPERATOR = ("all", "-rotary_embedding")
+
+NOTES = (
+    (
+        "bit-equal: same tokens, and every log-prob (of the token and of five candidates) the "
+        "same to the last bit. token-equal: same tokens. near-ties: tokens differ only where "
+        "stock's own rounding decides, as rarely as stock from itself. Rules and thresholds: "
+        "`xllm_plugin/testing/equality.py`."
+    ),
+    (
+        "'same batches': both sides at 64 sequences a batch (or at 1, 'narrow'); must be "
+        "bit-equal. 'other batches': xllm at 1 against stock at 64; must be token-equal in "
+        "float32, near-ties in bf16. 'stock itself': stock at 1 against stock at 64, the "
+        "yardstick of the near-ties, which nobody judges."
+    ),
+    "A sequence counts up to and including its first differing token: then the texts differ.",
+)
+NOT_SHOWN = (
+    (
+        "Requests that arrive while others run, preemption, several engines: batches are then "
+        "not the same from run to run."
+    ),
+    "Sampling: everything is greedy.",
+    (
+        "Other machines: which products round differently depends on the processor and the "
+        "number of threads."
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One model in one form."""
+
+    name: str
+    model: str
+    kind: str
+    prompts: str = "prompts.jsonl"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    eager: bool = True
+    stock_custom_ops: tuple[str, ...] = ()
+    other_batches: bool = True
+    quick: bool = False
+
+    def settings(self, *, stock: bool, num_prompts: int | None, narrow: bool = False) -> Settings:
+        """The engine's settings on one side."""
+        settings = Settings(
+            model=str(prepare(self.model)),
+            dtype=self.dtype,
+            eager=self.eager,
+            custom_ops=self.stock_custom_ops if stock else (),
+            limit=num_prompts,
+        )
+        return replace(settings, max_num_seqs=NARROW_BATCH) if narrow else settings
+
+
+CASES = (
+    Case("smollm2", "smollm2", "dense", quick=True),
+    Case("smollm2, float32", "smollm2", "dense", dtype="float32"),
+    Case("smollm2, compiled", "smollm2", "dense", eager=False, other_batches=False),
+    Case("tiny-qwen3-moe", "tiny-qwen3-moe", "MoE", quick=True),
+    Case(
+        "tiny-deepseek-v2",
+        "tiny-deepseek-v2",
+        "MLA, MoE",
+        stock_custom_ops=WITHOUT_ROTARY_OPERATOR,
+    ),
+    Case(
+        "tiny-deepseek-v3",
+        "tiny-deepseek-v3",
+        "MLA, MoE",
+        stock_custom_ops=WITHOUT_ROTARY_OPERATOR,
+    ),
+    Case("tiny-llava", "tiny-llava", "image", prompts="images.jsonl"),
+    Case("tiny-qwen2.5-vl", "tiny-qwen2.5-vl", "image", prompts="images.jsonl"),
+)
+
+QUICK_PROMPTS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One comparison of one case.  `report` is None for the yardstick, which nobody judges."""
+
+    case: Case
+    comparison: str
+    report: Report
+    judged: bool = True
+
+
+@click.command("equality")
+@click.option("--quick", is_flag=True, help="Two models, 16 prompts: some minutes.")
+@click.option(
+    "--case",
+    "names",
+    multiple=True,
+    type=click.Choice([case.name for case in CASES]),
+    help="Repeatable.  [default: all]",
+)
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the result here (and into the README beside it).",
+)
+def command(quick: bool, names: tuple[str, ...], json_path: Path | None) -> None:
+    """Compare xllm's tokens and log-probs with stock vLLM's, model by model."""
+    chosen = [case for case in CASES if (case.name in names if names else case.quick or not quick)]
+    words = ["xllm bench equality", *(["--quick"] if quick else [])]
+    words += [f"--case '{name}'" for name in names]
+    run = schema.begin("equality", question=QUESTION, command=" ".join(words))
+    console = Console(stderr=True)
+    outcomes: list[Outcome] = []
+    for case in chosen:
+        outcomes += run_case(case, QUICK_PROMPTS if quick else None, console.print)
+    result = run.finish(
+        peers=PEERS,
+        rows=[row(outcome) for outcome in outcomes],
+        checks=[check(outcome) for outcome in outcomes if outcome.judged],
+        notes=NOTES,
+        not_shown=NOT_SHOWN,
+        details={
+            f"{outcome.case.name}: {outcome.comparison}": outcome.report.to_dict()
+            for outcome in outcomes
+        },
+    )
+    print(readme.render(result))
+    if json_path is not None:
+        readme.publish(result, json_path)
+    if not result.passed:
+        raise click.exceptions.Exit(1)
+
+
+PEERS = (
+    Peer(
+        name="stock",
+        what="stock vLLM, one offline engine in one process",
+        command=("python", "-m", "xllm_plugin.testing.collect"),
+        environment={"XLLM_PLATFORM": "native", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+    ),
+    Peer(
+        name="xllm",
+        what="the same command with the plugin",
+        command=("python", "-m", "xllm_plugin.testing.collect"),
+        environment={"XLLM_PLATFORM": "xllm", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+    ),
+)
+
+
+def run_case(case: Case, num_prompts: int | None, say: Callable[[str], object]) -> list[Outcome]:
+    """Run both sides in turn and judge them."""
+
+    def answers(*, stock: bool, narrow: bool = False) -> tuple[Completion, ...]:
+        settings = case.settings(stock=stock, num_prompts=num_prompts, narrow=narrow)
+        found = collect_in_child(
+            settings,
+            FOLDER / "data" / case.prompts,
+            platform="native" if stock else "xllm",
+        )
+        say(progress(case, found))
+        return found.completions
+
+    stock, xllm = answers(stock=True), answers(stock=False)
+    outcomes = [Outcome(case, "same batches", check_bit_equal(stock, xllm))]
+    if case.other_batches:
+        stock_narrow = answers(stock=True, narrow=True)
+        xllm_narrow = answers(stock=False, narrow=True)
+        outcomes += other_batches(case, stock, stock_narrow, xllm_narrow)
+    for outcome in outcomes:
+        say(f"{case.name}, {outcome.comparison}: {outcome.report.summary()}")
+    return outcomes
+
+
+def other_batches(
+    case: Case,
+    stock: Sequence[Completion],
+    stock_narrow: Sequence[Completion],
+    xllm_narrow: Sequence[Completion],
+) -> list[Outcome]:
+    """Judge xllm at the narrow batch against stock at the wide one."""
+    noise = measure(stock, stock_narrow)
+    if case.dtype == "float32":
+        judged = check_token_equal(stock, xllm_narrow)
+    else:
+        judged = check_near_ties(stock, xllm_narrow, noise)
+    return [
+        Outcome(case, "same batches, narrow", check_bit_equal(stock_narrow, xllm_narrow)),
+        Outcome(case, "other batches", judged),
+        Outcome(case, "stock itself", check_token_equal(stock, stock_narrow), judged=False),
+    ]
+
+
+def progress(case: Case, found: Collection) -> str:
+    """One line for a finished engine."""
+    return (
+        f"{case.name}: {found.platform} at {found.settings.max_num_seqs} sequences a batch, "
+        f"{found.num_threads} threads; start {found.start_s} s, answers {found.generate_s} s"
+    )
+
+
+def row(outcome: Outcome) -> Row:
+    """One line of the table."""
+    spread = outcome.report.spread
+    verdict = str(outcome.report.verdict) if outcome.judged else "(yardstick)"
+    unexplained = outcome.report.num_unexplained if outcome.judged else 0
+    return Row(
+        labels={
+            "model": outcome.case.name,
+            "kind": outcome.case.kind,
+            "comparison": outcome.comparison,
+            "verdict": verdict,
+        },
+        figures=(
+            count("prompts", spread.num_prompts),
+            count("tokens", spread.num_tokens),
+            count("differing", spread.num_differing),
+            count("unexplained", unexplained),
+            Figure.of("largest margin", "nats", [spread.max_margin]),
+            Figure.of("max log-prob change", "nats", [spread.max_abs_logprob_difference]),
+        ),
+    )
+
+
+def count(name: str, value: int) -> Figure:
+    """A number of things."""
+    return Figure.of(name, "", [value])
+
+
+def check(outcome: Outcome) -> Check:
+    """Whether the comparison came out as it has to."""
+    report = outcome.report
+    passed = report.verdict is not Verdict.DIFFERENT
+    return Check(
+        name=f"{outcome.case.name}, {outcome.comparison}",
+        passed=passed,
+        detail=str(report.verdict) if passed else "; ".join(report.problems),
+    )
+
+
+if __name__ == "__main__":
+    command()

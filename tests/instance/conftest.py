@@ -1,0 +1,68 @@
+"""Real engine channels behind a FastAPI app that is wired as vLLM wires its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from xllm_plugin.channel import ChannelConfig, EngineChannel, EngineIdentity, EngineLoad
+
+LOAD = EngineLoad(
+    num_running=3,
+    num_waiting=2,
+    num_blocks_total=100,
+    num_blocks_free=25,
+    num_scheduled_tokens=64,
+    num_steps=10,
+    last_step_ms=20.0,
+    smoothed_step_ms=15.0,
+    num_generated_tokens=1234,
+    num_preemptions=1,
+)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    path = tmp_path / "s"
+    path.mkdir(mode=0o700)
+    return path
+
+
+@pytest.fixture
+def start_engine(directory: Path) -> Iterator[Callable[[int], EngineChannel]]:
+    """Starts the engine of one data-parallel rank; closes them all."""
+    channels: list[EngineChannel] = []
+
+    def start(dp_rank: int = 0) -> EngineChannel:
+        identity = EngineIdentity(
+            instance_id="abcde",
+            model="tiny",
+            platform="xllm",
+            device="cpu",
+            pid=os.getpid(),
+            dp_rank=dp_rank,
+        )
+        channels.append(EngineChannel(ChannelConfig(directory=directory), identity, lambda: LOAD))
+        channels[-1].start()
+        return channels[-1]
+
+    yield start
+    for channel in channels:
+        channel.close()
+
+
+@pytest.fixture
+def vllm_config(directory: Path) -> Any:
+    """The fields of vLLM's VllmConfig that the instance side reads."""
+    return SimpleNamespace(
+        instance_id="abcde",
+        additional_config={"xllm": {"channel": {"directory": str(directory)}}},
+        parallel_config=SimpleNamespace(data_parallel_index=0, data_parallel_size_local=1),
+        model_config=SimpleNamespace(served_model_name="tiny"),
+        device_config=SimpleNamespace(device_type="cpu"),
+    )

@@ -1,0 +1,119 @@
+"""The endpoint plugin's routes, with real engines behind, wired in vLLM's two phases."""
+
+from __future__ import annotations
+
+import asyncio
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, generate_latest
+
+from xllm_plugin import __version__
+from xllm_plugin.channel import EngineChannel, Readings
+from xllm_plugin.instance.endpoints import XllmEndpoints
+
+Start = Callable[[int], EngineChannel]
+
+
+def get(
+    route: str, engine_client: Any, registry: CollectorRegistry | None = None
+) -> httpx.Response:
+    """Build the app as vLLM does and ask it one thing, on one event loop."""
+
+    async def ask() -> httpx.Response:
+        app = FastAPI()
+        plugin = XllmEndpoints(registry or CollectorRegistry(), lambda: "a.platform.Class")
+        plugin.attach_router(app)
+        await plugin.init_state(engine_client, app.state, Namespace())
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            response = await client.get(route)
+        state = app.state.xllm
+        if not isinstance(state, str):
+            await state.reader.close()
+        return response
+
+    return asyncio.run(ask())
+
+
+def test_snapshot_shows_every_rank(vllm_config: Any, start_engine: Start) -> None:
+    vllm_config.parallel_config.data_parallel_size_local = 3
+    start_engine(0)
+    start_engine(2)
+    response = get("/xllm/snapshot", SimpleNamespace(vllm_config=vllm_config))
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/json"
+    readings = msgspec.json.decode(response.content, type=Readings)
+    assert [reading.dp_rank for reading in readings.engines] == [0, 1, 2]
+    assert [reading.snapshot is not None for reading in readings.engines] == [True, False, True]
+    assert response.json()["engines"][0]["snapshot"]["load"]["num_generated_tokens"] == 1234
+    assert "no engine listens" in response.json()["engines"][1]["error"]
+
+
+def test_no_engine_is_503_in_the_form_of_vllms_errors(vllm_config: Any) -> None:
+    response = get("/xllm/snapshot", SimpleNamespace(vllm_config=vllm_config))
+    assert response.status_code == 503
+    error = response.json()["error"]
+    assert error["code"] == 503
+    assert "no engine listens at" in error["message"]
+
+
+def test_engines_of_other_machines_only_is_503(vllm_config: Any) -> None:
+    vllm_config.parallel_config.data_parallel_size_local = 0
+    response = get("/xllm/snapshot", SimpleNamespace(vllm_config=vllm_config))
+    assert response.status_code == 503
+    assert "no engine of instance abcde runs on this machine" in response.text
+
+
+@pytest.mark.parametrize("route", ["/xllm/snapshot", "/xllm/info"])
+def test_a_server_without_engine_says_so(route: str) -> None:
+    response = get(route, None)
+    assert response.status_code == 503
+    assert "renders prompts and has no engine" in response.json()["error"]["message"]
+
+
+def test_a_disabled_channel_says_how_to_enable_it(vllm_config: Any) -> None:
+    vllm_config.additional_config = {"xllm": {"channel": {"enabled": False}}}
+    response = get("/xllm/snapshot", SimpleNamespace(vllm_config=vllm_config))
+    assert response.status_code == 503
+    assert "the engine channel is off" in response.json()["error"]["message"]
+
+
+def test_info_tells_platform_versions_and_settings(vllm_config: Any, directory: Path) -> None:
+    """It needs no engine that answers: it is what one looks at when none does."""
+    info = get("/xllm/info", SimpleNamespace(vllm_config=vllm_config)).json()
+    assert info["platform"] == "a.platform.Class"
+    assert info["device"] == "cpu"
+    assert info["instance_id"] == "abcde"
+    assert info["dp_ranks"] == [0]
+    assert info["settings"] == {"channel": {"directory": str(directory)}}
+    assert "python" in info["versions"]
+    assert info["versions"].get("xllm-plugin", __version__)
+
+
+def test_the_collector_joins_vllms_registry_once(vllm_config: Any, start_engine: Start) -> None:
+    start_engine(0)
+    registry = CollectorRegistry(auto_describe=True)
+    for _ in range(2):
+        get("/xllm/info", SimpleNamespace(vllm_config=vllm_config), registry)
+    assert generate_latest(registry).decode().count("\nxllm:steps_total{") == 1
+
+
+def test_a_request_before_the_state_is_there_is_503() -> None:
+    async def ask() -> httpx.Response:
+        app = FastAPI()
+        XllmEndpoints(CollectorRegistry(), str).attach_router(app)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get("/xllm/info")
+
+    response = asyncio.run(ask())
+    assert response.status_code == 503
+    assert "still starting" in response.text

@@ -1,0 +1,58 @@
+"""The record by which a device family makes itself known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+__all__ = ["Capabilities", "DeviceFamily", "Probe"]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Whether a family can run here.
+
+    Attributes:
+        usable: True when vLLM can run on this family now.
+        looked_for: what was looked for, in words an operator can act on.
+        found: what was found instead, or what makes it usable.
+    """
+
+    usable: bool
+    looked_for: str
+    found: str
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """The parts of a family that exist; a feature that needs an absent one says so at start-up.
+
+    Attributes:
+        graph_modes: of "eager", "partial", "full", those that the family's graph backend captures.
+        memory_driver: class path of its `MemoryDriver`, or None.
+        graph_backend: class path of its `GraphBackend`, or None.
+    """
+
+    graph_modes: tuple[str, ...] = ("eager",)
+    memory_driver: str | None = None
+    graph_backend: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFamily:
+    """One family of accelerators.
+
+    Attributes:
+        name: as in `XLLM_DEVICE`; also the folder's name.
+        preference: among the usable families the one with the highest preference is chosen.
+        platform_class: class path of its vLLM platform.
+        probe: finds out whether it can run here; imports nothing heavy and does not initialise
+            the device.
+        capabilities: the parts that exist.
+    """
+
+    name: str
+    preference: int
+    platform_class: str
+    probe: Callable[[], Probe]
+    capabilities: Capabilities = field(default_factory=Capabilities)

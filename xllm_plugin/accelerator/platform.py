@@ -1,0 +1,173 @@
+"""The platform mixin: what every family's vLLM platform does alike.
+
+Hooks may run more than once in a process and again in each child (vLLM re-runs
+`check_and_update_config` in the engine's process), so each can be repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import logging
+import os
+from collections.abc import MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from xllm_plugin.config import ADDITIONAL_CONFIG_KEY, load_config
+from xllm_plugin.errors import ConfigError
+from xllm_plugin.selection import PLATFORM_ENV, PLATFORMS
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+__all__ = ["XllmPlatformMixin"]
+
+logger = logging.getLogger("vllm.xllm_plugin")
+
+EXECUTORS = {
+    "mp": "xllm_plugin.worker.executor.XllmMultiprocExecutor",
+    "uni": "xllm_plugin.worker.executor.XllmUniProcExecutor",
+}
+SCHEDULER = "xllm_plugin.scheduler.scheduler.XllmScheduler"
+ASYNC_SCHEDULER = "xllm_plugin.scheduler.scheduler.XllmAsyncScheduler"
+
+# Every group whose members VLLM_PLUGINS selects, but for the endpoint plugins, which are opt-in.
+ORDINARY_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.logits_processors",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+)
+OWN_PLUGIN = "xllm"
+
+
+class XllmPlatformMixin:
+    """Stands before vLLM's platform class in the bases."""
+
+    xllm_worker_cls: ClassVar[str]
+
+    @classmethod
+    def pre_register_and_update(cls, parser: Any = None) -> None:
+        """Show our options in `--help`, and let our own endpoints load."""
+        super().pre_register_and_update(parser)  # type: ignore[misc]
+        if parser is not None and "--platform" not in parser._option_string_actions:  # noqa: SLF001
+            allow_own_endpoints(os.environ)
+            add_options(parser)
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Resolve our settings and put our classes where vLLM takes one."""
+        resolve_settings(vllm_config)
+        parallel = vllm_config.parallel_config
+        if parallel.worker_cls == "auto":
+            parallel.worker_cls = cls.xllm_worker_cls
+        super().check_and_update_config(vllm_config)  # type: ignore[misc]
+        backend = parallel.distributed_executor_backend
+        if isinstance(backend, str):
+            parallel.distributed_executor_backend = EXECUTORS.get(backend, backend)
+        choose_scheduler(vllm_config)
+
+
+def resolve_settings(vllm_config: Any) -> None:
+    """Merge all sources and leave the result in `additional_config`, which reaches all processes.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    settings = load_config(vllm_config.additional_config).to_additional_config()
+    if settings and not isinstance(vllm_config.additional_config, dict):
+        raise ConfigError(
+            f"additional_config is a {type(vllm_config.additional_config).__name__}, which cannot "
+            "hold the settings of this package; give a dict, or set nothing of ours."
+        )
+    if settings:
+        vllm_config.additional_config = {
+            **vllm_config.additional_config,
+            ADDITIONAL_CONFIG_KEY: settings,
+        }
+
+
+def choose_scheduler(vllm_config: Any) -> None:
+    """Take our scheduler unless the user named another, or the model needs vLLM's special one."""
+    scheduler = vllm_config.scheduler_config
+    if vllm_config.diffusion_config is not None:
+        logger.warning("xllm-plugin: diffusion models keep vLLM's own scheduler.")
+        return
+    ours = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
+    if scheduler.scheduler_cls in {None, SCHEDULER, ASYNC_SCHEDULER}:
+        scheduler.scheduler_cls = ours
+        return
+    logger.warning(
+        "xllm-plugin: --scheduler-cls %s is used as asked; what our scheduler adds (snapshots, "
+        "xllm metrics, `xllm top`) is off.",
+        scheduler.scheduler_cls,
+    )
+
+
+def allow_own_endpoints(environ: MutableMapping[str, str]) -> None:
+    """Name every ordinary plugin and our own endpoint plugin in VLLM_PLUGINS, if it is unset.
+
+    Endpoint plugins add routes to the server, so vLLM loads only those named there.  Running on
+    this platform is the consent to ours, and to no other: their names are not added.  A variable
+    that the user set is left as it is.
+    """
+    if "VLLM_PLUGINS" in environ:
+        return
+    names = {OWN_PLUGIN}
+    for group in ORDINARY_GROUPS:
+        names.update(entry.name for entry in importlib.metadata.entry_points(group=group))
+    foreign = {
+        entry.name
+        for entry in importlib.metadata.entry_points(group="vllm.endpoint_plugins")
+        if entry.name in names and not entry.value.startswith("xllm_plugin.")
+    }
+    if foreign:
+        # A name shared with an endpoint plugin would let that one in as well.
+        logger.warning(
+            "xllm-plugin: endpoint plugins %s share a name with ordinary plugins, so our routes "
+            "under /xllm stay off; set VLLM_PLUGINS yourself to choose.",
+            sorted(foreign),
+        )
+        return
+    environ["VLLM_PLUGINS"] = ",".join(sorted(names))
+
+
+class _AlreadyDecided(argparse.Action):
+    """`--platform` reaches a parser only from vLLM's own --config file, which is too late."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        active = os.environ.get(PLATFORM_ENV, PLATFORMS[0])
+        if self.dest == "platform" and values == active:
+            setattr(namespace, self.dest, values)
+            return
+        parser.error(
+            f"{option_string} {values} comes too late here: vLLM chose platform {active!r} before "
+            "it read this. Give the option in full on the command line, or in the environment "
+            "(XLLM_PLATFORM, XLLM_CONFIG)."
+        )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Document our options; `xllm_plugin.selection` has taken them off the command line."""
+    group = parser.add_argument_group("xLLM", "Options of xllm-plugin.")
+    group.add_argument(
+        "--platform",
+        choices=PLATFORMS,
+        default=os.environ.get(PLATFORM_ENV, PLATFORMS[0]),
+        action=_AlreadyDecided,
+        help="xllm, or native for vLLM without this plugin. Also XLLM_PLATFORM.",
+    )
+    group.add_argument(
+        "--xllm-config",
+        metavar="FILE",
+        default=None,
+        action=_AlreadyDecided,
+        help="Settings of this plugin, YAML or JSON. Also XLLM_CONFIG; see `xllm doctor`.",
+    )

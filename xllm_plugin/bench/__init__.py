@@ -1,0 +1,1 @@
+"""What every benchmark shares: a result schema, a table renderer, a way to run a peer server."""

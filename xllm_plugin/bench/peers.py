@@ -1,0 +1,105 @@
+"""The servers that are compared: stock vLLM in three forms, and xllm.
+
+All take the same model flags.  The stock forms run with ``XLLM_PLATFORM=native``, so that nothing
+of ours is in them although it is installed; `xllm` runs without that variable.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from xllm_plugin.bench import schema
+from xllm_plugin.bench.provenance import home_relative
+from xllm_plugin.bench.servers import LOOPBACK
+from xllm_plugin.errors import ConfigError
+
+__all__ = ["PEER_NAMES", "PeerServer", "peer_servers"]
+
+PEER_NAMES = ("stock", "stock-2t", "stock-best", "xllm")
+
+COMMON_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+"""Keeps every peer off the network; neither bears on speed."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerServer:
+    """How one peer is started."""
+
+    name: str
+    what: str
+    command: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def record(self, model: str) -> schema.Peer:
+        """The peer as a result tells it: interpreter and model by name, not by this disk's path."""
+        shown = [Path(model).name if part == model else part for part in self.command]
+        return schema.Peer(
+            name=self.name,
+            what=self.what,
+            command=("python", *(home_relative(part) for part in shown[1:])),
+            environment=self.environment,
+        )
+
+
+def peer_servers(
+    model: str,
+    *,
+    port: int,
+    flags: Sequence[str] = (),
+    names: Sequence[str] = PEER_NAMES,
+    cores: Sequence[int] | None = None,
+) -> tuple[PeerServer, ...]:
+    """The peers called `names`, in that order, serving `model` on loopback `port`.
+
+    Args:
+        model: folder of the model, as every peer gets it.
+        port: TCP port; peers run one after the other, so that one serves for all.
+        flags: vLLM flags that every peer gets, e.g. `("--max-model-len", "2048")`.
+        names: of `PEER_NAMES`; raises `ConfigError` for others.
+        cores: logical processors to compute on; those this process may use by default.
+    """
+    unknown = [name for name in names if name not in PEER_NAMES]
+    if unknown or not names:
+        raise ConfigError(
+            f"peers {', '.join(unknown) or '(none)'} unknown; choose from {', '.join(PEER_NAMES)}"
+        )
+    every = _all_peers(model, port, tuple(flags), sorted(cores or os.sched_getaffinity(0)))
+    return tuple(every[name] for name in names)
+
+
+def _all_peers(
+    model: str, port: int, flags: tuple[str, ...], cores: Sequence[int]
+) -> dict[str, PeerServer]:
+    where = ("--host", LOOPBACK, "--port", str(port), *flags)
+    stock = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *where)
+    native = {"XLLM_PLATFORM": "native", **COMMON_ENVIRONMENT}
+    bound = {**native, "VLLM_CPU_OMP_THREADS_BIND": _core_list(cores)}
+    inside = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(len(cores))}
+    peers = (
+        PeerServer("stock", "stock vLLM, no tuning", stock, native),
+        PeerServer("stock-2t", "stock vLLM computing on all cores", stock, bound),
+        PeerServer(
+            "stock-best",
+            "stock vLLM computing on all cores, worker inside the engine process",
+            (*stock, "--distributed-executor-backend", "uni"),
+            {**bound, **inside},
+        ),
+        PeerServer(
+            "xllm",
+            "vLLM with this plugin, no tuning",
+            (sys.executable, "-m", "xllm_plugin.cli", "serve", model, *where),
+            dict(COMMON_ENVIRONMENT),
+        ),
+    )
+    return {peer.name: peer for peer in peers}
+
+
+def _core_list(cores: Sequence[int]) -> str:
+    """`0-3` for neighbours, `0,2,5` otherwise (vLLM reads both)."""
+    if list(cores) == list(range(cores[0], cores[-1] + 1)) and len(cores) > 1:
+        return f"{cores[0]}-{cores[-1]}"
+    return ",".join(map(str, cores))

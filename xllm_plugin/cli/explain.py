@@ -1,0 +1,121 @@
+"""User mistakes met inside vLLM, as one message without a traceback.
+
+vLLM reports some mistakes (a port in use, a path that is no model) as whatever exception came up.
+For its commands an exception hook turns those that are known into a message with the next step.
+Everything else keeps its traceback: it may be a bug.  ``XLLM_TRACEBACK=1`` shows all of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from types import TracebackType
+
+from xllm_plugin.errors import ModelError, XllmError
+
+__all__ = ["explain", "install"]
+
+
+def install() -> None:
+    """Set `sys.excepthook`, unless the program has one of its own.  Safe to repeat."""
+    if sys.excepthook is sys.__excepthook__ and not os.environ.get("XLLM_TRACEBACK"):
+        sys.excepthook = _hook
+
+
+def _hook(
+    exc_type: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    known = explain(error, sys.argv)
+    if known is None:
+        sys.__excepthook__(exc_type, error, traceback)
+        return
+    sys.stderr.write(f"xllm: {known}\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Python exits with 1 after a hook returns; the exit code is part of the answer.
+    os._exit(known.exit_code)
+
+
+def explain(error: BaseException, argv: list[str]) -> XllmError | None:
+    """Find the known mistake in an exception or what caused it.
+
+    Returns:
+        The error to show, or None when this exception is not a known mistake.
+    """
+    for cause in _chain(error):
+        if isinstance(cause, XllmError):
+            return cause
+        if isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE:
+            return _port_in_use(argv)
+    model = _model_argument(argv)
+    if model is not None and _is_model_error(error):
+        return _not_a_model(model, error)
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _option(argv: list[str], name: str) -> str | None:
+    for index, argument in enumerate(argv):
+        key, equals, value = argument.partition("=")
+        if key == name:
+            return value if equals else next(iter(argv[index + 1 :]), None)
+    return None
+
+
+def _port_in_use(argv: list[str]) -> XllmError:
+    port = _option(argv, "--port") or "8000"
+    return XllmError(
+        f"port {port} is in use by another program. Stop that one, or choose another with "
+        "--port (any free one from 1024 to 65535)."
+    )
+
+
+def _model_argument(argv: list[str]) -> str | None:
+    model = _option(argv, "--model")
+    if model is None and len(argv) > 2 and argv[1] == "serve" and not argv[2].startswith("-"):  # noqa: PLR2004
+        return argv[2]
+    return model
+
+
+# Where in vLLM and its libraries a model's folder is first read, and what they say about it.
+MODEL_SIGNS = (
+    "is not a valid model identifier",
+    "is not a local folder",
+    "Repo id must",
+    "Invalid repository ID",
+    "couldn't connect to",
+    "Can't load the configuration",
+    "does not appear to have a file named",
+    "Unrecognized model in",
+    "outgoing traffic has been disabled",
+    "is not a valid JSON file",
+    "LocalEntryNotFoundError",
+)
+
+
+def _is_model_error(error: BaseException) -> bool:
+    return any(sign in str(cause) for cause in _chain(error) for sign in MODEL_SIGNS)
+
+
+def _not_a_model(model: str, error: BaseException) -> ModelError:
+    if os.path.isdir(model):  # noqa: PTH112
+        detail = str(error).splitlines()
+        reason = next((line.strip() for line in detail if any(s in line for s in MODEL_SIGNS)), "")
+        return ModelError(
+            f"model {model!r}: the folder is there but is not a Hugging Face model folder: "
+            f"{reason} It needs config.json, a tokenizer and *.safetensors; `xllm model --list` "
+            "names models that can be built here."
+        )
+    return ModelError(
+        f"model {model!r}: not a folder on this machine, and no model hub answered for it. Give "
+        "the path of a Hugging Face model folder, or build one: xllm model smollm2."
+    )

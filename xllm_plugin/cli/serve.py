@@ -1,0 +1,35 @@
+"""`xllm serve MODEL ...` is `vllm serve MODEL ... --platform xllm`, by way of vLLM's own command."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from xllm_plugin.errors import PlatformError
+from xllm_plugin import shims
+from xllm_plugin.startup import check_vllm_version, vllm_version
+
+__all__ = ["serve"]
+
+
+@click.command(
+    # vLLM parses everything, `--help` included.
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def serve(arguments: tuple[str, ...]) -> None:
+    """Serve a model over the OpenAI API; takes every flag of `vllm serve`."""
+    shims.install()
+    check_vllm_version(vllm_version())
+    try:
+        from vllm.entrypoints.cli.main import main
+    except ImportError as error:
+        raise PlatformError(
+            f"vLLM {vllm_version()} is installed but cannot be imported: {error}. "
+            "`xllm doctor` says more."
+        ) from error
+    # vLLM looks at sys.argv in several places; argv[0] is how we know its command line as ours.
+    sys.argv = ["vllm", "serve", *arguments]
+    main()

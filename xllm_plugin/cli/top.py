@@ -1,0 +1,312 @@
+"""`xllm top`: running engines at a glance, from their sockets or through a server's HTTP port."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+import termios
+import time
+import tty
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import click
+import httpx
+import msgspec
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from xllm_plugin.channel.client import ChannelClient
+from xllm_plugin.channel.messages import Reading, Readings, Snapshot
+from xllm_plugin.channel.paths import EngineSocket, channel_directory, find_engines
+from xllm_plugin.errors import ChannelError
+
+__all__ = ["top"]
+
+_TIMEOUT_S = 1.0
+# A busy engine publishes every 100 ms; this long without one is worth a look.
+_STALE_S = 5.0
+
+Source = Callable[[], Readings]
+
+
+@click.command()
+@click.option(
+    "--socket",
+    "socket",
+    type=click.Path(path_type=Path),
+    help="One engine's socket, or a directory of sockets.",
+)
+@click.option("--url", help="A server's address, as http://host:8000, instead of sockets.")
+@click.option("--once", is_flag=True, help="Show what is now, and end.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document a look, for scripts.")
+@click.option(
+    "--interval",
+    "interval_s",
+    type=click.FloatRange(min=0.05),
+    default=1.0,
+    show_default=True,
+    help="Seconds between looks.",
+)
+def top(
+    socket: Path | None, url: str | None, *, once: bool, as_json: bool, interval_s: float
+) -> None:
+    """Watch this user's engines (default), one socket's, or one server's.  q ends it."""
+    if socket is not None and url is not None:
+        raise click.UsageError("--socket and --url exclude each other; give one.")
+    source = _source(socket, url)
+    readings = source()
+    if not readings.engines:
+        raise ChannelError(_nothing_found(socket))
+    if not any(reading.snapshot for reading in readings.engines):
+        raise ChannelError("; ".join(reading.error or "" for reading in readings.engines))
+    if once:
+        _show_once(readings, as_json=as_json)
+        return
+    with contextlib.suppress(KeyboardInterrupt):
+        _watch(source, readings, interval_s, as_json=as_json)
+
+
+def _source(socket: Path | None, url: str | None) -> Source:
+    if url is not None:
+        address = url
+        return lambda: _read_url(address)
+    return lambda: _read_sockets(_sockets(socket))
+
+
+def _sockets(socket: Path | None) -> list[EngineSocket]:
+    if socket is None or socket.is_dir():
+        return find_engines(socket)
+    return [EngineSocket("", 0, socket)]
+
+
+def _read_sockets(sockets: list[EngineSocket]) -> Readings:
+    readings = []
+    for entry in sockets:
+        try:
+            with ChannelClient(entry.path, _TIMEOUT_S) as client:
+                snapshot = client.snapshot()
+        except ChannelError as error:
+            readings.append(Reading(dp_rank=entry.dp_rank, error=str(error)))
+            continue
+        age_s = snapshot.age_s(time.monotonic())
+        readings.append(Reading(dp_rank=snapshot.engine.dp_rank, snapshot=snapshot, age_s=age_s))
+    return Readings(engines=tuple(readings))
+
+
+def _read_url(url: str) -> Readings:
+    address = f"{url.rstrip('/')}/xllm/snapshot"
+    try:
+        response = httpx.get(address, timeout=2 * _TIMEOUT_S)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ChannelError(
+            f"no answer from {address}: {error}. Is a server running there, and is the address "
+            "of the form http://host:port?"
+        ) from error
+    if response.status_code != httpx.codes.OK:
+        raise ChannelError(
+            f"{address} answered {response.status_code}: {response.text[:300]}. A server started "
+            "with `xllm serve MODEL` has this route while its engine lives."
+        )
+    try:
+        return msgspec.json.decode(response.content, type=Readings)
+    except msgspec.DecodeError as error:
+        raise ChannelError(
+            f"{address} answered, but not with snapshots: {error}. Is that an xllm server?"
+        ) from error
+
+
+def _nothing_found(socket: Path | None) -> str:
+    directory = socket or channel_directory()
+    return (
+        f"no engine is running: no live socket named *.dp<rank>.sock in {directory}. "
+        "Start one with `xllm serve MODEL`; for an engine on another machine or of another user "
+        "give --url http://host:port."
+    )
+
+
+def _show_once(readings: Readings, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(readings)
+    else:
+        Console().print(_table(readings, Rates()))
+
+
+def _print_json(readings: Readings) -> None:
+    click.echo(msgspec.json.encode(readings, enc_hook=str).decode())
+
+
+def _watch(source: Source, first: Readings, interval_s: float, *, as_json: bool) -> None:
+    """Look every `interval_s` until q or ctrl-C."""
+    rates = Rates()
+    with _Keys(sys.stdin) as keys, _display(as_json=as_json) as show:
+        readings = first
+        while True:
+            rates.update(readings)
+            show(readings, rates)
+            if keys.wait_for_quit(interval_s):
+                return
+            readings = _look_again(source)
+
+
+def _look_again(source: Source) -> Readings:
+    """A look whose failure is shown instead of ending the watch: engines restart."""
+    try:
+        return source()
+    except ChannelError as error:
+        return Readings(engines=(Reading(dp_rank=0, error=str(error)),))
+
+
+@contextlib.contextmanager
+def _display(*, as_json: bool) -> Iterator[Callable[[Readings, Rates], None]]:
+    if as_json:
+        yield lambda readings, _: _print_json(readings)
+        return
+    with Live(auto_refresh=False, screen=sys.stdout.isatty()) as live:
+        yield lambda readings, rates: live.update(_table(readings, rates), refresh=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    snapshot: Snapshot
+    looked_s: float
+    tokens_per_s: float | None
+
+
+class Rates:
+    """Tokens per second of each engine, from its successive snapshots."""
+
+    def __init__(self) -> None:
+        self._marks: dict[tuple[str, int, int], _Mark] = {}
+
+    def update(self, readings: Readings) -> None:
+        """Take the next look into account."""
+        self._marks = {
+            _key(reading.snapshot): self._advanced(reading.snapshot, reading.age_s or 0.0)
+            for reading in readings.engines
+            if reading.snapshot
+        }
+
+    def of(self, snapshot: Snapshot) -> float | None:
+        """Tokens per second; None before two snapshots of the engine have been seen."""
+        mark = self._marks.get(_key(snapshot))
+        return None if mark is None else mark.tokens_per_s
+
+    def _advanced(self, snapshot: Snapshot, age_s: float) -> _Mark:
+        looked_s = snapshot.monotonic_s + age_s
+        previous = self._marks.get(_key(snapshot))
+        if previous is None:
+            return _Mark(snapshot, looked_s, None)
+        if snapshot.sequence == previous.snapshot.sequence:
+            # Nothing new: an idle engine stays silent, a busy one is in a long step.
+            rate = 0.0 if snapshot.load.is_idle else previous.tokens_per_s
+            return _Mark(snapshot, looked_s, rate)
+        before = previous.snapshot
+        num_tokens = snapshot.load.num_generated_tokens - before.load.num_generated_tokens
+        # Idle time before the last look is not part of what has happened since.
+        since_s = previous.looked_s if before.load.is_idle else before.monotonic_s
+        elapsed_s = snapshot.monotonic_s - since_s
+        rate_now = num_tokens / elapsed_s if elapsed_s > 0 else previous.tokens_per_s
+        return _Mark(snapshot, looked_s, rate_now)
+
+
+def _key(snapshot: Snapshot) -> tuple[str, int, int]:
+    # The pid tells a restarted engine, whose totals begin again, from the one before.
+    return snapshot.engine.instance_id, snapshot.engine.dp_rank, snapshot.engine.pid
+
+
+_TEXT_COLUMNS = ("engine", "model", "device")
+_NUMBER_COLUMNS = (
+    *("running", "waiting", "KV %", "tokens/s"),
+    *("step ms", "steps", "preempted", "age s"),
+)
+
+
+def _table(readings: Readings, rates: Rates) -> Table:
+    table = Table(title="xllm engines", caption=_caption(readings), caption_justify="left")
+    for heading in _TEXT_COLUMNS:
+        table.add_column(heading, overflow="fold")
+    for heading in _NUMBER_COLUMNS:
+        table.add_column(heading, justify="right")
+    for reading in readings.engines:
+        table.add_row(*_row(reading, rates))
+    return table
+
+
+def _caption(readings: Readings) -> Text:
+    lines = [
+        f"dp{reading.dp_rank}: {reading.error}" for reading in readings.engines if reading.error
+    ]
+    if not readings.engines:
+        lines.append("No engine is running; waiting for one.")
+    if sys.stdin.isatty():
+        lines.append("q: quit")
+    return Text("\n".join(lines))
+
+
+def _row(reading: Reading, rates: Rates) -> list[Text]:
+    snapshot = reading.snapshot
+    if snapshot is None:
+        return [Text(f"dp{reading.dp_rank}"), Text("no answer", style="red")]
+    engine, load, age_s = snapshot.engine, snapshot.load, reading.age_s or 0.0
+    rate = rates.of(snapshot)
+    is_stale = age_s > _STALE_S and not load.is_idle
+    cells = (
+        f"{engine.instance_id} dp{engine.dp_rank}",
+        engine.model,
+        engine.device,
+        str(load.num_running),
+        str(load.num_waiting),
+        f"{100 * load.kv_usage:.1f}",
+        "-" if rate is None else f"{rate:.1f}",
+        f"{load.smoothed_step_ms:.1f}",
+        str(load.num_steps),
+        str(load.num_preemptions),
+    )
+    age = Text(f"{age_s:.1f}", style="red" if is_stale else "")
+    return [*(Text(cell) for cell in cells), age]
+
+
+class _Keys:
+    """Waits for a key without echo or Enter; only waits where there is no terminal."""
+
+    def __init__(self, stream: object) -> None:
+        self._fd = _terminal_fd(stream)
+        self._saved: list[object] | None = None
+
+    def __enter__(self) -> Self:
+        if self._fd is not None:
+            self._saved = termios.tcgetattr(self._fd)
+            tty.setcbreak(self._fd)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd is not None and self._saved is not None:
+            termios.tcsetattr(self._fd, termios.TCSADRAIN, self._saved)  # type: ignore[arg-type]
+
+    def wait_for_quit(self, timeout_s: float) -> bool:
+        """Wait for up to `timeout_s`; True at once when q is pressed."""
+        if self._fd is None:
+            time.sleep(timeout_s)
+            return False
+        deadline_s = time.monotonic() + timeout_s
+        while (remaining_s := deadline_s - time.monotonic()) > 0:
+            if select.select([self._fd], [], [], remaining_s)[0]:
+                key = os.read(self._fd, 1)
+                if key in (b"q", b"Q", b""):
+                    return True
+        return False
+
+
+def _terminal_fd(stream: object) -> int | None:
+    try:
+        fd = stream.fileno()  # type: ignore[attr-defined]  # no stream has one when stdin is closed
+    except (AttributeError, OSError, ValueError):
+        return None
+    return fd if os.isatty(fd) else None

@@ -1,0 +1,110 @@
+"""What vLLM calls: `platform`, `register` and `endpoints`, through its entry-point groups.
+
+vLLM calls `platform` at least twice in every process, and swallows what it raises
+(vllm/platforms/__init__.py), which would quietly start stock vLLM where the user asked for xllm.
+So a mistake ends a vLLM command at once with one message, and reaches a user's own program as an
+exception from the platform's constructor, which vLLM lets through.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import NoReturn
+
+from xllm_plugin.errors import XllmError
+from xllm_plugin.selection import Selection, is_vllm_command, select_here
+from xllm_plugin import shims
+
+__all__ = ["RefusedPlatform", "endpoints", "platform", "register"]
+
+# A child of vLLM's loggers, so that vLLM's handlers and level apply.
+logger = logging.getLogger("vllm.xllm_plugin")
+
+_logged: set[str] = set()
+
+
+def platform() -> str | None:
+    """Return the class path of the platform to run on, or None for untouched vLLM."""
+    shims.install()
+    try:
+        selection = select_here()
+        path, device = _resolved(selection)
+    except XllmError as error:
+        return _refuse(error)
+    message = f"xllm-plugin: platform {selection.platform}{device} ({selection.reason})"
+    if message not in _logged:
+        _logged.add(message)
+        logger.log(logging.DEBUG if selection.inherited else logging.INFO, "%s", message)
+    return path
+
+
+def _resolved(selection: Selection) -> tuple[str | None, str]:
+    if selection.is_native:
+        return None, ""
+    # Nothing of ours but the shims is imported under `native`.
+    from xllm_plugin.startup import resolve
+
+    choice = resolve()
+    if is_vllm_command(sys.argv, sys.orig_argv):
+        from xllm_plugin.cli.explain import install
+
+        install()
+    return choice.family.platform_class, f", device {choice.family.name} ({choice.reason})"
+
+
+def register() -> None:
+    """vLLM's general-plugin hook, run in every process; the seams are checked here.
+
+    Raises:
+        SeamError: this vLLM is not what this package was written against.
+    """
+    if select_here().is_native:
+        return
+    from xllm_plugin.seams import check_all
+
+    check_all()
+
+
+def endpoints() -> object:
+    """Return the endpoint plugin that adds `/xllm/*` and our metrics to the API server."""
+    if select_here().is_native:
+        return NoEndpoints()
+    from xllm_plugin.instance.endpoints import XllmEndpoints
+
+    return XllmEndpoints()
+
+
+class NoEndpoints:
+    """Stands in for our endpoint plugin under `native`: adds nothing."""
+
+    name = "xllm"
+    required_tasks: tuple[str, ...] | None = None
+
+    def attach_router(self, app: object) -> None:
+        """Add no route."""
+
+    async def init_state(self, engine_client: object, state: object, args: object) -> None:
+        """Keep no state."""
+
+
+_refusal: XllmError | None = None
+
+
+class RefusedPlatform:
+    """A platform that raises why there is none, when vLLM constructs it."""
+
+    def __new__(cls) -> NoReturn:  # type: ignore[misc]
+        """Raise the error that `platform` met."""
+        assert _refusal is not None
+        raise _refusal
+
+
+def _refuse(error: XllmError) -> str:
+    global _refusal  # noqa: PLW0603  vLLM constructs the class by path, without arguments
+    if is_vllm_command(sys.argv, sys.orig_argv) and not os.environ.get("XLLM_TRACEBACK"):
+        sys.stderr.write(f"xllm: {error}\n")
+        raise SystemExit(error.exit_code)
+    _refusal = error
+    return "xllm_plugin.entrypoints.RefusedPlatform"

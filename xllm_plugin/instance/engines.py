@@ -1,0 +1,149 @@
+"""The engines behind one API server: which there should be, and what each says right now.
+
+An API server talks to one engine process per data-parallel rank.  Those on its own machine have a
+socket; ranks on other machines of a multi-node deployment cannot be asked and are not listed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from xllm_plugin.channel.client import AsyncChannelClient, ChannelClient
+from xllm_plugin.channel.config import ChannelConfig
+from xllm_plugin.channel.messages import Reading
+from xllm_plugin.channel.paths import channel_directory, socket_path, sockets_in
+from xllm_plugin.errors import ChannelError
+
+__all__ = ["AsyncEngineReader", "EngineGroup", "EngineReader"]
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineGroup:
+    """Where the sockets of one server's engines are.
+
+    Attributes:
+        instance_id: that names them.
+        directory: that holds them.
+        expected_ranks: data-parallel ranks that run on this machine by the configuration.
+    """
+
+    instance_id: str
+    directory: Path
+    expected_ranks: tuple[int, ...] = (0,)
+
+    @classmethod
+    def from_vllm(cls, config: ChannelConfig, vllm_config: Any) -> EngineGroup:
+        """The group that belongs to a `vllm.config.VllmConfig`."""
+        parallel = vllm_config.parallel_config
+        first = parallel.data_parallel_index
+        return cls(
+            instance_id=config.resolve_instance_id(vllm_config.instance_id),
+            directory=config.directory or channel_directory(),
+            expected_ranks=tuple(range(first, first + parallel.data_parallel_size_local)),
+        )
+
+    def sockets(self) -> dict[int, Path]:
+        """Rank -> socket: those expected, and those found (elastic scaling adds ranks)."""
+        paths = {
+            rank: socket_path(self.instance_id, rank, self.directory)
+            for rank in self.expected_ranks
+        }
+        for found in sockets_in(self.directory):
+            if found.instance_id == self.instance_id:
+                paths[found.dp_rank] = found.path
+        return dict(sorted(paths.items()))
+
+
+class AsyncEngineReader:
+    """Asks all engines at once from the API server's event loop, over kept connections."""
+
+    def __init__(
+        self, group: EngineGroup, timeout_s: float = 1.0, *, clock: Clock = time.monotonic
+    ) -> None:
+        self._group = group
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._clients: dict[int, AsyncChannelClient] = {}
+
+    async def read(self) -> tuple[Reading, ...]:
+        """One reading a rank, in order; an engine that does not answer is a reading with error."""
+        sockets = self._group.sockets()
+        return tuple(await asyncio.gather(*(self._read_one(*entry) for entry in sockets.items())))
+
+    async def close(self) -> None:
+        """Drop all connections."""
+        for client in self._clients.values():
+            await client.close()
+        self._clients.clear()
+
+    async def _read_one(self, dp_rank: int, path: Path) -> Reading:
+        client = self._clients.setdefault(dp_rank, AsyncChannelClient(path, self._timeout_s))
+        try:
+            snapshot = await client.snapshot()
+        except ChannelError as error:
+            return Reading(dp_rank=dp_rank, error=str(error))
+        return Reading(dp_rank=dp_rank, snapshot=snapshot, age_s=snapshot.age_s(self._clock()))
+
+
+class EngineReader:
+    """Asks the engines one after the other from a thread, and remembers what each said last.
+
+    Args:
+        group: the engines.
+        timeout_s: for all of them together.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, group: EngineGroup, timeout_s: float = 0.25, *, clock: Clock = time.monotonic
+    ) -> None:
+        self._group = group
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._clients: dict[int, ChannelClient] = {}
+        self._last: dict[int, Reading] = {}
+
+    def read(self) -> tuple[Reading, ...]:
+        """One reading a rank; with an error *and* the last known snapshot if it did not answer."""
+        deadline_s = self._clock() + self._timeout_s
+        return tuple(
+            self._read_one(rank, path, deadline_s) for rank, path in self._group.sockets().items()
+        )
+
+    def recall(self) -> tuple[Reading, ...]:
+        """What `read` found last, without asking again."""
+        return tuple(self._aged(reading) for reading in tuple(self._last.values()))
+
+    def close(self) -> None:
+        """Drop all connections."""
+        for client in self._clients.values():
+            client.close()
+        self._clients.clear()
+
+    def _read_one(self, dp_rank: int, path: Path, deadline_s: float) -> Reading:
+        client = self._clients.setdefault(dp_rank, ChannelClient(path))
+        client.timeout_s = max(0.0, deadline_s - self._clock())
+        snapshot, problem = None, None
+        try:
+            snapshot = client.snapshot()
+        except ChannelError as error:
+            problem = str(error)
+            if dp_rank in self._last:
+                snapshot = self._last[dp_rank].snapshot
+        self._last[dp_rank] = Reading(dp_rank=dp_rank, snapshot=snapshot, error=problem)
+        return self._aged(self._last[dp_rank])
+
+    def _aged(self, reading: Reading) -> Reading:
+        if reading.snapshot is None:
+            return reading
+        age_s = reading.snapshot.age_s(self._clock())
+        return msgspec.structs.replace(reading, age_s=age_s)

@@ -1,0 +1,3 @@
+"""Which requests run in this step."""
+
+from __future__ import annotations

@@ -1,0 +1,68 @@
+"""The schedulers: vLLM's own, with ours in front.  `schedule` plans, then calls `super()`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from xllm_plugin.scheduler.telemetry import Telemetry
+from xllm_plugin.seams import Process, check_all
+from xllm_plugin.worker.messages import StepMessage, attach, attached
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+
+__all__ = ["XllmAsyncScheduler", "XllmScheduler", "XllmSchedulerMixin"]
+
+
+class XllmSchedulerMixin:
+    """Stands before vLLM's scheduler in the bases; lives in the engine's process."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_all(Process.ENGINE)
+        super().__init__(*args, **kwargs)
+        self._num_steps = 0
+        self._telemetry = Telemetry.open(self)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Plan, let vLLM schedule, and send our message along with the step."""
+        self._telemetry.drain_calls()
+        output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        if output.total_num_scheduled_tokens:
+            self._num_steps += 1
+            attach(output, StepMessage(step=self._num_steps))
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
+        """Let vLLM take the step's tokens in, then record what the step was."""
+        outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        self._telemetry.record_step(scheduler_output, outputs, attached(model_runner_output))
+        return outputs
+
+    def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
+        """Let vLLM end or abort requests; an engine that falls idle by it says so."""
+        finished = super().finish_requests(*args, **kwargs)  # type: ignore[misc]
+        self._telemetry.record_change()
+        return finished
+
+    def _preempt_request(self, *args: Any, **kwargs: Any) -> Any:
+        self._telemetry.num_preemptions += 1
+        return super()._preempt_request(*args, **kwargs)  # type: ignore[misc]
+
+    def shutdown(self) -> None:
+        """Close the control socket with the scheduler."""
+        self._telemetry.close()
+        super().shutdown()  # type: ignore[misc]
+
+
+class XllmScheduler(XllmSchedulerMixin, Scheduler):
+    """Schedules a step after the one before it has ended."""
+
+
+class XllmAsyncScheduler(XllmSchedulerMixin, AsyncScheduler):
+    """Schedules a step while the one before it runs."""

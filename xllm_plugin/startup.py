@@ -1,0 +1,80 @@
+"""Checks before vLLM runs on us: its version, its rivals, the device."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+
+from xllm_plugin.accelerator.discover import Choice, choose
+from xllm_plugin.errors import PlatformError
+from xllm_plugin.plugins import device_families, manager_here
+from xllm_plugin.selection import DEVICE_ENV
+
+__all__ = ["SUPPORTED_VLLM", "check_vllm_version", "other_platforms", "resolve", "vllm_version"]
+
+SUPPORTED_VLLM = "0.32"
+
+
+def resolve() -> Choice:
+    """Check the surroundings and choose the device family.
+
+    Raises:
+        PlatformError: vLLM is absent or of another version, a second out-of-tree platform is
+            active, or no device family is usable.
+    """
+    check_vllm_version(vllm_version())
+    rivals = other_platforms()
+    if rivals:
+        raise PlatformError(
+            f"vLLM runs on one out-of-tree platform, and {', '.join(map(repr, rivals))} would be "
+            "active beside 'xllm'. Choose one: VLLM_PLUGINS=xllm (plus the other plugins you "
+            f"need) for this one, --platform native for {rivals[0]!r}, or uninstall one of them."
+        )
+    return choose(device_families(manager_here()), os.environ.get(DEVICE_ENV) or None)
+
+
+def vllm_version() -> str | None:
+    """Return the version of the installed vLLM, or None."""
+    try:
+        return importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_vllm_version(version: str | None) -> None:
+    """Refuse a vLLM that this package was not written against.
+
+    Raises:
+        PlatformError: vLLM is absent, or not of the supported minor version.
+    """
+    if version is None:
+        raise PlatformError(
+            "vLLM is not installed here. Install it with this package: pip install "
+            "'xllm-plugin[cpu]' (or [cuda], [npu]); README, \"Install\", names the index."
+        )
+    if version.split(".")[:2] != SUPPORTED_VLLM.split("."):
+        raise PlatformError(
+            f"vLLM {version} is installed; this version of xllm-plugin supports "
+            f"{SUPPORTED_VLLM}.x. Install that one, or run vLLM without this plugin: "
+            "--platform native (XLLM_PLATFORM=native)."
+        )
+
+
+def other_platforms() -> tuple[str, ...]:
+    """Name the other out-of-tree platform plugins that would be active in this process."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    names = None if allowed is None else {name.strip() for name in allowed.split(",")}
+    return tuple(
+        entry.name
+        for entry in importlib.metadata.entry_points(group="vllm.platform_plugins")
+        if not entry.value.startswith("xllm_plugin.")
+        and (names is None or entry.name in names)
+        and _is_active(entry)
+    )
+
+
+def _is_active(entry: importlib.metadata.EntryPoint) -> bool:
+    try:
+        return entry.load()() is not None
+    except Exception:  # noqa: BLE001  vLLM, too, counts a plugin that raises as not active
+        return False

@@ -1,0 +1,3 @@
+"""A schedule becomes device work: executor, worker and runner, whatever the device."""
+
+from __future__ import annotations
