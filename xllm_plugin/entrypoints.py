@@ -13,9 +13,9 @@ import os
 import sys
 from typing import NoReturn
 
+from xllm_plugin import shims
 from xllm_plugin.errors import XllmError
 from xllm_plugin.selection import Selection, is_vllm_command, select_here
-from xllm_plugin import shims
 
 __all__ = ["RefusedPlatform", "endpoints", "platform", "register"]
 
@@ -95,7 +95,7 @@ _refusal: XllmError | None = None
 class RefusedPlatform:
     """A platform that raises why there is none, when vLLM constructs it."""
 
-    def __new__(cls) -> NoReturn:  # type: ignore[misc]
+    def __new__(cls) -> NoReturn:
         """Raise the error that `platform` met."""
         assert _refusal is not None
         raise _refusal

@@ -15,6 +15,7 @@ our code extends any parser.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import MutableMapping
@@ -102,7 +103,7 @@ def is_vllm_command(argv: list[str], orig_argv: list[str]) -> bool:
     """
     if argv and Path(argv[0]).name in {"vllm", "xllm"}:
         return True
-    for flag, module in zip(orig_argv, orig_argv[1:], strict=False):
+    for flag, module in itertools.pairwise(orig_argv):
         if flag == "-m":
             return module.split(".")[0] in {"vllm", "xllm_plugin"}
     return False

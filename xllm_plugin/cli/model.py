@@ -67,7 +67,7 @@ def _list(cache_dir: Path | None, *, as_json: bool) -> None:
     from xllm_plugin.models.manifest import damage
 
     cache = ModelCache.at(cache_dir)
-    rows = []
+    rows: list[dict[str, str | int]] = []
     for recipe in CATALOG.values():
         folder = cache.model(recipe.name)
         if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""`xllm serve MODEL ...` is `vllm serve MODEL ... --platform xllm`, by way of vLLM's own command."""
+"""`xllm serve MODEL ...` is `vllm serve MODEL ... --platform xllm`, through vLLM's command."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import sys
 
 import click
 
-from xllm_plugin.errors import PlatformError
 from xllm_plugin import shims
+from xllm_plugin.errors import PlatformError
 from xllm_plugin.startup import check_vllm_version, vllm_version
 
 __all__ = ["serve"]

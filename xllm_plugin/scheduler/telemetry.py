@@ -41,7 +41,7 @@ class Telemetry:
     def open(cls, scheduler: Scheduler) -> Telemetry:
         """Start telling; the socket is open when this returns."""
         telemetry = cls(scheduler)
-        telemetry._channel.start()  # noqa: SLF001  a constructor of this very class
+        telemetry._channel.start()
         return telemetry
 
     def drain_calls(self) -> None:

@@ -1,7 +1,7 @@
 """The repairs of the surroundings that even `--platform native` needs.
 
-They change nothing in vLLM: one answers a question about package metadata, the others let PyPI's
-CUDA builds of torchvision, torchaudio and torchcodec stand beside CPU torch.  Each checks that it is
+They change nothing in vLLM: one answers a question about package metadata, the others let the CUDA
+builds of torchvision, torchaudio and torchcodec that PyPI has stand beside CPU torch.  Each checks that it is
 needed before it does anything.
 """
 

@@ -45,7 +45,7 @@ class AliasDistribution(Distribution):
             return f"{line.rstrip()}+cpu"
         return line
 
-    def locate_file(self, path: object) -> Path:  # type: ignore[override]
+    def locate_file(self, path: object) -> Path:
         """Return where the real distribution keeps `path`."""
         return Path(str(self._real.locate_file(str(path))))
 

@@ -18,4 +18,3 @@ class XllmMultiprocExecutor(XllmExecutorMixin, MultiprocExecutor):
 
 class XllmUniProcExecutor(XllmExecutorMixin, UniProcExecutor):
     """The one rank lives in the engine process."""
-

