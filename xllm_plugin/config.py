@@ -33,7 +33,14 @@ from xllm_plugin.errors import ConfigError
 from xllm_plugin.plugins import LOAD_ENV
 from xllm_plugin.selection import CONFIG_ENV, DEVICE_ENV, PLATFORM_ENV, REASON_ENV
 
-__all__ = ["ADDITIONAL_CONFIG_KEY", "Setting", "XllmConfig", "load_config", "settings_with_origin"]
+__all__ = [
+    "ADDITIONAL_CONFIG_KEY",
+    "Setting",
+    "XllmConfig",
+    "load_config",
+    "resolved_section",
+    "settings_with_origin",
+]
 
 ADDITIONAL_CONFIG_KEY = "xllm"
 
@@ -119,6 +126,21 @@ def load_config(
     return _validated(merged, "settings together")
 
 
+def resolved_section(
+    additional_config: object = None, environ: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return `additional_config["xllm"]` with the settings of all sources written into it.
+
+    What the user wrote there stays, also where it equals a default: the next process that merges
+    the sources would otherwise let the environment override it.  Empty when nothing was set.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    settings = load_config(additional_config, environ).to_additional_config()
+    return _deep_update(_section(additional_config), settings)
+
+
 def settings_with_origin(
     additional_config: object = None, environ: Mapping[str, str] | None = None
 ) -> tuple[Setting, ...]:
@@ -201,7 +223,8 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"--xllm-config {path}: cannot be read ({error}). Give the path of a YAML or JSON file."
         ) from error
-    except yaml.YAMLError as error:
+    # ValueError: text in the shape of a date that is none.
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--xllm-config {path}: is neither YAML nor JSON: {error}") from error
     if values is None:
         return {}

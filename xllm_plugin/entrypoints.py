@@ -14,13 +14,10 @@ import sys
 from typing import NoReturn
 
 from xllm_plugin import shims
-from xllm_plugin.errors import XllmError
+from xllm_plugin.errors import InternalError, XllmError
 from xllm_plugin.selection import Selection, is_vllm_command, select_here
 
 __all__ = ["RefusedPlatform", "endpoints", "platform", "register"]
-
-# A child of vLLM's loggers, so that vLLM's handlers and level apply.
-logger = logging.getLogger("vllm.xllm_plugin")
 
 _logged: set[str] = set()
 
@@ -33,11 +30,28 @@ def platform() -> str | None:
         path, device = _resolved(selection)
     except XllmError as error:
         return _refuse(error)
+    except Exception as error:  # noqa: BLE001  vLLM would hide it and run without this plugin
+        return _refuse(_unexpected(error))
     message = f"xllm-plugin: platform {selection.platform}{device} ({selection.reason})"
-    if message not in _logged:
-        _logged.add(message)
-        logger.log(logging.DEBUG if selection.inherited else logging.INFO, "%s", message)
+    _log_once(message, logging.DEBUG if selection.inherited else logging.INFO)
     return path
+
+
+def _log_once(message: str, level: int) -> None:
+    if message in _logged:
+        return
+    _logged.add(message)
+    logger = logging.getLogger("vllm.xllm_plugin")
+    if logger.hasHandlers():
+        logger.log(level, "%s", message)
+    elif level >= _wanted_level():
+        # vLLM configures its logging after it has chosen its platform.
+        sys.stderr.write(f"{logging.getLevelName(level)} {message}\n")
+
+
+def _wanted_level() -> int:
+    name = os.environ.get("VLLM_LOGGING_LEVEL", "INFO").upper()
+    return logging.getLevelNamesMapping().get(name, logging.INFO)
 
 
 def _resolved(selection: Selection) -> tuple[str | None, str]:
@@ -99,6 +113,15 @@ class RefusedPlatform:
         """Raise the error that `platform` met."""
         assert _refusal is not None
         raise _refusal
+
+
+def _unexpected(error: Exception) -> InternalError:
+    wrapped = InternalError(
+        f"choosing the platform failed: {type(error).__name__}: {error}. Please report it with "
+        "what XLLM_TRACEBACK=1 shows; --platform native runs vLLM without this plugin."
+    )
+    wrapped.__cause__ = error
+    return wrapped
 
 
 def _refuse(error: XllmError) -> str:

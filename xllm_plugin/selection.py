@@ -15,7 +15,6 @@ our code extends any parser.
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 from collections.abc import MutableMapping
@@ -103,10 +102,29 @@ def is_vllm_command(argv: list[str], orig_argv: list[str]) -> bool:
     """
     if argv and Path(argv[0]).name in {"vllm", "xllm"}:
         return True
-    for flag, module in itertools.pairwise(orig_argv):
-        if flag == "-m":
-            return module.split(".")[0] in {"vllm", "xllm_plugin"}
-    return False
+    return _module_run(orig_argv).split(".")[0] in {"vllm", "xllm_plugin"}
+
+
+def _module_run(orig_argv: list[str]) -> str:
+    """Return MODULE of `python [OPTIONS] -m MODULE ...`, else nothing.
+
+    Only the interpreter's own options count: in `lm_eval -m vllm` the flag is the program's.
+    """
+    words = iter(orig_argv[1:])
+    for word in words:
+        if not word.startswith("-") or word == "-":
+            return ""
+        if word == "--check-hash-based-pycs":
+            next(words, "")
+        if word.startswith("--"):
+            continue
+        for index, letter in enumerate(word[1:], start=2):
+            if letter in "cmWX":  # its value is the rest of the word, or the next one
+                value = word[index:] or next(words, "")
+                if letter in "cm":
+                    return value if letter == "m" else ""
+                break
+    return ""
 
 
 def _take_option(argv: list[str], option: str) -> str | None:
@@ -118,14 +136,10 @@ def _take_option(argv: list[str], option: str) -> str | None:
         if name != option:
             index += 1
             continue
-        if equals:
-            value = inline
-            del argv[index]
-            continue
-        if index + 1 >= len(argv):
+        value = inline if equals else next(iter(argv[index + 1 :]), "")
+        if not value:
             raise ConfigError(f"{option} needs a value, for example {option} {_example(option)}.")
-        value = argv[index + 1]
-        del argv[index : index + 2]
+        del argv[index : index + (1 if equals else 2)]
     return value
 
 

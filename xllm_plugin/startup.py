@@ -63,7 +63,8 @@ def check_vllm_version(version: str | None) -> None:
 def other_platforms() -> tuple[str, ...]:
     """Name the other out-of-tree platform plugins that would be active in this process."""
     allowed = os.environ.get("VLLM_PLUGINS")
-    names = None if allowed is None else {name.strip() for name in allowed.split(",")}
+    # Not stripped: vLLM does not strip either (vllm/envs.py).
+    names = None if allowed is None else allowed.split(",")
     return tuple(
         entry.name
         for entry in importlib.metadata.entry_points(group="vllm.platform_plugins")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,12 +39,9 @@ else:
     compare, sides = _beside("compare"), _beside("sides")
 
 QUESTION = "Does an lm-eval score change when the plugin is on?"
-LIMITS = {"xl_arc_easy": 400, "xl_lambada": 400, "xl_hellaswag": 400, "xl_gsm8k": 80}
-"""Most items per task with the data in `data/`, for the largest `--limit`."""
-
 MAX_LIMIT, DEFAULT_LIMIT, QUICK_LIMIT = 400, 100, 20
-GENERATED_SHARE = 5
-"""One generated item costs about as much as that many of the others."""
+SHARES = {"xl_arc_easy": 1, "xl_lambada": 1, "xl_hellaswag": 2, "xl_gsm8k": 5}
+"""By what `--limit` is divided: a long or a generated item costs that much more than the others."""
 
 KINDS_NOTE = (
     "identical: lm-eval got the same log-likelihoods to the last bit, or the same text; rounding: "
@@ -69,7 +67,10 @@ NOT_SHOWN = (
         "Many requests at once: on the server they run one at a time, because batches under "
         "concurrent requests are not the same from run to run. The equality benchmark has those."
     ),
-    "Sampling (all of it is greedy), chat templates, images, other models and accelerators.",
+    (
+        "Sampling (all of it is greedy), chat templates, images, other models and accelerators; "
+        "and vLLM's compiled graphs, unless the command says --compile."
+    ),
 )
 
 
@@ -106,17 +107,19 @@ class TaskResult:
     "--task",
     "tasks",
     multiple=True,
-    type=click.Choice(list(LIMITS)),
+    type=click.Choice(list(SHARES)),
     help="Repeatable.  [default: all]",
 )
 @click.option(
     "--limit",
     type=click.IntRange(1, MAX_LIMIT),
-    help=f"Items per task (of xl_gsm8k a fifth).  [default: {DEFAULT_LIMIT}]",
+    help=f"Items per task (half of xl_hellaswag, a fifth of xl_gsm8k).  [default: {DEFAULT_LIMIT}]",
 )
 @click.option("--dtype", default="bfloat16", show_default=True)
-@click.option("--eager/--compile", default=False, help="Skip vLLM's compiler.  [default: compile]")
-@click.option("--quick", is_flag=True, help=f"{QUICK_LIMIT} items per task, eager.")
+@click.option(
+    "--eager/--compile", default=True, show_default=True, help="Without or with vLLM's compiler."
+)
+@click.option("--quick", is_flag=True, help=f"{QUICK_LIMIT} items per task.")
 @click.option(
     "--keep",
     type=click.Path(file_okay=False, path_type=Path),
@@ -146,11 +149,13 @@ def command(
     """
     limits = limits_for(tasks, limit or (QUICK_LIMIT if quick else DEFAULT_LIMIT))
     _require_lm_eval()
-    running = schema.begin("accuracy", question=QUESTION, command=_command_line())
+    running = schema.begin(
+        "accuracy", question=QUESTION, command=_command_line(click.get_current_context().params)
+    )
     with tempfile.TemporaryDirectory(prefix="xllm-accuracy-") as scratch:
         folder = (keep or Path(scratch)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        plan = sides.Plan(_model(model), limits, dtype, eager or quick, folder)
+        plan = sides.Plan(_model(model), limits, dtype, eager, folder)
         chosen = [path for path in sides.PATHS if not paths or path in paths]
         results = run_all(plan, chosen)
     result = running.finish(
@@ -170,12 +175,9 @@ def command(
 
 
 def limits_for(tasks: Sequence[str], limit: int) -> dict[str, int]:
-    """Items of each chosen task; of the generated one a fifth."""
-    shares = {"xl_gsm8k": GENERATED_SHARE}
+    """Items of each chosen task (of all, if none is), at least one."""
     return {
-        task: min(most, max(1, limit // shares.get(task, 1)))
-        for task, most in LIMITS.items()
-        if not tasks or task in tasks
+        task: max(1, limit // share) for task, share in SHARES.items() if not tasks or task in tasks
     }
 
 
@@ -302,12 +304,20 @@ def _require_lm_eval() -> None:
         )
 
 
-def _command_line() -> str:
-    return " ".join(
-        ["xllm bench accuracy", *sys.argv[sys.argv.index("accuracy") + 1 :]]
-        if "accuracy" in sys.argv
-        else ["xllm bench accuracy"]
-    )
+def _command_line(parameters: Mapping[str, Any]) -> str:
+    """The command as a reader would repeat it: without what only says where files go."""
+    words = ["xllm", "bench", "accuracy"]
+    for name in ("path", "task"):
+        words += [word for value in parameters[f"{name}s"] for word in (f"--{name}", value)]
+    if parameters["model"] is not None:
+        words += ["--model", parameters["model"].name]
+    if parameters["limit"] is not None:
+        words += ["--limit", str(parameters["limit"])]
+    if parameters["dtype"] != "bfloat16":
+        words += ["--dtype", parameters["dtype"]]
+    words += [] if parameters["eager"] else ["--compile"]
+    words += ["--quick"] if parameters["quick"] else []
+    return shlex.join(words)
 
 
 if __name__ == "__main__":

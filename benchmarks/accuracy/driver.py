@@ -17,13 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xllm_plugin import shims
 from xllm_plugin.bench.files import write_atomically
-from xllm_plugin.shims import metadata, torchvision
 
 # Both sides need them: lm-eval imports transformers (and so torchvision) before vLLM, and asks for
 # the version of the distribution `vllm`.
-torchvision.install()
-metadata.install()
+shims.install()
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -183,7 +184,7 @@ def test_url_reads_a_server(serve: Callable[[int, bytes], str]) -> None:
 def test_a_server_that_is_not_ours_is_told_apart(
     status: int, body: bytes, said: str, serve: Callable[[int, bytes], str]
 ) -> None:
-    assert __import__("re").search(said, str(failure("--once", "--url", serve(status, body))))
+    assert re.search(said, str(failure("--once", "--url", serve(status, body))))
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "not a url", "localhost:8000"])

@@ -6,6 +6,7 @@ engines at once: test machines are small.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,8 +58,7 @@ def serving(model: Path, log_path: Path, **environment: str) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def threads() -> dict[str, str]:
-    import os
-
+    """Environment that has every core compute, as both sides get it."""
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     return {"VLLM_CPU_OMP_THREADS_BIND": cores}
 

@@ -57,6 +57,7 @@ def run(*arguments: str, **environment: str) -> str:
         capture_output=True,
         text=True,
         timeout=300,
+        check=False,
     )
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-4000:]

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("fastapi", reason="vLLM's API server brings FastAPI")
+
 from xllm_plugin.channel import ChannelConfig, EngineChannel, EngineIdentity, EngineLoad
 
 LOAD = EngineLoad(

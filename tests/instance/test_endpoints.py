@@ -15,7 +15,6 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, generate_latest
 
-from xllm_plugin import __version__
 from xllm_plugin.channel import EngineChannel, Readings
 from xllm_plugin.instance.endpoints import XllmEndpoints
 
@@ -93,9 +92,9 @@ def test_info_tells_platform_versions_and_settings(vllm_config: Any, directory: 
     assert info["device"] == "cpu"
     assert info["instance_id"] == "abcde"
     assert info["dp_ranks"] == [0]
-    assert info["settings"] == {"channel": {"directory": str(directory)}}
-    assert "python" in info["versions"]
-    assert info["versions"].get("xllm-plugin", __version__)
+    assert info["settings"]["channel"]["directory"] == str(directory)
+    assert info["settings"]["channel"]["enabled"] is True
+    assert info["versions"]["python"].startswith("3.")
 
 
 def test_the_collector_joins_vllms_registry_once(vllm_config: Any, start_engine: Start) -> None:

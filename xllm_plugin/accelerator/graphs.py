@@ -11,7 +11,7 @@ from typing import Any, NewType, Protocol, runtime_checkable
 __all__ = ["GraphBackend", "GraphHandle"]
 
 GraphHandle = NewType("GraphHandle", int)
-"""Names one captured graph to the backend that captured it."""
+"""Names one captured graph to the backend that captured it; each is given out only once."""
 
 
 @runtime_checkable
@@ -21,18 +21,23 @@ class GraphBackend(Protocol):
     def capture(self, run: Callable[[], Any]) -> GraphHandle:
         """Capture the device work of `run`, which reads and writes tensors at fixed addresses.
 
-        What `run` raises passes through, and nothing is kept.
+        What `run` raises passes through, and nothing is kept.  Devices differ in what else a
+        capture does, so callers rely on none of it: how often `run` is called, at capture and at
+        replay, and whether its tensors hold results before the first replay.  Captures do not nest.
 
         Raises:
-            MemoryError: the device has no memory left for the graph.
+            MemoryError: the device has no memory left for the graph; nothing is kept.
         """
         ...
 
     def replay(self, graph: GraphHandle) -> Any:
         """Run the captured work again on the present contents of its input tensors.
 
+        Other graphs' results stay as they are.
+
         Returns:
-            What `run` returned at capture, its tensors holding the new results.
+            What `run` returned at capture, its tensors holding the new results: the same tensors
+            at every replay, so the next one overwrites them.
 
         Raises:
             ValueError: the graph is unknown or dropped.
@@ -40,7 +45,7 @@ class GraphBackend(Protocol):
         ...
 
     def drop(self, graph: GraphHandle) -> None:
-        """Forget the graph and free its memory.
+        """Forget the graph and free its memory; other graphs live on.
 
         Raises:
             ValueError: the graph is unknown or dropped.
@@ -48,5 +53,5 @@ class GraphBackend(Protocol):
         ...
 
     def memory_used_bytes(self) -> int:
-        """Memory held by all captured graphs; zero when there is none."""
+        """Memory held by all captured graphs, their results included; zero when there is none."""
         ...

@@ -13,7 +13,7 @@ import os
 from collections.abc import MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from xllm_plugin.config import ADDITIONAL_CONFIG_KEY, load_config
+from xllm_plugin.config import ADDITIONAL_CONFIG_KEY, resolved_section
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.selection import PLATFORM_ENV, PLATFORMS
 
@@ -75,7 +75,7 @@ def resolve_settings(vllm_config: Any) -> None:
     Raises:
         ConfigError: see `load_config`.
     """
-    settings = load_config(vllm_config.additional_config).to_additional_config()
+    settings = resolved_section(vllm_config.additional_config)
     if settings and not isinstance(vllm_config.additional_config, dict):
         raise ConfigError(
             f"additional_config is a {type(vllm_config.additional_config).__name__}, which cannot "

@@ -70,17 +70,16 @@ def _list(cache_dir: Path | None, *, as_json: bool) -> None:
     rows: list[dict[str, str | int]] = []
     for recipe in CATALOG.values():
         folder = cache.model(recipe.name)
-        if not folder.is_dir():
-            state = "no"
-        else:
-            state = "yes" if damage(folder, recipe) is None else "damaged"
+        problem = damage(folder, recipe) if folder.is_dir() else None
+        is_sound = folder.is_dir() and problem is None
         rows.append(
             {
                 "name": recipe.name,
                 "summary": recipe.summary,
                 "size_bytes": recipe.size_bytes,
                 "licence": recipe.licence,
-                "cached": state,
+                "cached": "yes" if is_sound else "stale" if problem else "no",
+                "problem": problem or "",
                 "path": str(folder),
             }
         )
@@ -99,8 +98,8 @@ def _print_table(rows: list[dict[str, str | int]]) -> None:
     table.add_column("name", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("cached", no_wrap=True)
-    table.add_column("licence")
-    table.add_column("what it is")
+    table.add_column("licence", no_wrap=True)
+    table.add_column("what it is", overflow="fold")
     for row in rows:
         size = f"{int(row['size_bytes']) / 1e6:,.0f} MB"
         summary, licence = str(row["summary"]), str(row["licence"])

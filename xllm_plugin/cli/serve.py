@@ -22,7 +22,9 @@ __all__ = ["serve"]
 def serve(arguments: tuple[str, ...]) -> None:
     """Serve a model over the OpenAI API; takes every flag of `vllm serve`."""
     shims.install()
-    check_vllm_version(vllm_version())
+    if vllm_version() is None:
+        # The platform plugin checks which version it is, unless --platform native wants any.
+        check_vllm_version(None)
     try:
         from vllm.entrypoints.cli.main import main
     except ImportError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -82,18 +83,21 @@ def examine() -> Report:
     findings = list(find(look()))
     selection = _noting(findings, "platform", select_here) or Selection("unknown", "see findings")
     manager = _noting(findings, "plugins", manager_here)
-    families = () if manager is None else device_families(manager)
+    families = manager and _noting(findings, "plugins", functools.partial(device_families, manager))
     choice = None if selection.platform != "xllm" else _noting(findings, "device", resolve)
-    seams = () if vllm_version() is None else tuple(_seam_states())
+    # vLLM asks our plugin on import, which ends this process, too, where it ends a vLLM command.
+    importable = vllm_version() is not None and (selection.is_native or choice is not None)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    seams = tuple(_seam_states()) if importable else ()
     findings += [_seam_finding(seam) for seam in seams if not seam.fits]
     return Report(
         versions=_versions(),
         platform=selection.platform,
         platform_reason=selection.reason,
-        platform_class=_platform_class(),
+        platform_class=_platform_class() if importable else "none: see the problems",
         device=choice.family.name if choice else "none of ours",
         device_reason=choice.reason if choice else f"platform {selection.platform}",
-        device_families=tuple(FamilyState(f.name, f.probe()) for f in families),
+        device_families=tuple(FamilyState(f.name, f.probe()) for f in families or ()),
         plugins=() if manager is None else describe(manager),
         seams=seams,
         settings=_noting(findings, "settings", settings_with_origin) or (),
@@ -102,11 +106,12 @@ def examine() -> Report:
 
 
 def _noting(findings: list[Finding], name: str, look_up: Callable[[], T]) -> T | None:
-    """Call; what it raises of ours becomes a finding."""
+    """Call; what it raises of ours becomes a finding, once."""
     try:
         return look_up()
     except XllmError as error:
-        findings.append(Finding(name, "problem", str(error)))
+        if str(error) not in {finding.found for finding in findings}:
+            findings.append(Finding(name, "problem", str(error)))
         return None
 
 
@@ -122,13 +127,9 @@ def _versions() -> dict[str, str]:
 
 def _platform_class() -> str:
     """Ask vLLM itself, in this process, which class it runs on."""
-    if vllm_version() is None:
-        return "none: vLLM is not installed"
-    # A mistake would end the process as it ends a vLLM command: here it has been reported already.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         current = importlib.import_module("vllm.platforms").current_platform
-    except (XllmError, ImportError, RuntimeError, SystemExit) as error:
+    except (XllmError, ImportError, OSError, RuntimeError) as error:
         return f"none: {error}"
     return f"{type(current).__module__}.{type(current).__qualname__}"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform as python_platform
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -18,8 +18,8 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import REGISTRY, CollectorRegistry
 from starlette.datastructures import State
 
-from xllm_plugin.channel.config import ChannelConfig
 from xllm_plugin.channel.messages import Readings
+from xllm_plugin.config import XllmConfig
 from xllm_plugin.instance.engines import AsyncEngineReader, EngineGroup, EngineReader
 from xllm_plugin.instance.metrics import (
     XllmCollector,
@@ -43,7 +43,7 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
         instance_id: names this server's engine sockets.
         dp_ranks: data-parallel ranks whose sockets are there or should be.
         versions: distribution -> version.
-        settings: `additional_config["xllm"]` as in force.
+        settings: every setting of ours as in force, defaults included.
     """
 
     platform: str
@@ -97,27 +97,26 @@ class XllmEndpoints:
             state.xllm = "this server renders prompts and has no engine"
             return
         vllm_config = engine_client.vllm_config
-        settings = _settings(vllm_config.additional_config)
-        config = ChannelConfig.model_validate(settings.get("channel") or {})
-        if not config.enabled:
+        config = XllmConfig.from_additional_config(vllm_config.additional_config)
+        if not config.channel.enabled:
             state.xllm = (
                 "the engine channel is off. Start the server without "
                 '--additional-config \'{"xllm": {"channel": {"enabled": false}}}\''
             )
             return
-        group = EngineGroup.from_vllm(config, vllm_config)
-        state.xllm = _ServerState(self._describe(vllm_config, group, settings), group)
+        group = EngineGroup.from_vllm(config.channel, vllm_config)
+        state.xllm = _ServerState(self._describe(vllm_config, group, config), group)
         model_name = str(vllm_config.model_config.served_model_name)
         register(XllmCollector(EngineReader(group), model_name), self._registry)
 
-    def _describe(self, vllm_config: Any, group: EngineGroup, settings: dict[str, Any]) -> Info:
+    def _describe(self, vllm_config: Any, group: EngineGroup, config: XllmConfig) -> Info:
         return Info(
             platform=self._platform_name(),
             device=str(vllm_config.device_config.device_type),
             instance_id=group.instance_id,
             dp_ranks=tuple(group.sockets()),
             versions=_versions(),
-            settings=settings,
+            settings=config.model_dump(mode="json"),
         )
 
 
@@ -160,11 +159,6 @@ def _unavailable(message: str) -> Response:
     """503 in the shape of vLLM's (OpenAI's) errors."""
     error = {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}
     return _json({"error": error}, status_code=503)
-
-
-def _settings(additional_config: Any) -> dict[str, Any]:
-    ours = additional_config.get("xllm") if isinstance(additional_config, Mapping) else None
-    return dict(ours or {})
 
 
 def _versions() -> dict[str, str]:

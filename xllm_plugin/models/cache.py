@@ -68,7 +68,7 @@ class ModelCache:
         path = self.root / "locks" / f"{what}.lock"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise ModelError(
                 f"the cache folder {self.root} cannot be written ({error}); "

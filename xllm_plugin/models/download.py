@@ -11,6 +11,7 @@ import errno
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -138,7 +139,7 @@ class Downloader:
         status = response.status_code
         if status in RETRIED_STATUSES:
             raise _AttemptError(f"the server answered {status} {response.reason_phrase}")
-        if status == 416:  # noqa: PLR2004  nothing is left to send: whole, or of another file
+        if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # whole, or of another file
             return have_bytes
         if not response.is_success:
             raise DownloadError(_refusal(response))
@@ -146,14 +147,16 @@ class Downloader:
         total = start + int(response.headers.get("Content-Length", 0))
         title = f"{'resuming' if start else 'downloading'} {part.stem}"
         with self.reporter.bar(title, total, done=start, is_bytes=True) as advance:
-            _write(part, start, response.iter_raw(BLOCK_BYTES), advance)
+            # Without a block size: httpx would hold back, and lose, a block that is not full.
+            _write(part, start, response.iter_raw(), advance)
         return start
 
 
 def _continues_at(response: httpx.Response, offset: int) -> bool:
     """Say whether the body is the rest of the file from `offset` on, rather than all of it."""
     content_range = str(response.headers.get("Content-Range", ""))
-    return response.status_code == 206 and content_range.startswith(f"bytes {offset}-")  # noqa: PLR2004
+    is_part = response.status_code == HTTPStatus.PARTIAL_CONTENT
+    return is_part and content_range.startswith(f"bytes {offset}-")
 
 
 def _write(part: Path, start: int, blocks: Iterator[bytes], advance: Callable[[int], Any]) -> None:

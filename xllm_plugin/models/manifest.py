@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from xllm_plugin.models.catalog import Recipe
+from xllm_plugin.models.catalog import CATALOG, Recipe
 
 __all__ = ["FILE_NAME", "FileRecord", "Manifest", "damage", "sha256_of_file"]
 
@@ -58,12 +58,13 @@ class Manifest:
         """
         try:
             stored = json.loads((folder / FILE_NAME).read_text("utf-8"))
-            if stored["format"] != FORMAT:
-                raise ValueError(f"{FILE_NAME} has format {stored['format']}, not {FORMAT}")
             files = {name: FileRecord(**record) for name, record in stored["files"].items()}
-            return cls(stored["name"], stored["recipe_version"], stored["sources"], files)
-        except (OSError, LookupError, TypeError, AttributeError) as error:
+            manifest = cls(stored["name"], stored["recipe_version"], stored["sources"], files)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{FILE_NAME} is not readable ({error!r})") from error
+        if stored.get("format") != FORMAT:
+            raise ValueError(f"{FILE_NAME} has format {stored.get('format')}, not {FORMAT}")
+        return manifest
 
     def write(self, folder: Path) -> None:
         """Write or replace the manifest of `folder` by one rename."""
@@ -95,7 +96,7 @@ def damage(folder: Path, recipe: Recipe, *, verify: bool = False) -> str | None:
     except ValueError as error:
         return str(error)
     if manifest.recipe_version != recipe.version or manifest.sources != _sources(recipe):
-        return f"it was made by recipe {manifest.recipe_version}, now {recipe.version}"
+        return "it was made from other sources or by another version of its recipe"
     for name, record in manifest.files.items():
         if (wrong := _file_damage(folder / name, record, verify=verify)) is not None:
             return f"{name} {wrong}"
@@ -124,5 +125,5 @@ def _sources(recipe: Recipe) -> dict[str, str]:
     """Return what went in: {requirement: sha256} of wheels, and the models built upon."""
     wheels = recipe.gguf.pieces if recipe.gguf else ()
     return {wheel.requirement: wheel.sha256 for wheel, _ in wheels} | {
-        f"model {name}": "" for name in recipe.requires
+        f"model {name}": f"recipe {CATALOG[name].version}" for name in recipe.requires
     }

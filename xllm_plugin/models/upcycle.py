@@ -12,10 +12,10 @@ import json
 import shutil
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from xllm_plugin.models.prepare import BuildContext
-from xllm_plugin.models.random_model import copy_tokenizer, draw
+from xllm_plugin.models.random_model import copy_tokenizer, draw, save_tensors
 
 __all__ = ["build_equal_experts", "build_noisy_experts"]
 
@@ -52,7 +52,7 @@ def _build(context: BuildContext, noise: float) -> None:
     for layer in range(config["num_hidden_layers"]):
         name = f"model.layers.{layer}.block_sparse_moe.gate.weight"
         tensors[name] = draw(name, router_shape, ROUTER_STD).bfloat16()
-    save_file(tensors, context.folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, context.folder / "model.safetensors")
     config |= {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",

@@ -30,16 +30,20 @@ _libraries: list[Any] = []
 
 
 class TorchvisionFinder(MetaPathFinder):
-    """Runs once, when `torchvision` is first looked for, then leaves `sys.meta_path`."""
+    """Acts once, when `torchvision` is first looked for."""
+
+    def __init__(self) -> None:
+        self._has_looked = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> None:
         """Declare the schemas if they are missing; let the ordinary finders find the module."""
         del path, target
-        if fullname != "torchvision":
+        if fullname != "torchvision" or self._has_looked:
             return
-        sys.meta_path.remove(self)
+        # It stays on sys.meta_path: a list that is being walked would skip the finder after it.
+        self._has_looked = True
         spec = importlib.machinery.PathFinder.find_spec("torchvision")
         if spec is not None and spec.origin is not None:
             _declare_missing_operators(Path(spec.origin).parent)
