@@ -67,7 +67,6 @@ class XllmConfig(BaseSettings):
         extra="forbid",
         env_prefix=ENV_PREFIX,
         env_nested_delimiter="__",
-        env_ignore_empty=True,
     )
 
     channel: ChannelConfig = Field(
@@ -184,7 +183,8 @@ class _FrozenEnvironment(EnvSettingsSource):
     """pydantic-settings' own environment reader, over a mapping that was handed in."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        self._environ = {name.lower(): value for name, value in environ.items()}
+        # An empty variable is one that is not set.
+        self._environ = {name.lower(): value for name, value in environ.items() if value}
         super().__init__(XllmConfig)
 
     def _load_env_vars(self) -> Mapping[str, str | None]:

@@ -124,7 +124,7 @@ def _register_entry_point(
     try:
         manager.load_setuptools_entrypoints(hookspecs.PROJECT, name=entry_point.name)
         manager.check_pending()
-    except Exception as error:  # noqa: BLE001  a foreign module may raise anything at import
+    except Exception as error:  # a foreign module may raise anything at import
         raise ConfigError(
             f"plugin {entry_point.name!r} ({entry_point.value}) cannot be loaded: {error}. "
             f"Mend or uninstall it, or leave it out of {LOAD_ENV}."

@@ -64,7 +64,9 @@ def vllm_config(directory: Path) -> Any:
     return SimpleNamespace(
         instance_id="abcde",
         additional_config={"xllm": {"channel": {"directory": str(directory)}}},
-        parallel_config=SimpleNamespace(data_parallel_index=0, data_parallel_size_local=1),
+        parallel_config=SimpleNamespace(
+            data_parallel_index=0, data_parallel_size_local=1, _api_process_count=1
+        ),
         model_config=SimpleNamespace(served_model_name="tiny"),
         device_config=SimpleNamespace(device_type="cpu"),
     )

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from xllm_plugin.channel import ChannelConfig, EngineChannel
 from xllm_plugin.instance.engines import AsyncEngineReader, EngineGroup, EngineReader
 
@@ -20,6 +22,32 @@ def test_the_group_follows_vllms_configuration(vllm_config: Any, directory: Path
     assert group == EngineGroup("abcde", directory, (2, 3))
     named = ChannelConfig(directory=directory, instance_id="mine")
     assert EngineGroup.from_vllm(named, vllm_config).instance_id == "mine"
+
+
+def test_one_of_several_api_servers_finds_the_engines_of_its_launcher(
+    vllm_config: Any, directory: Path, start_engine: Start
+) -> None:
+    """Its own configuration has another instance id than theirs; the parent process is the same."""
+    (directory / "dead.dp0.sock").touch()
+    start_engine(0)
+    vllm_config.instance_id = "other"
+    vllm_config.parallel_config._api_process_count = 2
+    config = ChannelConfig(directory=directory)
+    assert EngineGroup.from_vllm(config, vllm_config).instance_id == "abcde"
+    vllm_config.parallel_config._api_process_count = 1
+    assert EngineGroup.from_vllm(config, vllm_config).instance_id == "other"
+
+
+def test_engines_of_another_launcher_are_not_taken(
+    vllm_config: Any, directory: Path, start_engine: Start
+) -> None:
+    channel = start_engine(0)
+    channel.identity = msgspec.structs.replace(channel.identity, parent_pid=1)
+    channel.publish_if_due(force=True)
+    vllm_config.instance_id = "other"
+    vllm_config.parallel_config._api_process_count = 2
+    group = EngineGroup.from_vllm(ChannelConfig(directory=directory), vllm_config)
+    assert group.instance_id == "other"
 
 
 def test_sockets_are_those_expected_and_those_found(directory: Path) -> None:

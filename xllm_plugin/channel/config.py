@@ -29,9 +29,8 @@ class ChannelConfig(BaseModel):
     finer than any scrape or display, and makes the cost per step vanish."""
 
     instance_id: str = Field(default="", pattern=rf"^({INSTANCE_ID_PATTERN})?$")
-    """Names this engine's sockets, the same in its API servers and its engine processes.  Empty
-    means vLLM's own `VllmConfig.instance_id`, which is random at each start and reaches every
-    process.  Set it for a socket path that stays the same from start to start."""
+    """Names this engine's sockets.  Empty means vLLM's own `VllmConfig.instance_id`, another at
+    each start.  Set it for a socket path that stays the same from start to start."""
 
     def resolve_instance_id(self, vllm_instance_id: str) -> str:
         """The id that is in force, given vLLM's `VllmConfig.instance_id`."""

@@ -7,9 +7,12 @@ comparison (about 0.1 us; `tests/channel/test_overhead.py`).
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from typing import Any
+
+import msgspec
 
 from xllm_plugin.channel.config import ChannelConfig
 from xllm_plugin.channel.messages import EngineIdentity, EngineLoad, Snapshot
@@ -98,7 +101,7 @@ class EngineChannel:
         wall_clock: Callable[[], float] = time.time,
         on_queued: Callable[[], None] | None = None,
     ) -> None:
-        self.identity = identity
+        self.identity = msgspec.structs.replace(identity, parent_pid=os.getppid())
         self._build_load = build_load
         self._clock = clock
         self._wall_clock = wall_clock

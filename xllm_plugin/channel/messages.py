@@ -72,6 +72,7 @@ class EngineIdentity(msgspec.Struct, frozen=True, kw_only=True):
         platform: platform in force, for example ``xllm``.
         device: what the model runs on, for example ``cpu``.
         pid: of the engine process.
+        parent_pid: of the process that launched it; `EngineChannel` fills it in.
         version: of this package.
     """
 
@@ -80,6 +81,7 @@ class EngineIdentity(msgspec.Struct, frozen=True, kw_only=True):
     platform: str
     device: str
     pid: int
+    parent_pid: int = 0
     dp_rank: int = 0
     version: str = ""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from xllm_plugin import __version__, shims
-from xllm_plugin.accelerator.family import Probe
+from xllm_plugin.accelerator.family import DeviceFamily, Probe
 from xllm_plugin.config import Setting, settings_with_origin
 from xllm_plugin.doctor.machine import Finding, find, look
 from xllm_plugin.errors import SeamError, XllmError
@@ -83,7 +83,10 @@ def examine() -> Report:
     findings = list(find(look()))
     selection = _noting(findings, "platform", select_here) or Selection("unknown", "see findings")
     manager = _noting(findings, "plugins", manager_here)
-    families = manager and _noting(findings, "plugins", functools.partial(device_families, manager))
+    families: tuple[DeviceFamily, ...] | None = ()
+    if manager is not None:
+        collect = functools.partial(device_families, manager)
+        families = _noting(findings, "plugins", collect)
     choice = None if selection.platform != "xllm" else _noting(findings, "device", resolve)
     # vLLM asks our plugin on import, which ends this process, too, where it ends a vLLM command.
     importable = vllm_version() is not None and (selection.is_native or choice is not None)

@@ -7,6 +7,7 @@ purpose, because vLLM has none to the scheduler (ARCHITECTURE.md, "One channel t
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import platform as python_platform
 from argparse import Namespace
@@ -104,7 +105,7 @@ class XllmEndpoints:
                 '--additional-config \'{"xllm": {"channel": {"enabled": false}}}\''
             )
             return
-        group = EngineGroup.from_vllm(config.channel, vllm_config)
+        group = await asyncio.to_thread(EngineGroup.from_vllm, config.channel, vllm_config)
         state.xllm = _ServerState(self._describe(vllm_config, group, config), group)
         model_name = str(vllm_config.model_config.served_model_name)
         register(XllmCollector(EngineReader(group), model_name), self._registry)

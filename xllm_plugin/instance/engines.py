@@ -7,6 +7,7 @@ socket; ranks on other machines of a multi-node deployment cannot be asked and a
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,12 +43,22 @@ class EngineGroup:
 
     @classmethod
     def from_vllm(cls, config: ChannelConfig, vllm_config: Any) -> EngineGroup:
-        """The group that belongs to a `vllm.config.VllmConfig`."""
+        """The group that belongs to a `vllm.config.VllmConfig`; call it once the engines run.
+
+        One API server hands its configuration to the engines it starts, `instance_id` included.
+        With several (the default under data parallelism) a launcher starts them and the engines,
+        and each makes its own configuration with an `instance_id` of its own: there the engines
+        are those that have the same parent process.  Asking for it may take a moment.
+        """
         parallel = vllm_config.parallel_config
         first = parallel.data_parallel_index
+        directory = config.directory or channel_directory()
+        instance_id = config.resolve_instance_id(vllm_config.instance_id)
+        if not config.instance_id and parallel._api_process_count > 1:  # noqa: SLF001  vLLM's own
+            instance_id = _instance_launched_by(os.getppid(), directory) or instance_id
         return cls(
-            instance_id=config.resolve_instance_id(vllm_config.instance_id),
-            directory=config.directory or channel_directory(),
+            instance_id=instance_id,
+            directory=directory,
             expected_ranks=tuple(range(first, first + parallel.data_parallel_size_local)),
         )
 
@@ -61,6 +72,19 @@ class EngineGroup:
             if found.instance_id == self.instance_id:
                 paths[found.dp_rank] = found.path
         return dict(sorted(paths.items()))
+
+
+def _instance_launched_by(parent_pid: int, directory: Path) -> str | None:
+    """Id of the engines whose parent process is `parent_pid`."""
+    for entry in sockets_in(directory):
+        try:
+            with ChannelClient(entry.path) as client:
+                engine = client.snapshot().engine
+        except ChannelError:
+            continue
+        if engine.parent_pid == parent_pid:
+            return engine.instance_id
+    return None
 
 
 class AsyncEngineReader:

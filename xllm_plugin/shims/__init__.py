@@ -1,8 +1,8 @@
 """The repairs of the surroundings that even `--platform native` needs.
 
 They change nothing in vLLM: one answers a question about package metadata, the others let the CUDA
-builds of torchvision, torchaudio and torchcodec that PyPI has stand beside CPU torch.  Each checks that it is
-needed before it does anything.
+builds of torchvision, torchaudio and torchcodec that PyPI has stand beside CPU torch.  Each checks
+that it is needed before it does anything.
 """
 
 from __future__ import annotations

@@ -26,9 +26,19 @@ from xllm_plugin.errors import NotNowError
 if TYPE_CHECKING:
     from openai import OpenAI
 
-__all__ = ["DIALOGUES", "Talk", "hold_all", "read_metric"]
+__all__ = [
+    "DIALOGUES",
+    "MAX_TOKENS",
+    "PERSON_SCHEMA",
+    "WEATHER_TOOL",
+    "Talk",
+    "hold_all",
+    "read_metric",
+    "stable",
+]
 
-MAX_TOKENS = 16
+MAX_TOKENS = 12
+MAX_JSON_TOKENS = 64
 VOLATILE = frozenset({"created", "id", "request_id", "system_fingerprint"})
 
 PERSON_SCHEMA = {
@@ -47,6 +57,7 @@ WEATHER_TOOL = {
     "function": {
         "name": "get_weather",
         "description": "Tell the weather of a city.",
+        "strict": True,  # else vLLM lets a named call's arguments be any JSON
         "parameters": {
             "type": "object",
             "properties": {
@@ -220,21 +231,30 @@ def penalties(talk: Talk) -> Any:
 def guided_json(talk: Talk) -> Any:
     """An answer that must follow a JSON schema."""
     form = {"type": "json_schema", "json_schema": {"name": "pet", "schema": PERSON_SCHEMA}}
-    return stable(talk.chat("Describe a pet as JSON.", response_format=form, max_tokens=96))
+    return stable(
+        talk.chat("Describe a pet as JSON.", response_format=form, max_tokens=MAX_JSON_TOKENS)
+    )
 
 
 def tool_named(talk: Talk) -> Any:
     """A call of the one tool that is named."""
     choice = {"type": "function", "function": {"name": "get_weather"}}
     return stable(
-        talk.chat("Weather in Rome?", tools=[WEATHER_TOOL], tool_choice=choice, max_tokens=96)
+        talk.chat(
+            "Weather in Rome?", tools=[WEATHER_TOOL], tool_choice=choice, max_tokens=MAX_JSON_TOKENS
+        )
     )
 
 
 def tool_required(talk: Talk) -> Any:
     """A call of some tool."""
     return stable(
-        talk.chat("Weather in Rome?", tools=[WEATHER_TOOL], tool_choice="required", max_tokens=96)
+        talk.chat(
+            "Weather in Rome?",
+            tools=[WEATHER_TOOL],
+            tool_choice="required",
+            max_tokens=MAX_JSON_TOKENS,
+        )
     )
 
 
@@ -247,7 +267,11 @@ def tool_stream(talk: Talk) -> Any:
     """A named tool call as a stream."""
     choice = {"type": "function", "function": {"name": "get_weather"}}
     chunks = talk.chat(
-        "Weather in Rome?", tools=[WEATHER_TOOL], tool_choice=choice, max_tokens=96, stream=True
+        "Weather in Rome?",
+        tools=[WEATHER_TOOL],
+        tool_choice=choice,
+        max_tokens=MAX_JSON_TOKENS,
+        stream=True,
     )
     calls = [
         call for chunk in chunks for piece in chunk.choices for call in piece.delta.tool_calls or []

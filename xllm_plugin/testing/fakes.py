@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, pairwise
 from typing import Any, TypeVar
 
 from xllm_plugin.accelerator.family import Capabilities, DeviceFamily, Probe
@@ -327,7 +327,7 @@ class FakeMemoryDriver:
             assert self._is_reserved(address), f"{address:#x} is mapped but not reserved"
             assert page in self._pages, f"{address:#x} shows page {page}, which was released"
         ranges = sorted(self._ranges.items())
-        for (start, num_bytes), (following, _) in zip(ranges, ranges[1:], strict=False):
+        for (start, num_bytes), (following, _) in pairwise(ranges):
             assert start + num_bytes <= following, f"range {start:#x} reaches into {following:#x}"
 
     def _check_size(self, num_bytes: int) -> None:

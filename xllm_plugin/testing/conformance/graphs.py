@@ -22,6 +22,9 @@ BackendT = TypeVar("BackendT", bound=GraphBackend)
 NO_GRAPH = GraphHandle(2**62 + 1)
 """A handle that no backend has given out."""
 
+SAMPLE = 5
+"""An input unlike those that the checks use beside it."""
+
 
 @dataclass(frozen=True, slots=True)
 class GraphWork:
@@ -136,7 +139,7 @@ def replay_returns_what_run_returned(kit: GraphKit[Any]) -> None:
     scene = Scene(kit)
     work = scene.probe.make_work()
     graph = scene.backend.capture(lambda: {"output": (work.run(),), "label": "kept"})
-    work.write(6)
+    work.write(SAMPLE)
     result = scene.backend.replay(graph)
     require(
         isinstance(result, dict) and result.keys() == {"output", "label"},
@@ -144,7 +147,7 @@ def replay_returns_what_run_returned(kit: GraphKit[Any]) -> None:
     )
     require(result["label"] == "kept", f"the label 'kept' came back as {result['label']!r}.")
     found = work.read(result["output"][0])
-    require(found == 7, f"the output inside the dict is {found}, not 7.")
+    require(found == SAMPLE + 1, f"the output inside the dict is {found}, not {SAMPLE + 1}.")
 
 
 @GRAPHS.clause
@@ -153,10 +156,13 @@ def replay_returns_the_same_tensors(kit: GraphKit[Any]) -> None:
     scene = Scene(kit)
     scene.work.write(1)
     first = scene.backend.replay(scene.graph)
-    scene.work.write(5)
+    scene.work.write(SAMPLE)
     scene.backend.replay(scene.graph)
     found = scene.work.read(first)
-    require(found == 6, f"the tensor of the first replay holds {found} after the second, not 6.")
+    require(
+        found == SAMPLE + 1,
+        f"the tensor of the first replay holds {found} after the second, not {SAMPLE + 1}.",
+    )
 
 
 @GRAPHS.clause
@@ -165,11 +171,14 @@ def graphs_do_not_disturb_each_other(kit: GraphKit[Any]) -> None:
     scene = Scene(kit)
     other = scene.probe.make_work()
     other_graph = scene.backend.capture(other.run)
-    scene.work.write(1)
+    scene.work.write(SAMPLE)
     result = scene.backend.replay(scene.graph)
     expect_result(scene.backend, other_graph, other, 20, "the other graph")
     found = scene.work.read(result)
-    require(found == 2, f"a result was 2 and, after another graph's replay, {found}.")
+    require(
+        found == SAMPLE + 1,
+        f"a result was {SAMPLE + 1} and, after another graph's replay, {found}.",
+    )
 
 
 @GRAPHS.clause
@@ -220,7 +229,7 @@ def replay_refuses_unknown_graphs(kit: GraphKit[Any]) -> None:
     dropped = scene.backend.capture(scene.probe.make_work().run)
     scene.backend.drop(dropped)
     for what, graph in (("never captured", NO_GRAPH), ("dropped", dropped)):
-        refuses(ValueError, f"replay of a graph {what}", scene.backend.replay, g)
+        refuses(ValueError, f"replay of a graph {what}", scene.backend.replay, graph)
     scene.check("after refused replays")
 
 
@@ -231,7 +240,7 @@ def drop_refuses_unknown_graphs(kit: GraphKit[Any]) -> None:
     dropped = scene.backend.capture(scene.probe.make_work().run)
     scene.backend.drop(dropped)
     for what, graph in (("never captured", NO_GRAPH), ("dropped", dropped)):
-        refuses(ValueError, f"drop of a graph {what}", scene.backend.drop, g)
+        refuses(ValueError, f"drop of a graph {what}", scene.backend.drop, graph)
     scene.check("after refused drops")
 
 

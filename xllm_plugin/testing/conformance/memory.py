@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -44,7 +45,8 @@ class MemoryProbe:
         write: put bytes at an address, for the device to see.
         max_pages: `create` runs out after at most so many pages, at least 4 and better below 1000.
         fail_next_map: makes the device fail the next `map` half-way, as for want of page tables.
-        busy: a context in which the device has work to do and cannot finish it.
+        busy: a context in which the device has work to do and cannot finish it; it may be left
+            from another thread.
     """
 
     read: Callable[[int, int], bytes]
@@ -89,8 +91,8 @@ class Scene:
     def __init__(self, kit: MemoryKit[Any]) -> None:
         self.driver: MemoryDriver = kit.make_driver()
         self.probe = kit.probe(self.driver)
-        self.page_bytes = self.driver.granularity_bytes
-        self.start = self.driver.reserve(self.num_bytes)
+        self.page_bytes: int = self.driver.granularity_bytes
+        self.start: int = self.driver.reserve(self.num_bytes)
         self.page_a = self.driver.create()
         self.page_b = self.driver.create()
         for slot, page in enumerate((self.page_a, self.page_a, self.page_b)):
@@ -105,9 +107,11 @@ class Scene:
     def address(self, slot: int) -> int:
         return self.start + slot * self.page_bytes
 
-    def refuses(self, error: type[Exception], what: str, call: Callable[[], Any]) -> None:
-        """Require that `call` raises `error` and leaves the mapped bytes alone."""
-        refuses(error, what, call)
+    def refuses(
+        self, error: type[Exception], what: str, call: Callable[..., Any], *args: Any
+    ) -> None:
+        """Require that `call` on `args` raises `error` and leaves the mapped bytes alone."""
+        refuses(error, what, call, *args)
         self.check_bytes(f"after {what} raised {error.__name__}")
 
     def check_bytes(self, when: str) -> None:
@@ -139,7 +143,11 @@ class Scene:
 def unchanged_scene(kit: MemoryKit[Any]) -> Iterator[Scene]:
     """A `Scene` that must be the same at the end."""
     scene = Scene(kit)
-    yield scene
+    try:
+        yield scene
+    except UncheckedError:
+        scene.close("in a clause that goes unchecked")
+        raise
     scene.check_bytes("at the end")
     scene.close("at the end")
 
@@ -199,9 +207,10 @@ def granularity_is_a_power_of_two(kit: MemoryKit[Any]) -> None:
     driver = kit.make_driver()
     size = driver.granularity_bytes
     require(size > 1 and size & (size - 1) == 0, f"it is {size}.")
-    driver.reserve(size)
-    driver.create()
+    start, page = driver.reserve(size), driver.create()
     again = driver.granularity_bytes
+    driver.release(page)
+    driver.unreserve(start, size)
     require(again == size, f"it was {size} and then {again}.")
 
 
@@ -214,7 +223,7 @@ def ranges_are_aligned_and_disjoint(kit: MemoryKit[Any]) -> None:
     for start, _ in ranges:
         require(start % page_bytes == 0, f"reserve returned {start:#x}, granularity {page_bytes}.")
     ranges.sort()
-    for (start, size), (following, _) in zip(ranges, ranges[1:], strict=False):
+    for (start, size), (following, _) in itertools.pairwise(ranges):
         require(
             start + size <= following, f"{start:#x} + {size} bytes reaches into {following:#x}."
         )
@@ -237,6 +246,10 @@ def neighbouring_pages_form_one_range(kit: MemoryKit[Any]) -> None:
         probe.read(start, 2 * page_bytes) == pattern(page_bytes, 0) + pattern(page_bytes, 1),
         "two pages side by side do not show what was written to each.",
     )
+    for slot in (0, 1):
+        driver.unmap(start + slot * page_bytes)
+        driver.release(pages[slot])
+    driver.unreserve(start, 2 * page_bytes)
 
 
 @MEMORY.clause
@@ -311,9 +324,7 @@ def reserve_refuses_odd_sizes(kit: MemoryKit[Any]) -> None:
     """`reserve` raises ValueError unless the size is a positive multiple of the granularity."""
     with unchanged_scene(kit) as scene:
         for num_bytes in (0, 1, scene.page_bytes + 1, scene.page_bytes // 2, -scene.page_bytes):
-            scene.refuses(
-                ValueError, f"reserve({num_bytes})", scene.driver.reserve, n
-            )
+            scene.refuses(ValueError, f"reserve({num_bytes})", scene.driver.reserve, num_bytes)
 
 
 @MEMORY.clause
@@ -330,7 +341,7 @@ def map_refuses_misaligned_addresses(kit: MemoryKit[Any]) -> None:
     with unchanged_scene(kit) as scene:
         for address in (scene.address(3) + 1, scene.address(3) + scene.page_bytes // 2):
             what = f"map at slot 3 + {address - scene.address(3)} bytes"
-            scene.refuses(ValueError, what, scene.driver.map, a, scene.page_b)
+            scene.refuses(ValueError, what, scene.driver.map, address, scene.page_b)
 
 
 @MEMORY.clause
@@ -344,7 +355,7 @@ def map_refuses_addresses_that_are_not_reserved(kit: MemoryKit[Any]) -> None:
             ("map at the range's end", scene.start + scene.num_bytes),
             ("map in a range given back", gone),
         ):
-            scene.refuses(ValueError, what, scene.driver.map, a, scene.page_b)
+            scene.refuses(ValueError, what, scene.driver.map, address, scene.page_b)
 
 
 @MEMORY.clause
@@ -355,7 +366,9 @@ def map_refuses_an_address_that_is_mapped(kit: MemoryKit[Any]) -> None:
             scene.refuses(
                 ValueError,
                 "map where page A is mapped",
-                lambda p=page: scene.driver.map(scene.address(0), p),
+                scene.driver.map,
+                scene.address(0),
+                page,
             )
 
 
@@ -369,7 +382,9 @@ def map_refuses_unknown_pages(kit: MemoryKit[Any]) -> None:
             scene.refuses(
                 ValueError,
                 f"map of a page {what}",
-                lambda p=page: scene.driver.map(scene.address(3), p),
+                scene.driver.map,
+                scene.address(3),
+                page,
             )
 
 
@@ -381,7 +396,8 @@ def unmap_refuses_misaligned_addresses(kit: MemoryKit[Any]) -> None:
             scene.refuses(
                 ValueError,
                 f"unmap at slot 0 + {offset} bytes",
-                scene.driver.unmap, scene.start + o,
+                scene.driver.unmap,
+                scene.start + offset,
             )
 
 
@@ -395,7 +411,7 @@ def unmap_refuses_an_address_where_nothing_is_mapped(kit: MemoryKit[Any]) -> Non
             ("the second unmap of one address", scene.address(3)),
             ("unmap past the range's end", scene.start + scene.num_bytes),
         ):
-            scene.refuses(ValueError, what, scene.driver.unmap, a)
+            scene.refuses(ValueError, what, scene.driver.unmap, address)
 
 
 @MEMORY.clause
@@ -404,7 +420,8 @@ def release_refuses_a_mapped_page(kit: MemoryKit[Any]) -> None:
     with unchanged_scene(kit) as scene:
         what = "release of a page mapped at two addresses"
         scene.refuses(ValueError, what, scene.driver.release, scene.page_a)
-        for slot in (0, 1):
+        # The latest address first: a driver that remembers only one of them is wrong once.
+        for slot in (1, 0):
             scene.driver.unmap(scene.address(slot))
             what = f"release of a page mapped at two addresses, after unmap of slot {slot},"
             refuses(ValueError, what, scene.driver.release, scene.page_a)
@@ -418,9 +435,7 @@ def release_refuses_unknown_pages(kit: MemoryKit[Any]) -> None:
         released = scene.driver.create()
         scene.driver.release(released)
         for what, page in (("never created", NO_PAGE), ("released", released)):
-            scene.refuses(
-                ValueError, f"release of a page {what}", scene.driver.release, p
-            )
+            scene.refuses(ValueError, f"release of a page {what}", scene.driver.release, page)
 
 
 @MEMORY.clause
@@ -439,12 +454,12 @@ def unreserve_refuses_what_reserve_did_not_return(kit: MemoryKit[Any]) -> None:
             scene.refuses(
                 ValueError,
                 f"unreserve of {what}",
-                scene.driver.unreserve, a, n,
+                scene.driver.unreserve,
+                address,
+                num_bytes,
             )
         scene.driver.unreserve(start, size)
-        scene.refuses(
-            ValueError, "the second unreserve", scene.driver.unreserve, start, size
-        )
+        scene.refuses(ValueError, "the second unreserve", scene.driver.unreserve, start, size)
 
 
 @MEMORY.clause
@@ -454,7 +469,9 @@ def unreserve_refuses_a_range_with_a_mapped_page(kit: MemoryKit[Any]) -> None:
         scene.refuses(
             ValueError,
             "unreserve of a range with mapped pages",
-            scene.driver.unreserve, scene.start, scene.num_bytes,
+            scene.driver.unreserve,
+            scene.start,
+            scene.num_bytes,
         )
 
 
@@ -489,6 +506,7 @@ def a_released_page_can_be_created_again(kit: MemoryKit[Any]) -> None:
         driver.map(start, page)
         driver.unmap(start)
         driver.release(page)
+    driver.unreserve(start, driver.granularity_bytes)
     left = count_free(driver, max_pages)
     require(left == free, f"{free} pages were free and, all released, {left}.")
 
@@ -499,28 +517,30 @@ def a_reserved_range_takes_no_pages(kit: MemoryKit[Any]) -> None:
     driver: MemoryDriver = kit.make_driver()
     max_pages = max_pages_of(kit.probe(driver))
     free = count_free(driver, max_pages)
-    driver.reserve(4 * max_pages * driver.granularity_bytes)
+    num_bytes = 4 * max_pages * driver.granularity_bytes
+    start = driver.reserve(num_bytes)
     left = count_free(driver, max_pages)
+    driver.unreserve(start, num_bytes)
     require(left == free, f"{free} pages were free before reserve and {left} after.")
 
 
 @MEMORY.clause
 def refused_calls_take_no_pages(kit: MemoryKit[Any]) -> None:
     """A call that raises changes nothing: every page can be released and created afterwards."""
-    scene = Scene(kit)
-    driver, max_pages = scene.driver, max_pages_of(scene.probe)
-    free = count_free(driver, max_pages)
-    for what, call in (
-        ("reserve(1)", driver.reserve, 1),
-        ("map where a page is mapped", lambda: driver.map(scene.address(0), scene.page_b)),
-        ("unmap of nothing", driver.unmap, scene.address(3)),
-        ("release of a mapped page", driver.release, scene.page_a),
-        ("a wrong unreserve", driver.unreserve, scene.start, scene.page_bytes),
-    ):
-        refuses(ValueError, what, call)
-        left = count_free(driver, max_pages)
-        require(left == free, f"{free} pages were free before {what} and {left} after.")
-    scene.close("after refused calls")
+    with unchanged_scene(kit) as scene:
+        driver, max_pages = scene.driver, max_pages_of(scene.probe)
+        free = count_free(driver, max_pages)
+        refused: tuple[tuple[str, Callable[..., Any], tuple[Any, ...]], ...] = (
+            ("reserve(1)", driver.reserve, (1,)),
+            ("map where a page is mapped", driver.map, (scene.address(0), scene.page_b)),
+            ("unmap of nothing", driver.unmap, (scene.address(3),)),
+            ("release of a mapped page", driver.release, (scene.page_a,)),
+            ("a wrong unreserve", driver.unreserve, (scene.start, scene.page_bytes)),
+        )
+        for what, call, args in refused:
+            scene.refuses(ValueError, what, call, *args)
+            left = count_free(driver, max_pages)
+            require(left == free, f"{free} pages were free before {what} and {left} after.")
     left = count_free(driver, max_pages)
     require(left == free + 2, f"{left} pages were free at the end, not {free + 2}.")
 
@@ -534,7 +554,7 @@ def a_map_that_the_device_fails_changes_nothing(kit: MemoryKit[Any]) -> None:
         page = scene.driver.create()
         scene.probe.fail_next_map()
         what = "map on a device that fails it"
-        scene.refuses(MemoryError, what, lambda: scene.driver.map(scene.address(3), page))
+        scene.refuses(MemoryError, what, scene.driver.map, scene.address(3), page)
         scene.refuses(ValueError, "unmap after it", scene.driver.unmap, scene.address(3))
         scene.driver.release(page)
 

@@ -1,0 +1,243 @@
+"""The platform mixin over a stand-in for vLLM's platform class."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+
+from xllm_plugin.accelerator.platform import (
+    ASYNC_SCHEDULER,
+    EXECUTORS,
+    SCHEDULER,
+    XllmPlatformMixin,
+    add_options,
+    allow_own_endpoints,
+)
+from xllm_plugin.errors import ConfigError
+
+LOGGER = "vllm.xllm_plugin"
+
+
+class VllmPlatform:
+    """Chooses what vLLM's own platform would choose."""
+
+    calls: ClassVar[list[Any]] = []
+
+    @classmethod
+    def pre_register_and_update(cls, parser: Any = None) -> None:
+        cls.calls.append(parser)
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        vllm_config.seen_by_vllm = vllm_config.parallel_config.worker_cls
+        if vllm_config.parallel_config.distributed_executor_backend is None:
+            vllm_config.parallel_config.distributed_executor_backend = "uni"
+
+
+class Platform(XllmPlatformMixin, VllmPlatform):
+    xllm_worker_cls = "toy.Worker"
+
+
+@pytest.fixture(autouse=True)
+def environ(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("XLLM_PLATFORM", "XLLM_CONFIG", "VLLM_PLUGINS", "XLLM_CHANNEL__ENABLED"):
+        monkeypatch.delenv(name, raising=False)
+    # What a call puts there is taken out again.
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    monkeypatch.delenv("VLLM_PLUGINS")
+
+
+def config(
+    *,
+    backend: Any = None,
+    worker_cls: str = "auto",
+    additional_config: Any = None,
+    async_scheduling: bool = False,
+    scheduler_cls: Any = None,
+    diffusion_config: Any = None,
+) -> SimpleNamespace:
+    return SimpleNamespace(
+        additional_config={} if additional_config is None else additional_config,
+        parallel_config=SimpleNamespace(
+            worker_cls=worker_cls, distributed_executor_backend=backend
+        ),
+        scheduler_config=SimpleNamespace(
+            async_scheduling=async_scheduling, scheduler_cls=scheduler_cls
+        ),
+        diffusion_config=diffusion_config,
+    )
+
+
+def checked(vllm_config: SimpleNamespace) -> SimpleNamespace:
+    Platform.check_and_update_config(vllm_config)
+    return vllm_config
+
+
+def test_our_classes_stand_where_vllm_takes_one() -> None:
+    result = checked(config())
+    assert result.parallel_config.worker_cls == result.seen_by_vllm == "toy.Worker"
+    assert result.parallel_config.distributed_executor_backend == EXECUTORS["uni"]
+    assert result.scheduler_config.scheduler_cls == SCHEDULER
+
+
+def test_asynchronous_scheduling_has_its_own_class() -> None:
+    result = checked(config(async_scheduling=True, backend="mp"))
+    assert result.scheduler_config.scheduler_cls == ASYNC_SCHEDULER
+    assert result.parallel_config.distributed_executor_backend == EXECUTORS["mp"]
+
+
+def test_the_hook_can_run_again_with_another_scheduling() -> None:
+    result = checked(config(async_scheduling=True))
+    result.scheduler_config.async_scheduling = False
+    again = checked(result)
+    assert again.scheduler_config.scheduler_cls == SCHEDULER
+    assert again.parallel_config.worker_cls == "toy.Worker"
+    assert again.parallel_config.distributed_executor_backend == EXECUTORS["uni"]
+
+
+@pytest.mark.parametrize("backend", ["ray", "external_launcher", object])
+def test_other_executors_are_left_alone(backend: Any) -> None:
+    assert checked(config(backend=backend)).parallel_config.distributed_executor_backend is backend
+
+
+def test_a_worker_of_the_user_s_own_is_left_alone() -> None:
+    assert checked(config(worker_cls="mine.Worker")).parallel_config.worker_cls == "mine.Worker"
+
+
+@pytest.mark.parametrize("scheduler_cls", ["mine.Scheduler", dict])
+def test_a_scheduler_of_the_user_s_own_is_used_and_said(
+    scheduler_cls: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, LOGGER):
+        result = checked(config(scheduler_cls=scheduler_cls))
+    assert result.scheduler_config.scheduler_cls is scheduler_cls
+    assert "is used as asked" in caplog.text
+
+
+def test_diffusion_models_keep_vllm_s_scheduler(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, LOGGER):
+        result = checked(config(diffusion_config=object()))
+    assert result.scheduler_config.scheduler_cls is None
+    assert "diffusion" in caplog.text
+
+
+def test_with_nothing_set_additional_config_stays_as_it_was() -> None:
+    given = {"other": 1}
+    assert checked(config(additional_config=given)).additional_config is given
+    assert given == {"other": 1}
+
+
+def test_settings_of_all_sources_are_left_in_additional_config(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XLLM_CHANNEL__ENABLED", "0")
+    given = {"other": 1, "xllm": {"channel": {"snapshot_interval_ms": 5}}}
+    result = checked(config(additional_config=given))
+    assert result.additional_config == {
+        "other": 1,
+        "xllm": {"channel": {"enabled": False, "snapshot_interval_ms": 5.0}},
+    }
+    assert given["xllm"] == {"channel": {"snapshot_interval_ms": 5}}, "the user's dict is theirs"
+
+
+def test_running_again_lets_nothing_override_what_was_decided(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XLLM_CHANNEL__ENABLED", "0")
+    given = {"xllm": {"channel": {"enabled": True, "snapshot_interval_ms": 5}}}
+    once = checked(config(additional_config=given)).additional_config
+    assert checked(config(additional_config=once)).additional_config == once
+    assert once["xllm"]["channel"]["enabled"] is True
+
+
+def test_an_additional_config_that_is_no_dict(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = object()
+    assert checked(config(additional_config=given)).additional_config is given
+    monkeypatch.setenv("XLLM_CHANNEL__ENABLED", "0")
+    with pytest.raises(ConfigError, match="additional_config is a object, which cannot hold"):
+        checked(config(additional_config=given))
+
+
+def test_a_setting_out_of_range_stops_the_start() -> None:
+    with pytest.raises(ConfigError, match=r"channel\.snapshot_interval_ms=-1"):
+        checked(config(additional_config={"xllm": {"channel": {"snapshot_interval_ms": -1}}}))
+
+
+def endpoint_plugin(site: Any, name: str) -> None:
+    site.add_distribution(
+        f"{name}-dist", entry_points={"vllm.endpoint_plugins": {name: "foreign:make"}}
+    )
+
+
+def test_our_endpoints_are_allowed_with_all_ordinary_plugins_and_no_others(site_here: Any) -> None:
+    endpoint_plugin(site_here, "foreign_routes")
+    site_here.add_distribution(
+        "loggers", entry_points={"vllm.stat_logger_plugins": {"my_logger": "loggers:Logger"}}
+    )
+    environ: dict[str, str] = {}
+    allow_own_endpoints(environ)
+    allowed = environ["VLLM_PLUGINS"].split(",")
+    assert {"xllm", "my_logger"} <= set(allowed)
+    assert "foreign_routes" not in allowed
+
+
+@pytest.mark.parametrize("value", ["", "mine", "xllm"])
+def test_a_list_of_the_user_s_own_is_left_alone(value: str) -> None:
+    environ = {"VLLM_PLUGINS": value}
+    allow_own_endpoints(environ)
+    assert environ == {"VLLM_PLUGINS": value}
+
+
+def test_no_foreign_routes_slip_in_under_a_shared_name(
+    site_here: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    endpoint_plugin(site_here, "both")
+    site_here.add_distribution(
+        "ordinary", entry_points={"vllm.general_plugins": {"both": "ordinary:register"}}
+    )
+    environ: dict[str, str] = {}
+    with caplog.at_level(logging.WARNING, LOGGER):
+        allow_own_endpoints(environ)
+    assert environ == {}
+    assert "['both']" in caplog.text
+
+
+def test_our_options_are_shown_once_and_only_on_a_parser() -> None:
+    parser = argparse.ArgumentParser()
+    Platform.pre_register_and_update()
+    Platform.pre_register_and_update(parser)
+    Platform.pre_register_and_update(parser)
+    assert VllmPlatform.calls[-3:] == [None, parser, parser]
+    assert parser.format_help().count("--xllm-config FILE") == 1 + 1  # usage and text
+
+
+def parser_with_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return parser
+
+
+def test_the_parser_s_default_is_the_platform_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parser_with_options().parse_args([]).platform == "xllm"
+    monkeypatch.setenv("XLLM_PLATFORM", "native")
+    assert parser_with_options().parse_args([]).platform == "native"
+
+
+def test_naming_the_platform_in_force_again_is_fine() -> None:
+    assert parser_with_options().parse_args(["--platform", "xllm"]).platform == "xllm"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--platform", "native"], ["--plat=native"], ["--xllm-config", "x.yaml"]]
+)
+def test_an_option_that_comes_too_late_says_so(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parser_with_options().parse_args(arguments)
+    assert caught.value.code == 2
+    assert "comes too late here" in capsys.readouterr().err

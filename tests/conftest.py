@@ -1,0 +1,97 @@
+"""A throw-away site folder with real distributions in it, and child processes that see it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+
+class Site:
+    """A folder as pip would fill it: modules, and `.dist-info` folders with entry points."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def add_module(self, name: str, source: str) -> None:
+        """Write module `name` ("a.b" makes the package `a`)."""
+        *packages, _ = name.split(".")
+        folder = self.folder
+        for package in packages:
+            folder = folder / package
+            folder.mkdir(exist_ok=True)
+            (folder / "__init__.py").touch()
+        target = self.folder.joinpath(*name.split(".")).with_suffix(".py")
+        target.write_text(textwrap.dedent(source), encoding="utf-8")
+
+    def add_distribution(
+        self,
+        name: str,
+        version: str = "1.0",
+        entry_points: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
+        """Write the metadata of an installed distribution; entry points as {group: {name: value}}."""
+        folder = self.folder / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8"
+        )
+        lines = []
+        for group, entries in (entry_points or {}).items():
+            lines += [f"[{group}]", *(f"{key} = {value}" for key, value in entries.items())]
+        (folder / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    """An empty site folder, on nobody's path yet; `run_python` puts it on the child's."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    return Site(folder)
+
+
+@pytest.fixture
+def site_here(site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """The site folder on this process's path; modules imported from it are forgotten after."""
+    monkeypatch.syspath_prepend(str(site.folder))
+    before = set(sys.modules)
+    yield site
+    for name in set(sys.modules) - before:
+        origin = getattr(sys.modules[name], "__file__", None) or ""
+        if origin.startswith(str(site.folder)):
+            del sys.modules[name]
+    importlib.invalidate_caches()
+
+
+@pytest.fixture
+def run_python(site: Site) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python ARGUMENTS...` with the site folder in front and no choice of ours made."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("XLLM_", "VLLM_"))
+        }
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env={
+                **inherited,
+                "PYTHONPATH": str(site.folder),
+                "HF_HUB_OFFLINE": "1",
+                "VLLM_NO_USAGE_STATS": "1",
+                **environment,
+            },
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run
