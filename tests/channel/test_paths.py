@@ -112,6 +112,14 @@ def test_a_dead_engines_socket_is_replaced(directory: Path) -> None:
         assert [entry.path for entry in find_engines(directory)] == [path]
 
 
+def test_dead_sockets_beside_a_new_one_are_removed_and_nothing_else(directory: Path) -> None:
+    leave_dead_socket(directory / "killed.dp0.sock")
+    (directory / "file.dp0.sock").touch()
+    with listen(directory / "alive.dp0.sock"), listen(directory / "e.dp0.sock"):
+        names = [path.name for path in sorted(directory.iterdir())]
+    assert names == ["alive.dp0.sock", "e.dp0.sock", "file.dp0.sock"]
+
+
 def test_a_live_engines_socket_is_an_error(directory: Path) -> None:
     path = directory / "e.dp0.sock"
     with listen(path), pytest.raises(ChannelError, match="an engine already listens at"):

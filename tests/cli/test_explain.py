@@ -44,7 +44,13 @@ def test_an_error_of_ours_is_shown_whatever_is_around_it() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "port"),
-    [([], "8000"), (["--port", "81"], "81"), (["--port=82"], "82"), (["--port"], "8000")],
+    [
+        ([], "8000"),
+        (["--port", "81"], "81"),
+        (["--port=82"], "82"),
+        (["--port", "81", "--port=82"], "82"),
+        (["--port"], "8000"),
+    ],
 )
 def test_a_port_in_use(arguments: list[str], port: str) -> None:
     for error in (bind_twice(), OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))):

@@ -82,7 +82,7 @@ def test_once_shows_a_table_of_all_engines(start_engine: Start) -> None:
     start_engine("e2", 1)
     result = run("--once")
     assert result.exit_code == 0, result.exception
-    for text in ("e1 dp0", "e2 dp1", "tiny[0]", "75.0", "42", "tokens/s", "preempted"):
+    for text in ("e1 dp0", "e2 dp1", "tiny[0]", "75.0", "42", "tok/s", "preempted"):
         assert text in result.output
 
 

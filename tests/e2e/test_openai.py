@@ -125,6 +125,5 @@ def test_a_client_that_hangs_up_frees_the_engine(xllm_answers: dict[str, Any]) -
     assert xllm_answers["hang_up"] == {
         "running_while_streaming": 1.0,
         "running_after": 0.0,
-        "aborted": 1.0,
         "stopped_early": True,
     }

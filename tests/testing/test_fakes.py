@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
-    consumes,
     initialize,
     invariant,
     multiple,
@@ -238,13 +237,28 @@ class MemoryMachine(RuleBasedStateMachine):
         self.driver.map(address, page)
         self.mapped[address] = page
 
-    @rule(place=ranges, page=pages)
-    def map_fails_half_way(self, place: tuple[int, int], page: PageHandle) -> None:
-        address = place[0]
-        if self.is_reserved(address) and address not in self.mapped and page in self.contents:
+    @precondition(lambda self: self.contents and self.free_slots())
+    @rule(data=st.data(), fault=st.integers(0, 3))
+    def map_where_it_fits(self, data: st.DataObject, fault: int) -> None:
+        address = data.draw(st.sampled_from(self.free_slots()))
+        page = data.draw(st.sampled_from(sorted(self.contents)))
+        if fault == 1:
             self.driver.fail_map()
-            with pytest.raises(MemoryError):
+            with pytest.raises(MemoryError, match="half-way"):
                 self.driver.map(address, page)
+            return
+        self.driver.map(address, page)
+        self.mapped[address] = page
+
+    @precondition(lambda self: self.mapped)
+    @rule(data=st.data())
+    def unmap_what_is_mapped(self, data: st.DataObject) -> None:
+        address = data.draw(st.sampled_from(sorted(self.mapped)))
+        self.driver.finish_work()
+        self.num_finished += len(self.launched)
+        self.launched.clear()
+        self.driver.unmap(address)
+        del self.mapped[address]
 
     @rule(place=ranges, slot=st.integers(-1, 3))
     def unmap(self, place: tuple[int, int], slot: int) -> None:
@@ -286,10 +300,6 @@ class MemoryMachine(RuleBasedStateMachine):
         self.driver.unreserve(address, num_bytes)
         del self.reserved[address]
 
-    @rule(place=consumes(ranges))
-    def forget(self, place: tuple[int, int]) -> None:
-        """Draw this range no more, so that fresh ones get their turn."""
-
     @rule(data=st.data())
     def launch(self, data: st.DataObject) -> None:
         addresses = data.draw(st.sets(st.sampled_from(sorted(self.mapped)))) if self.mapped else ()
@@ -325,6 +335,12 @@ class MemoryMachine(RuleBasedStateMachine):
     def fences_know_their_moment(self) -> None:
         for fence, mark in self.fences:
             assert fence.is_done() == (self.num_finished >= mark)
+
+    def free_slots(self) -> list[int]:
+        slots = [
+            at for start, n in self.reserved.items() for at in range(start, start + n, PAGE_BYTES)
+        ]
+        return sorted(set(slots) - set(self.mapped))
 
     def is_reserved(self, address: int) -> bool:
         return any(start <= address < start + size for start, size in self.reserved.items())

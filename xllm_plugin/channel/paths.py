@@ -101,14 +101,8 @@ def find_engines(directory: Path | None = None) -> list[EngineSocket]:
         directory = channel_directory()
         if directory.exists():
             _check_private(directory)
-    found = sockets_in(directory)
-    if not found:
-        return []
     with _locked(directory):
-        for entry in found:
-            if not _is_live(entry.path):
-                entry.path.unlink(missing_ok=True)
-    return [entry for entry in found if entry.path.exists()]
+        return _drop_dead(directory)
 
 
 def require_private_directory(directory: Path) -> None:
@@ -146,7 +140,9 @@ def _check_private(directory: Path) -> None:
 
 
 def listen(path: Path) -> socket.socket:
-    """A listening socket at `path` with mode 0600; a dead engine's socket there is replaced.
+    """A listening socket at `path` with mode 0600; dead engines' sockets beside it are removed.
+
+    An engine that was killed leaves its file behind, and the next one has another name.
 
     Raises:
         ChannelError: a live process listens there.
@@ -157,6 +153,7 @@ def listen(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with _locked(path.parent):
+            _drop_dead(path.parent)
             _clear(path)
             listener.bind(str(path))
             path.chmod(0o600)
@@ -173,6 +170,17 @@ def remove_socket(path: Path, inode: int) -> None:
     with _locked(path.parent), contextlib.suppress(FileNotFoundError):
         if path.lstat().st_ino == inode:
             path.unlink()
+
+
+def _drop_dead(directory: Path) -> list[EngineSocket]:
+    """Remove the sockets nobody listens at; returns the others.  Needs the directory's lock."""
+    live = []
+    for entry in sockets_in(directory):
+        if _is_live(entry.path):
+            live.append(entry)
+        elif stat.S_ISSOCK(entry.path.lstat().st_mode):
+            entry.path.unlink()
+    return live
 
 
 def _clear(path: Path) -> None:

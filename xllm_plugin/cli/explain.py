@@ -64,11 +64,13 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _option(argv: list[str], name: str) -> str | None:
+    """Return the value of an option; of several the last, as argparse does."""
+    found = None
     for index, argument in enumerate(argv):
         key, equals, value = argument.partition("=")
         if key == name:
-            return value if equals else next(iter(argv[index + 1 :]), None)
-    return None
+            found = value if equals else next(iter(argv[index + 1 :]), None)
+    return found
 
 
 def _port_in_use(argv: list[str]) -> XllmError:
@@ -108,7 +110,7 @@ def _is_model_error(error: BaseException) -> bool:
 
 def _not_a_model(model: str, error: BaseException) -> ModelError:
     if os.path.isdir(model):  # noqa: PTH112
-        detail = str(error).splitlines()
+        detail = [line for cause in _chain(error) for line in str(cause).splitlines()]
         reason = next((line.strip() for line in detail if any(s in line for s in MODEL_SIGNS)), "")
         return ModelError(
             f"model {model!r}: the folder is there but is not a Hugging Face model folder: "

@@ -17,6 +17,7 @@ from typing import Self
 import click
 import httpx
 import msgspec
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -221,15 +222,22 @@ def _key(snapshot: Snapshot) -> tuple[str, int, int]:
     return snapshot.engine.instance_id, snapshot.engine.dp_rank, snapshot.engine.pid
 
 
+_MAX_NAME = 12
 _TEXT_COLUMNS = ("engine", "model", "device")
 _NUMBER_COLUMNS = (
-    *("running", "waiting", "KV %", "tokens/s"),
+    *("running", "waiting", "KV %", "tok/s"),
     *("step ms", "steps", "preempted", "age s"),
 )
 
 
 def _table(readings: Readings, rates: Rates) -> Table:
-    table = Table(title="xllm engines", caption=_caption(readings), caption_justify="left")
+    table = Table(
+        title="xllm engines",
+        caption=_caption(readings),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,  # eleven columns fit a terminal of 80
+        padding=(0, 1, 0, 0),
+    )
     for heading in _TEXT_COLUMNS:
         table.add_column(heading, overflow="fold")
     for heading in _NUMBER_COLUMNS:
@@ -237,6 +245,11 @@ def _table(readings: Readings, rates: Rates) -> Table:
     for reading in readings.engines:
         table.add_row(*_row(reading, rates))
     return table
+
+
+def _short(instance_id: str) -> str:
+    """Return the end of vLLM's own ids, which count nanoseconds; names that users gave stay."""
+    return instance_id if len(instance_id) <= _MAX_NAME else f"~{instance_id[-6:]}"
 
 
 def _caption(readings: Readings) -> Text:
@@ -258,7 +271,7 @@ def _row(reading: Reading, rates: Rates) -> list[Text]:
     rate = rates.of(snapshot)
     is_stale = age_s > _STALE_S and not load.is_idle
     cells = (
-        f"{engine.instance_id} dp{engine.dp_rank}",
+        f"{_short(engine.instance_id)} dp{engine.dp_rank}",
         engine.model,
         engine.device,
         str(load.num_running),

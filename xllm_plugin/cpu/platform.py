@@ -35,7 +35,7 @@ def disable_rotary_operator(custom_ops: list[str]) -> None:
     It rotates queries of shape [tokens, heads > 1, dim] wrongly; a request for it
     ("+rotary_embedding") would be a request for wrong text.
     """
-    if f"+{ROTARY}" in custom_ops:
+    while f"+{ROTARY}" in custom_ops:
         custom_ops.remove(f"+{ROTARY}")
     if f"-{ROTARY}" not in custom_ops:
         custom_ops.append(f"-{ROTARY}")

@@ -1,0 +1,94 @@
+"""The CPU platform: vLLM's own with ours in front, and MLA kept off a wrong operator."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xllm_plugin import shims
+
+pytestmark = pytest.mark.engine  # imports vLLM, some seconds
+
+
+@pytest.fixture(scope="module", autouse=True)
+def platform() -> Any:
+    shims.install()
+    pytest.importorskip("vllm")
+    from xllm_plugin.cpu import platform
+
+    return platform
+
+
+def test_it_is_vllm_s_cpu_platform_with_ours_in_front(platform: Any) -> None:
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.platforms.interface import PlatformEnum
+
+    ours = platform.XllmCpuPlatform
+    assert issubclass(ours, CpuPlatform)
+    assert ours._enum is PlatformEnum.CPU
+    assert ours.__mro__.index(platform.XllmPlatformMixin) < ours.__mro__.index(CpuPlatform)
+    assert ours.xllm_worker_cls == "xllm_plugin.cpu.worker.XllmCpuWorker"
+
+
+@pytest.mark.parametrize(
+    ("custom_ops", "expected"),
+    [
+        ([], ["-rotary_embedding"]),
+        (["none"], ["none", "-rotary_embedding"]),
+        (["+rotary_embedding", "+rms_norm"], ["+rms_norm", "-rotary_embedding"]),
+        (["-rotary_embedding"], ["-rotary_embedding"]),
+    ],
+)
+def test_the_rotary_operator_is_switched_off(
+    platform: Any, custom_ops: list[str], expected: list[str]
+) -> None:
+    platform.disable_rotary_operator(custom_ops)
+    assert custom_ops == expected
+
+
+@given(
+    st.lists(st.sampled_from(["+rotary_embedding", "-rotary_embedding", "all", "+rms_norm"]))
+)
+def test_switching_off_is_final_and_touches_no_other_operator(custom_ops: list[str]) -> None:
+    from xllm_plugin.cpu.platform import disable_rotary_operator
+
+    others = [name for name in custom_ops if "rotary" not in name]
+    disable_rotary_operator(custom_ops)
+    assert "+rotary_embedding" not in custom_ops
+    assert "-rotary_embedding" in custom_ops
+    assert [name for name in custom_ops if "rotary" not in name] == others
+    once = list(custom_ops)
+    disable_rotary_operator(custom_ops)
+    assert custom_ops == once
+
+
+@pytest.mark.parametrize(
+    ("model_config", "is_off"),
+    [
+        (None, False),
+        (SimpleNamespace(use_mla=False), False),
+        (SimpleNamespace(use_mla=True), True),
+    ],
+)
+def test_only_mla_models_lose_it(
+    platform: Any, monkeypatch: pytest.MonkeyPatch, model_config: Any, is_off: bool
+) -> None:
+    # What vLLM's own class does with a whole VllmConfig is vLLM's to test.
+    monkeypatch.setattr(
+        platform.CpuPlatform, "check_and_update_config", classmethod(lambda cls, _: None)
+    )
+    vllm_config = SimpleNamespace(
+        additional_config={},
+        parallel_config=SimpleNamespace(worker_cls="auto", distributed_executor_backend="mp"),
+        scheduler_config=SimpleNamespace(async_scheduling=False, scheduler_cls=None),
+        diffusion_config=None,
+        model_config=model_config,
+        compilation_config=SimpleNamespace(custom_ops=[]),
+    )
+    platform.XllmCpuPlatform.check_and_update_config(vllm_config)
+    assert ("-rotary_embedding" in vllm_config.compilation_config.custom_ops) is is_off
+    assert vllm_config.parallel_config.worker_cls == "xllm_plugin.cpu.worker.XllmCpuWorker"
