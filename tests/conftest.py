@@ -36,7 +36,7 @@ class Site:
         version: str = "1.0",
         entry_points: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
-        """Write the metadata of an installed distribution; entry points as {group: {name: value}}."""
+        """Write the metadata of an installed distribution; `entry_points[group][name] = value`."""
         folder = self.folder / f"{name.replace('-', '_')}-{version}.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text(

@@ -73,7 +73,7 @@ def test_the_environment_read_is_the_process_s_own_by_default(
 
 def test_values_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        XllmConfig().channel = ChannelConfig()  # type: ignore[misc]
+        XllmConfig().channel = ChannelConfig()
 
 
 @pytest.mark.parametrize(("text", "value"), [("0", False), ("true", True), ("off", False)])
@@ -120,20 +120,23 @@ def test_an_unknown_variable(name: str) -> None:
 
 
 def test_an_unknown_setting_in_the_environment() -> None:
-    with pytest.raises(ConfigError, match="environment: unknown setting 'channel.bogus'") as caught:
+    with pytest.raises(ConfigError, match="environment: unknown setting") as caught:
         load_config(None, {"XLLM_CHANNEL__BOGUS": "1"})
+    assert "'channel.bogus'" in str(caught.value)
     assert KNOWN in str(caught.value)
 
 
 def test_an_unknown_setting_in_the_file(tmp_path: Path) -> None:
     environ = config_file(tmp_path, "chanel: {}")
-    with pytest.raises(ConfigError, match="xllm.yaml: unknown setting 'chanel'") as caught:
+    with pytest.raises(ConfigError, match=r"xllm\.yaml: unknown setting 'chanel'") as caught:
         load_config(None, environ)
     assert KNOWN in str(caught.value)
 
 
 def test_an_unknown_setting_in_additional_config() -> None:
-    with pytest.raises(ConfigError, match=r"additional_config\['xllm'\]: unknown setting") as caught:
+    with pytest.raises(
+        ConfigError, match=r"additional_config\['xllm'\]: unknown setting"
+    ) as caught:
         load_config(section(bogus=1), {})
     assert "'channel.bogus'" in str(caught.value)
     assert KNOWN in str(caught.value)

@@ -27,6 +27,8 @@ FAMILY_MODULE = """
         register(DeviceFamily("{family}", {preference}, "toy.Platform", lambda: probe))
 """
 
+HOOK = "from xllm_plugin.hookspecs import hookimpl\n@hookimpl\n"
+
 
 def add_vendor(site: Any, name: str, family: str = "toy", preference: int = 5) -> None:
     """Install a distribution that brings one device family."""
@@ -95,14 +97,12 @@ def test_a_plugin_that_is_not_installed(site_here: Any) -> None:
         ("x = 1", "broken_module:Plugin", "has no attribute 'Plugin'"),
         ("x = 1", "absent_module", "No module named 'absent_module'"),
         (
-            "from xllm_plugin.hookspecs import hookimpl\n"
-            "@hookimpl\n"
-            "def register_device_families(nothing_we_give): ...",
+            HOOK + "def register_device_families(nothing_we_give): ...",
             "broken_module",
             "nothing_we_give",
         ),
         (
-            "from xllm_plugin.hookspecs import hookimpl\n@hookimpl\ndef register_devices(): ...",
+            HOOK + "def register_devices(): ...",
             "broken_module",
             "unknown hook 'register_devices'",
         ),

@@ -34,7 +34,9 @@ def test_other_versions_are_refused(version: str) -> None:
 
 
 def test_without_vllm() -> None:
-    with pytest.raises(PlatformError, match=r"not installed here.*pip install 'xllm-plugin\[cpu\]'"):
+    with pytest.raises(
+        PlatformError, match=r"not installed here.*pip install 'xllm-plugin\[cpu\]'"
+    ):
         check_vllm_version(None)
 
 

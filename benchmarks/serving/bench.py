@@ -173,7 +173,8 @@ def notes(plan: Plan, trace: str, model: str) -> tuple[str, ...]:
         ),
         (
             "The load comes from vLLM's own benchmark client (`vllm.benchmarks.serve`), one "
-            "process for all peers, on the server's cores, not pinned; its CPU time is in the table."
+            "process for all peers, on the server's cores, not pinned; its CPU time is in the "
+            "table."
         ),
         (
             f"Outputs compared: {NUM_OUTPUT_PROMPTS} prompts of {OUTPUT_PROMPT_TOKENS} random "

@@ -16,4 +16,4 @@ def test_png(tmp_path: Path) -> None:
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG")
     width, height = struct.unpack(">II", data[16:24])
-    assert (width, height) == (1100, 484)
+    assert (width, height) == (1100, 528)

@@ -42,7 +42,9 @@ def shown(a_report: Report) -> str:
 
 
 def test_everything_in_the_report_is_shown() -> None:
-    text = shown(report(Finding("shm", "problem", "[64] MiB", "mount it"), Finding("n", "note", "x")))
+    text = shown(
+        report(Finding("shm", "problem", "[64] MiB", "mount it"), Finding("n", "note", "x"))
+    )
     for words in ("0.32.0+cpu", "[why]", "a.Platform", "a CPU [build]", "vendor 1.0", "a-seam"):
         assert words in text
     assert "problem shm: [64] MiB" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import socket
 import sys
@@ -19,7 +20,7 @@ SERVE = ["vllm", "serve", "some/model"]
 
 def chained(*errors: BaseException, implicitly: bool = False) -> BaseException:
     """The first error, caused by the second, caused by the third..."""
-    for error, cause in zip(errors, errors[1:], strict=False):
+    for error, cause in itertools.pairwise(errors):
         if implicitly:
             error.__context__ = cause
         else:
@@ -114,7 +115,9 @@ def test_anything_else_may_be_a_bug(error: BaseException) -> None:
     assert explain(error, SERVE) is None
 
 
-@pytest.mark.parametrize("argv", [["vllm"], ["vllm", "serve"], ["vllm", "serve", "--port", "1"], []])
+@pytest.mark.parametrize(
+    "argv", [["vllm"], ["vllm", "serve"], ["vllm", "serve", "--port", "1"], []]
+)
 def test_without_a_model_on_the_command_line_none_is_blamed(argv: list[str]) -> None:
     assert explain(OSError("x is not a local folder"), argv) is None
 

@@ -50,9 +50,7 @@ def test_the_rotary_operator_is_switched_off(
     assert custom_ops == expected
 
 
-@given(
-    st.lists(st.sampled_from(["+rotary_embedding", "-rotary_embedding", "all", "+rms_norm"]))
-)
+@given(st.lists(st.sampled_from(["+rotary_embedding", "-rotary_embedding", "all", "+rms_norm"])))
 def test_switching_off_is_final_and_touches_no_other_operator(custom_ops: list[str]) -> None:
     from xllm_plugin.cpu.platform import disable_rotary_operator
 

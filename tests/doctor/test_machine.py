@@ -60,7 +60,9 @@ def test_a_plugin_list_with_us() -> None:
 
 
 def test_a_target_device_that_skips_plugins() -> None:
-    assert found(environ={"VLLM_TARGET_DEVICE": "cpu"})["target-device-forced"].severity == "problem"
+    assert (
+        found(environ={"VLLM_TARGET_DEVICE": "cpu"})["target-device-forced"].severity == "problem"
+    )
     assert found(environ={"VLLM_TARGET_DEVICE": "cuda"}) == {}
 
 

@@ -1,4 +1,4 @@
-"""A torchaudio of another build looks for its library where there is none; a fitting one is left."""
+"""A torchaudio of another build looks for its library where none is; a fitting one is left."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def test_without_a_library_nothing_is_redirected(site_here: Any) -> None:
     pytest.importorskip("torch")
     folder = add_torchaudio(site_here, None)
     install()
-    assert importlib.import_module(MODULE)._LIB_DIR == folder
+    utils = importlib.import_module(MODULE)
+    assert folder == utils._LIB_DIR
     assert not is_in_force()
 
 

@@ -289,6 +289,13 @@ class MemoryMachine(RuleBasedStateMachine):
         self.driver.release(page)
         del self.contents[page]
 
+    @precondition(lambda self: self.mapped)
+    @rule(data=st.data())
+    def release_what_is_mapped(self, data: st.DataObject) -> None:
+        page = data.draw(st.sampled_from(sorted(self.mapped.values())))
+        with pytest.raises(ValueError, match="still mapped"):
+            self.driver.release(page)
+
     @rule(place=ranges, longer=st.integers(-1, 1))
     def unreserve(self, place: tuple[int, int], longer: int) -> None:
         address, num_bytes = place[0], place[1] + longer * PAGE_BYTES

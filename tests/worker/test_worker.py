@@ -51,7 +51,7 @@ class VllmWorker:
 
 @pytest.fixture
 def worker(module: Any) -> Any:
-    class Worker(module.XllmWorkerMixin, VllmWorker):
+    class Worker(module.XllmWorkerMixin, VllmWorker):  # type: ignore[misc]  # imported late
         """As a family's worker is made."""
 
     clock = ManualClock()

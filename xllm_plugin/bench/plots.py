@@ -37,25 +37,20 @@ def plot_latency_against_throughput(
     from matplotlib import pyplot as plt
 
     with plt.rc_context({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3}):
-        figure, (tpot, ttft) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+        figure, (tpot, ttft) = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained")
         for marker, (peer, points) in zip(_MARKERS * len(curves), curves.items(), strict=False):
             speed = [point.output_tok_s for point in points]
             style = {"marker": marker, "markersize": 6, "linewidth": 2, "label": peer}
             tpot.plot(speed, [point.tpot_p90_ms for point in points], **style)
             ttft.plot(speed, [point.ttft_p90_ms / 1e3 for point in points], **style)
-        tpot.axhline(tpot_bound_ms, color="black", linestyle="--", linewidth=1.2)
-        tpot.annotate(
-            f"bound {tpot_bound_ms:g} ms",
-            (1, tpot_bound_ms),
-            xycoords=("axes fraction", "data"),
-            xytext=(-4, 4),
-            textcoords="offset points",
-            horizontalalignment="right",
-        )
+        bound = f"bound, {tpot_bound_ms:g} ms"
+        tpot.axhline(tpot_bound_ms, color="black", linestyle="--", linewidth=1.2, label=bound)
         for axes, label in ((tpot, "TPOT p90, ms"), (ttft, "TTFT p90, s")):
             axes.set(xlabel="output throughput, tokens/s", ylabel=label, ylim=(0, None))
             axes.set_xlim(left=0)
-        tpot.legend(loc="upper left", framealpha=0.9)
+        # Below the panels, where it hides no point.
+        handles, labels = tpot.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         figure.suptitle(title)
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=110, metadata={"Software": None})

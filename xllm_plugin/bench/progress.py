@@ -57,9 +57,12 @@ class Reporter:
 
     def point(self, point: LoadResult) -> None:
         """Print a finished load point, also where there is no terminal for the bar."""
-        self._progress.console.print(
+        console = self._progress.console
+        console.print(
             f"{self._where}, {point.load}: {point.output_tok_s:.0f} tok/s, "
             f"TPOT p90 {point.tpot_p90_ms:.1f} ms, TTFT p90 {point.ttft_p90_ms:.0f} ms, "
             f"{point.duration_s:.0f} s, client {point.client_cpu_s:.1f} CPU s",
             highlight=False,
+            soft_wrap=True,
         )
+        console.file.flush()  # a run into a file is watched with tail -f
