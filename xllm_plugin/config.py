@@ -225,7 +225,8 @@ def _read_file(path: Path) -> dict[str, Any]:
         ) from error
     # ValueError: text in the shape of a date that is none.
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"--xllm-config {path}: is neither YAML nor JSON: {error}") from error
+        detail = " ".join(str(error).split())
+        raise ConfigError(f"--xllm-config {path}: is neither YAML nor JSON: {detail}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

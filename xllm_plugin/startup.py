@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 
 from xllm_plugin.accelerator.discover import Choice, choose
+from xllm_plugin.config import load_config
 from xllm_plugin.errors import PlatformError
 from xllm_plugin.plugins import device_families, manager_here
 from xllm_plugin.selection import DEVICE_ENV
@@ -18,7 +19,11 @@ SUPPORTED_VLLM = "0.32"
 def resolve() -> Choice:
     """Check the surroundings and choose the device family.
 
+    File and environment are read here too, long before vLLM's config is built, only so that a
+    mistake in them shows at once.
+
     Raises:
+        ConfigError: a setting in file or environment is wrong.
         PlatformError: vLLM is absent or of another version, a second out-of-tree platform is
             active, or no device family is usable.
     """
@@ -30,6 +35,7 @@ def resolve() -> Choice:
             "active beside 'xllm'. Choose one: VLLM_PLUGINS=xllm (plus the other plugins you "
             f"need) for this one, --platform native for {rivals[0]!r}, or uninstall one of them."
         )
+    load_config()
     return choose(device_families(manager_here()), os.environ.get(DEVICE_ENV) or None)
 
 
