@@ -20,7 +20,7 @@ from xllm_plugin import hookspecs
 from xllm_plugin.accelerator.family import DeviceFamily
 from xllm_plugin.errors import ConfigError
 
-__all__ = ["LOAD_ENV", "PluginInfo", "build_manager", "describe", "device_families"]
+__all__ = ["LOAD_ENV", "PluginInfo", "build_manager", "describe", "device_families", "manager_here"]
 
 LOAD_ENV = "XLLM_LOAD_PLUGINS"
 

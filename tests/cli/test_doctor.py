@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from io import StringIO
 from typing import Any
@@ -109,8 +110,10 @@ def test_the_text_report_of_a_machine_with_a_problem(run_python: Any) -> None:
     assert "problem device: XLLM_DEVICE=abacus" in done.stdout
 
 
+@pytest.mark.engine  # imports all of vLLM, twenty seconds
 def test_a_machine_on_which_it_works(run_python: Any) -> None:
-    pytest.importorskip("torch")
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
     done = run_python(*DOCTOR, "--json", XLLM_DEVICE="cpu")
     found = examined(done)
     assert found["platform_class"] == "xllm_plugin.cpu.platform.XllmCpuPlatform"

@@ -31,6 +31,9 @@ class Capabilities:
         graph_modes: of "eager", "partial", "full", those that the family's graph backend captures.
         memory_driver: class path of its `MemoryDriver`, or None.
         graph_backend: class path of its `GraphBackend`, or None.
+
+    A family that names a part ships a module `testkit` beside it, with `MEMORY_KIT` or `GRAPH_KIT`
+    (`xllm_plugin.testing.conformance`), so that the conformance tests can look behind the part.
     """
 
     graph_modes: tuple[str, ...] = ("eager",)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 __all__ = ["TorchaudioFinder", "install", "is_in_force"]
 
@@ -29,6 +30,10 @@ class _RedirectingLoader(Loader):
 
     def __init__(self, real: Loader) -> None:
         self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        """Leave resources, source and the like to the real loader."""
+        return getattr(self._real, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._real.create_module(spec)

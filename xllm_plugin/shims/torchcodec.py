@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
+from typing import Any
 
 __all__ = ["TorchcodecFinder", "install"]
 
@@ -24,6 +25,10 @@ class _ImportErrorLoader(Loader):
 
     def __init__(self, real: Loader) -> None:
         self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        """Leave resources, source and the like to the real loader."""
+        return getattr(self._real, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._real.create_module(spec)
