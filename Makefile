@@ -7,7 +7,7 @@ MODEL ?= smollm2
 ARGS ?=
 HOST ?= 127.0.0.1
 PORT ?= 8000
-# The name of a test process's engine caches nothing and fetches nothing from a hub.
+# Nothing here needs a model hub, and none is waited for.
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: help install serve test test-all lint format clean
