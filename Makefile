@@ -18,7 +18,7 @@ help:  ## Show this list.
 install: $(VENV)/.cpu  ## Make .venv with everything that serving on a CPU needs.
 
 serve: $(VENV)/.cpu  ## Prepare a small real model and serve it over the OpenAI API.
-	@$(BIN)/python scripts/serve_demo.py --model $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+	@$(BIN)/python scripts/serve_demo.py --model "$(MODEL)" --host $(HOST) --port $(PORT) $(ARGS)
 
 test: $(VENV)/.dev lint  ## Run every test tier, one model each (under 15 minutes on 2 cores).
 	$(BIN)/python -m pytest -m "not full" --durations=15

@@ -13,6 +13,7 @@ see `xllm_plugin.selection`.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,7 +39,6 @@ __all__ = [
     "Setting",
     "XllmConfig",
     "load_config",
-    "resolved_section",
     "settings_with_origin",
 ]
 
@@ -86,19 +86,6 @@ class XllmConfig(BaseSettings):
         del settings_cls, env_settings, dotenv_settings, file_secret_settings
         return (init_settings,)
 
-    @classmethod
-    def from_additional_config(cls, additional_config: object) -> XllmConfig:
-        """Read what the first process resolved and wrote; neither environment nor file is read."""
-        return _validated(_section(additional_config), "additional_config['xllm']")
-
-    def to_additional_config(self) -> dict[str, Any]:
-        """Return what differs from the defaults, as JSON values.
-
-        With nothing set that is nothing, so that vLLM's compile-cache key, which hashes
-        `additional_config`, stays that of stock vLLM.
-        """
-        return self.model_dump(mode="json", exclude_defaults=True)
-
 
 @dataclass(frozen=True, slots=True)
 class Setting:
@@ -114,6 +101,10 @@ def load_config(
 ) -> XllmConfig:
     """Merge the sources by the precedence above and validate the result.
 
+    Every process of a server merges the same sources: children inherit the environment.  Nothing
+    is written back into `additional_config`, which vLLM hashes into its compile-cache key: a
+    setting that changes from pod to pod must not make each of them compile anew.
+
     Raises:
         ConfigError: a key is unknown, a value is of the wrong type or out of range, or the file
             cannot be read; the message names the source and the key.
@@ -123,21 +114,6 @@ def load_config(
         _validated(values, origin)
         merged = _deep_update(merged, values)
     return _validated(merged, "settings together")
-
-
-def resolved_section(
-    additional_config: object = None, environ: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """Return `additional_config["xllm"]` with the settings of all sources written into it.
-
-    What the user wrote there stays, also where it equals a default: the next process that merges
-    the sources would otherwise let the environment override it.  Empty when nothing was set.
-
-    Raises:
-        ConfigError: see `load_config`.
-    """
-    settings = load_config(additional_config, environ).to_additional_config()
-    return _deep_update(_section(additional_config), settings)
 
 
 def settings_with_origin(
@@ -204,11 +180,18 @@ def _known_variables() -> str:
 
 
 def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+    """Refuse what can only be meant for us: a nested name, or nearly the name of one of ours.
+
+    Other names pass: Kubernetes gives every pod beside a Service called xllm an XLLM_SERVICE_HOST.
+    """
     sections = tuple(ENV_PREFIX + name.upper() for name in XllmConfig.model_fields)
+    known = (*BOOTSTRAP_ENV, *sections)
     for name in environ:
         if not name.startswith(ENV_PREFIX) or name in BOOTSTRAP_ENV:
             continue
         if name in sections or name.startswith(tuple(section + "__" for section in sections)):
+            continue
+        if "__" not in name and not difflib.get_close_matches(name, known, cutoff=0.85):
             continue
         raise ConfigError(
             f"environment: {name} is not a variable of this package. Known are "

@@ -72,13 +72,21 @@ def register() -> None:
     """vLLM's general-plugin hook, run in every process; the seams are checked here.
 
     Raises:
+        PlatformError: vLLM did not ask for our platform although it is wanted.
         SeamError: this vLLM is not what this package was written against.
     """
+    shims.install()
     if select_here().is_native:
         return
     from xllm_plugin.seams import check_all
+    from xllm_plugin.startup import check_platform_is_ours
 
-    check_all()
+    try:
+        check_platform_is_ours()
+        check_all()
+    except XllmError as error:
+        _stop_vllm_command(error)
+        raise
 
 
 def endpoints() -> object:
@@ -126,8 +134,12 @@ def _unexpected(error: Exception) -> InternalError:
 
 def _refuse(error: XllmError) -> str:
     global _refusal  # noqa: PLW0603  vLLM constructs the class by path, without arguments
+    _stop_vllm_command(error)
+    _refusal = error
+    return "xllm_plugin.entrypoints.RefusedPlatform"
+
+
+def _stop_vllm_command(error: XllmError) -> None:
     if is_vllm_command(sys.argv, sys.orig_argv) and not os.environ.get("XLLM_TRACEBACK"):
         sys.stderr.write(f"xllm: {error}\n")
         raise SystemExit(error.exit_code)
-    _refusal = error
-    return "xllm_plugin.entrypoints.RefusedPlatform"

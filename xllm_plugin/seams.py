@@ -216,8 +216,12 @@ SEAMS: tuple[Seam, ...] = (
         fits=_attributes(
             "vllm.v1.core.sched.scheduler:Scheduler.get_request_counts",
             "vllm.v1.core.sched.scheduler:Scheduler._preempt_request",
-            "vllm.v1.core.sched.scheduler:Scheduler.has_requests",
+            "vllm.v1.core.sched.scheduler:Scheduler.add_request",
+            "vllm.v1.core.sched.scheduler:Scheduler.finish_requests",
+            "vllm.v1.core.sched.scheduler:Scheduler.schedule",
+            "vllm.v1.core.sched.scheduler:Scheduler.shutdown",
             "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+            "vllm.v1.engine:EngineCoreOutput.new_token_ids",
             "vllm.v1.core.sched.async_scheduler:AsyncScheduler",
             "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks",
         ),

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 
 from xllm_plugin.accelerator.discover import Choice, choose
+from xllm_plugin.accelerator.platform import XllmPlatformMixin
 from xllm_plugin.config import load_config
 from xllm_plugin.errors import PlatformError
 from xllm_plugin.plugins import device_families, manager_here
@@ -39,6 +40,25 @@ def resolve() -> Choice:
     return choose(device_families(manager_here()), os.environ.get(DEVICE_ENV) or None)
 
 
+def check_platform_is_ours() -> None:
+    """See that vLLM runs on our platform, once it has chosen.
+
+    Raises:
+        PlatformError: it never asked us; the message says which variable keeps it from asking.
+    """
+    from vllm.platforms import current_platform
+
+    if isinstance(current_platform, XllmPlatformMixin):
+        return
+    reason = "another platform was put in place"
+    if os.environ.get("VLLM_TARGET_DEVICE"):
+        reason = f"VLLM_TARGET_DEVICE={os.environ['VLLM_TARGET_DEVICE']} makes it skip every plugin"
+    raise PlatformError(
+        f"xllm is wanted, but vLLM runs on {type(current_platform).__qualname__}: {reason}. "
+        "Unset it, or ask for vLLM without this plugin: XLLM_PLATFORM=native."
+    )
+
+
 def vllm_version() -> str | None:
     """Return the version of the installed vLLM, or None."""
     try:
@@ -56,7 +76,7 @@ def check_vllm_version(version: str | None) -> None:
     if version is None:
         raise PlatformError(
             "vLLM is not installed here. Install it with this package: pip install "
-            "'xllm-plugin[cpu]' (or [cuda], [npu]); README, \"Install\", names the index."
+            "'xllm-plugin[cpu]'; README, \"Install\", names the index it needs."
         )
     if version.split(".")[:2] != SUPPORTED_VLLM.split("."):
         raise PlatformError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -59,12 +60,16 @@ def config(
     async_scheduling: bool = False,
     scheduler_cls: Any = None,
     diffusion_config: Any = None,
+    kv_transfer_config: Any = None,
+    nnodes: int = 1,
 ) -> SimpleNamespace:
     return SimpleNamespace(
         additional_config={} if additional_config is None else additional_config,
         parallel_config=SimpleNamespace(
-            worker_cls=worker_cls, distributed_executor_backend=backend
+            worker_cls=worker_cls, distributed_executor_backend=backend, nnodes=nnodes
         ),
+        kv_transfer_config=kv_transfer_config,
+        ec_transfer_config=None,
         scheduler_config=SimpleNamespace(
             async_scheduling=async_scheduling, scheduler_cls=scheduler_cls
         ),
@@ -125,41 +130,27 @@ def test_diffusion_models_keep_vllm_s_scheduler(caplog: pytest.LogCaptureFixture
     assert "diffusion" in caplog.text
 
 
-def test_with_nothing_set_additional_config_stays_as_it_was() -> None:
-    given = {"other": 1}
-    assert checked(config(additional_config=given)).additional_config is given
-    assert given == {"other": 1}
-
-
-def test_settings_of_all_sources_are_left_in_additional_config(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("XLLM_CHANNEL__ENABLED", "0")
+def test_additional_config_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLLM hashes it into its compile-cache key, so what the environment says stays out of it."""
+    monkeypatch.setenv("XLLM_CHANNEL__INSTANCE_ID", "pod-7")
     given = {"other": 1, "xllm": {"channel": {"snapshot_interval_ms": 5}}}
-    result = checked(config(additional_config=given))
-    assert result.additional_config == {
-        "other": 1,
-        "xllm": {"channel": {"enabled": False, "snapshot_interval_ms": 5.0}},
-    }
-    assert given["xllm"] == {"channel": {"snapshot_interval_ms": 5}}, "the user's dict is theirs"
-
-
-def test_running_again_lets_nothing_override_what_was_decided(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("XLLM_CHANNEL__ENABLED", "0")
-    given = {"xllm": {"channel": {"enabled": True, "snapshot_interval_ms": 5}}}
-    once = checked(config(additional_config=given)).additional_config
-    assert checked(config(additional_config=once)).additional_config == once
-    assert once["xllm"]["channel"]["enabled"] is True
-
-
-def test_an_additional_config_that_is_no_dict(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = object()
     assert checked(config(additional_config=given)).additional_config is given
-    monkeypatch.setenv("XLLM_CHANNEL__ENABLED", "0")
-    with pytest.raises(ConfigError, match="additional_config is a object, which cannot hold"):
+    assert given == {"other": 1, "xllm": {"channel": {"snapshot_interval_ms": 5}}}
+
+
+def test_a_directory_of_the_user_s_that_cannot_be_used_stops_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    given = {"xllm": {"channel": {"directory": str(tmp_path / "file")}}}
+    with pytest.raises(ConfigError, match="is no directory"):
         checked(config(additional_config=given))
+
+
+def test_with_a_connector_vllm_s_own_executor_stays() -> None:
+    """Connectors look for "mp" by name."""
+    result = checked(config(backend="mp", kv_transfer_config=object()))
+    assert result.parallel_config.distributed_executor_backend == "mp"
+    result = checked(config(backend="mp", nnodes=2))
+    assert result.parallel_config.distributed_executor_backend == "mp"
 
 
 def test_a_setting_out_of_range_stops_the_start() -> None:

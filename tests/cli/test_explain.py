@@ -66,9 +66,8 @@ def test_a_port_in_use(arguments: list[str], port: str) -> None:
     "message",
     [
         "some/model is not a local folder and is not a valid model identifier listed on 'hub'",
-        "Repo id must be in the form 'repo_name' or 'namespace/repo_name': '/x/y/z'.",
-        "We couldn't connect to 'https://hub' to load this file",
-        "Cannot reach https://hub: offline mode is enabled; outgoing traffic has been disabled.",
+        "Repo id must be in the form 'repo_name' or 'namespace/repo_name': 'some/model'.",
+        "1 error\n  Value error, Invalid repository ID or local directory specified: 'some/model'",
     ],
 )
 @pytest.mark.parametrize(
@@ -96,10 +95,22 @@ def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
 
 
 def test_the_reason_may_be_further_down_the_chain(tmp_path: Path) -> None:
-    reason = "Can't load the configuration of 'x'."
+    reason = f"Can't load the configuration of '{tmp_path}'."
     error = chained(RuntimeError("engine failed"), OSError(reason))
     known = explain(error, ["vllm", "serve", str(tmp_path)])
     assert reason in str(known)
+
+
+def test_something_else_that_is_missing_is_not_blamed_on_the_model() -> None:
+    error = ValueError(
+        "Value error, Can't load the configuration of '/bad/tokenizer'. "
+        "[type=value_error, input_value=ArgsKwargs((), {'model': 'some/model'})]"
+    )
+    assert explain(error, SERVE) is None
+
+
+def test_a_port_of_another_command_is_not_the_server_s() -> None:
+    assert explain(bind_twice(), ["vllm", "bench", "latency"]) is None
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,12 @@ def test_only_mla_models_lose_it(
     )
     vllm_config = SimpleNamespace(
         additional_config={},
-        parallel_config=SimpleNamespace(worker_cls="auto", distributed_executor_backend="mp"),
+        parallel_config=SimpleNamespace(
+            worker_cls="auto", distributed_executor_backend="mp", nnodes=1
+        ),
+        kv_transfer_config=None,
+        ec_transfer_config=None,
+        use_v2_model_runner=False,
         scheduler_config=SimpleNamespace(async_scheduling=False, scheduler_cls=None),
         diffusion_config=None,
         model_config=model_config,

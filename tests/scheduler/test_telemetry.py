@@ -37,6 +37,12 @@ class Scheduler:
         return self.counts
 
 
+def opened(scheduler: Any) -> Telemetry:
+    telemetry = Telemetry(scheduler)
+    telemetry.start()
+    return telemetry
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     path = tmp_path / "s"
@@ -51,9 +57,9 @@ def scheduler(directory: Path) -> Scheduler:
 
 @pytest.fixture
 def telemetry(scheduler: Any) -> Iterator[Telemetry]:
-    opened = Telemetry.open(scheduler)
-    yield opened
-    opened.close()
+    telemetry = opened(scheduler)
+    yield telemetry
+    telemetry.close()
 
 
 def look(directory: Path, instance_id: str = "vllm-id") -> Snapshot:
@@ -87,7 +93,7 @@ def test_an_engine_says_who_it_is_as_soon_as_it_is_open(
 )
 def test_the_model_s_name(scheduler: Any, directory: Path, served: Any, name: str) -> None:
     scheduler.vllm_config.model_config.served_model_name = served
-    telemetry = Telemetry.open(scheduler)
+    telemetry = opened(scheduler)
     try:
         assert look(directory).engine.model == name
     finally:
@@ -99,6 +105,7 @@ def test_steps_are_counted_as_they_finish(
 ) -> None:
     scheduler.counts, scheduler.free = (2, 1), 40
     telemetry.num_preemptions += 1
+    assert [telemetry.count_step(), telemetry.count_step()] == [1, 2]
     telemetry.record_step(scheduled(12), outputs(1, 3), StepStamp(step=1, duration_ms=10.0))
     telemetry.record_step(scheduled(2), outputs(1, 1), StepStamp(step=2, duration_ms=20.0))
     load = look(directory).load
@@ -115,6 +122,7 @@ def test_a_step_with_nothing_scheduled_is_no_step(telemetry: Telemetry, director
 
 
 def test_a_worker_that_is_not_ours_measures_nothing(telemetry: Telemetry, directory: Path) -> None:
+    assert telemetry.count_step() == 1
     telemetry.record_step(scheduled(5), outputs(1), None)
     load = look(directory).load
     assert (load.num_steps, load.last_step_ms, load.smoothed_step_ms) == (1, 0.0, 0.0)
@@ -122,18 +130,20 @@ def test_a_worker_that_is_not_ours_measures_nothing(telemetry: Telemetry, direct
 
 def test_an_engine_that_falls_idle_says_so_before_the_interval_has_passed(directory: Path) -> None:
     scheduler: Any = Scheduler(directory, snapshot_interval_ms=1e9)
-    telemetry = Telemetry.open(scheduler)
+    telemetry = opened(scheduler)
     try:
+        scheduler.counts = (0, 1)
+        telemetry.record_change()
+        assert look(directory).load.num_waiting == 1, "work has come, before any step has ended"
         scheduler.counts = (1, 0)
         telemetry.record_step(scheduled(5), outputs(1), None)
-        telemetry.record_change()
-        assert look(directory).sequence == 1, "not due"
+        assert look(directory).load.num_waiting == 1, "not due"
         scheduler.counts = (0, 0)
         telemetry.record_step(scheduled(1), outputs(1), None)
-        assert look(directory).load.num_steps == 2
-        scheduler.free = 7
-        telemetry.record_change()  # an abort, outside any step
-        assert look(directory).load.num_blocks_free == 7
+        assert look(directory).load.num_generated_tokens == 2
+        assert look(directory).load.is_idle
+        telemetry.record_change()
+        assert look(directory).sequence == 3, "nothing new to say"
     finally:
         telemetry.close()
 
@@ -150,7 +160,7 @@ def test_closing_removes_the_socket_and_can_be_repeated(
 
 def test_a_channel_that_is_off_costs_nothing_and_breaks_nothing(directory: Path) -> None:
     scheduler: Any = Scheduler(directory, enabled=False)
-    telemetry = Telemetry.open(scheduler)
+    telemetry = opened(scheduler)
     telemetry.drain_calls()
     telemetry.record_step(scheduled(5), outputs(1), None)
     telemetry.record_change()
@@ -160,7 +170,7 @@ def test_a_channel_that_is_off_costs_nothing_and_breaks_nothing(directory: Path)
 
 def test_a_fixed_instance_id_names_the_socket(directory: Path) -> None:
     scheduler: Any = Scheduler(directory, instance_id="fixed")
-    telemetry = Telemetry.open(scheduler)
+    telemetry = opened(scheduler)
     try:
         assert look(directory, "fixed").engine.instance_id == "fixed"
     finally:
@@ -170,4 +180,4 @@ def test_a_fixed_instance_id_names_the_socket(directory: Path) -> None:
 def test_settings_that_do_not_fit_stop_the_engine(directory: Path) -> None:
     scheduler: Any = Scheduler(directory, bogus=1)
     with pytest.raises(ConfigError, match=r"unknown setting 'channel\.bogus'"):
-        Telemetry.open(scheduler)
+        opened(scheduler)

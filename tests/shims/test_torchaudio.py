@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from xllm_plugin.shims.torchaudio import MODULE, NOWHERE, TorchaudioFinder, install, is_in_force
+from xllm_plugin.shims.loader import OneModuleFinder
+from xllm_plugin.shims.torchaudio import MODULE, NOWHERE, install, is_in_force
 
 UTILS = "from pathlib import Path\n_LIB_DIR = Path(__file__).parent / 'lib'\n"
 
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = [finder for finder in sys.meta_path if not isinstance(finder, TorchaudioFinder)]
+    others = [finder for finder in sys.meta_path if not isinstance(finder, OneModuleFinder)]
     monkeypatch.setattr(sys, "meta_path", others)
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
         monkeypatch.delitem(sys.modules, name)
@@ -49,18 +50,3 @@ def test_without_a_library_nothing_is_redirected(site_here: Any) -> None:
     utils = importlib.import_module(MODULE)
     assert folder == utils._LIB_DIR
     assert not is_in_force()
-
-
-def test_other_modules_are_left_to_the_ordinary_finders() -> None:
-    assert TorchaudioFinder().find_spec("torchaudio") is None
-    assert TorchaudioFinder().find_spec("torchaudio._extension") is None
-
-
-def test_an_absent_torchaudio_stays_absent() -> None:
-    assert TorchaudioFinder().find_spec(MODULE, path=[]) is None
-
-
-def test_installing_twice_is_installing_once() -> None:
-    install()
-    install()
-    assert [isinstance(finder, TorchaudioFinder) for finder in sys.meta_path].count(True) == 1

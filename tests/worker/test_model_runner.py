@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from xllm_plugin.errors import SeamError
 from xllm_plugin.worker.model_runner import XllmModelRunnerMixin, adopt_runner
 
 
@@ -41,6 +42,6 @@ def test_the_runner_keeps_its_state_and_is_set_up_once() -> None:
 @pytest.mark.parametrize("other", [OtherRunner, SimpleNamespace])
 def test_a_runner_of_another_class_is_refused_and_left_as_it_was(other: type) -> None:
     worker = SimpleNamespace(model_runner=other())
-    with pytest.raises(TypeError, match=f"{other.__name__} is not a base of OurRunner"):
+    with pytest.raises(SeamError, match=f"{other.__name__}, which .*OurRunner does not extend"):
         adopt_runner(worker, OurRunner)
     assert type(worker.model_runner) is other

@@ -13,8 +13,8 @@ import os
 from collections.abc import MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from xllm_plugin.config import ADDITIONAL_CONFIG_KEY, resolved_section
-from xllm_plugin.errors import ConfigError
+from xllm_plugin.channel.paths import usable
+from xllm_plugin.config import load_config
 from xllm_plugin.selection import PLATFORM_ENV, PLATFORMS
 
 if TYPE_CHECKING:
@@ -57,35 +57,37 @@ class XllmPlatformMixin:
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Resolve our settings and put our classes where vLLM takes one."""
-        resolve_settings(vllm_config)
+        """Check our settings and put our classes where vLLM takes one."""
+        check_settings(vllm_config)
         parallel = vllm_config.parallel_config
         if parallel.worker_cls == "auto":
             parallel.worker_cls = cls.xllm_worker_cls
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
-        backend = parallel.distributed_executor_backend
-        if isinstance(backend, str):
-            parallel.distributed_executor_backend = EXECUTORS.get(backend, backend)
+        choose_executor(vllm_config)
         choose_scheduler(vllm_config)
 
 
-def resolve_settings(vllm_config: Any) -> None:
-    """Merge all sources and leave the result in `additional_config`, which reaches all processes.
+def check_settings(vllm_config: Any) -> None:
+    """Refuse wrong settings now, before any process is started or model loaded.
 
     Raises:
-        ConfigError: see `load_config`.
+        ConfigError: see `load_config`; or the directory named for the channel cannot be used.
     """
-    settings = resolved_section(vllm_config.additional_config)
-    if settings and not isinstance(vllm_config.additional_config, dict):
-        raise ConfigError(
-            f"additional_config is a {type(vllm_config.additional_config).__name__}, which cannot "
-            "hold the settings of this package; give a dict, or set nothing of ours."
-        )
-    if settings:
-        vllm_config.additional_config = {
-            **vllm_config.additional_config,
-            ADDITIONAL_CONFIG_KEY: settings,
-        }
+    usable(load_config(vllm_config.additional_config).channel)
+
+
+def choose_executor(vllm_config: Any) -> None:
+    """Take our executors, by class path, where nothing in vLLM asks for the backend by name.
+
+    Its connectors compare `distributed_executor_backend` with "mp" to learn what an executor
+    reports; with one of them configured, or over several nodes, vLLM's own executor stays.
+    """
+    parallel = vllm_config.parallel_config
+    backend = parallel.distributed_executor_backend
+    connectors = (vllm_config.kv_transfer_config, vllm_config.ec_transfer_config)
+    if not isinstance(backend, str) or parallel.nnodes > 1 or any(connectors):
+        return
+    parallel.distributed_executor_backend = EXECUTORS.get(backend, backend)
 
 
 def choose_scheduler(vllm_config: Any) -> None:

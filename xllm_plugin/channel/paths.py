@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import re
 import socket
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from xllm_plugin.channel.config import INSTANCE_ID_PATTERN
+from xllm_plugin.channel.config import INSTANCE_ID_PATTERN, ChannelConfig
 from xllm_plugin.errors import ChannelError, ConfigError
 
 __all__ = [
@@ -26,12 +27,18 @@ __all__ = [
     "require_private_directory",
     "socket_path",
     "sockets_in",
+    "usable",
 ]
 
 # sockaddr_un.sun_path has 108 bytes on Linux, the terminating zero included (unix(7)).
 MAX_PATH_BYTES = 107
 # Connecting takes microseconds; longer means a full backlog, hence a live engine.
 _PROBE_TIMEOUT_S = 0.2
+# Below vLLM's loggers, so that its handlers and level apply in its processes.
+logger = logging.getLogger("vllm.xllm_plugin")
+
+# What vLLM makes up as an instance id counts nanoseconds: nineteen digits.
+LONGEST_OWN_ID = "0" * 19
 _NAME = re.compile(rf"({INSTANCE_ID_PATTERN})\.dp(\d+)\.sock")
 
 
@@ -66,7 +73,7 @@ def socket_path(instance_id: str, dp_rank: int, directory: Path | None = None) -
         raise ConfigError(
             f"instance id {instance_id!r} cannot be part of a file name; accepted are up to 40 "
             "letters, digits, '_', '.' and '-', the first a letter or digit. "
-            "Change additional_config.xllm.channel.instance_id."
+            "Change channel.instance_id (XLLM_CHANNEL__INSTANCE_ID)."
         )
     path = (directory or channel_directory()) / f"{instance_id}.dp{dp_rank}.sock"
     _check_length(path)
@@ -79,15 +86,37 @@ def sockets_in(directory: Path) -> list[EngineSocket]:
         names = sorted(entry.name for entry in directory.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except PermissionError as error:
+    except OSError as error:
         raise ChannelError(
-            f"cannot look into {directory}: {error.strerror}. It belongs to another user; run as "
-            "that user."
+            f"cannot look into {directory}: {error.strerror}. If it belongs to another user, run "
+            "as that user."
         ) from error
     matches = (_NAME.fullmatch(name) for name in names)
     return sorted(
         EngineSocket(match[1], int(match[2]), directory / match[0]) for match in matches if match
     )
+
+
+def usable(config: ChannelConfig) -> ChannelConfig:
+    """Return the settings, with the channel off where the default directory cannot be used.
+
+    A watcher's window is no reason not to serve, unless the user asked for this very window.
+
+    Raises:
+        ConfigError: the directory that the user named cannot be used.
+    """
+    if not config.enabled:
+        return config
+    directory = config.directory or channel_directory()
+    try:
+        require_private_directory(directory)
+        socket_path(config.instance_id or LONGEST_OWN_ID, 0, directory)
+    except ConfigError as error:
+        if config.directory is not None or config.instance_id:
+            raise
+        logger.warning("The engine's control socket is off: %s", error)
+        return config.model_copy(update={"enabled": False})
+    return config
 
 
 def find_engines(directory: Path | None = None) -> list[EngineSocket]:
@@ -118,7 +147,7 @@ def require_private_directory(directory: Path) -> None:
     except OSError as error:
         raise ConfigError(
             f"cannot create {directory}: {error.strerror}. Name another directory in "
-            "additional_config.xllm.channel.directory."
+            "channel.directory (XLLM_CHANNEL__DIRECTORY)."
         ) from error
     _check_private(directory)
 
@@ -135,7 +164,7 @@ def _check_private(directory: Path) -> None:
         return
     raise ConfigError(
         f"{directory} {problem}: other users could reach the engine's socket. Correct it, or name "
-        "another directory in additional_config.xllm.channel.directory."
+        "another directory in channel.directory (XLLM_CHANNEL__DIRECTORY)."
     )
 
 
@@ -178,8 +207,11 @@ def _drop_dead(directory: Path) -> list[EngineSocket]:
     for entry in sockets_in(directory):
         if _is_live(entry.path):
             live.append(entry)
-        elif stat.S_ISSOCK(entry.path.lstat().st_mode):
-            entry.path.unlink()
+            continue
+        # Cleaners of temporary folders may have been faster.
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISSOCK(entry.path.lstat().st_mode):
+                entry.path.unlink()
     return live
 
 
@@ -191,12 +223,12 @@ def _clear(path: Path) -> None:
     if not stat.S_ISSOCK(mode):
         raise ConfigError(
             f"{path} exists and is no socket. Move it away, or choose another "
-            "additional_config.xllm.channel.instance_id."
+            "channel.instance_id (XLLM_CHANNEL__INSTANCE_ID)."
         )
     if _is_live(path):
         raise ChannelError(
             f"an engine already listens at {path}. Stop it, or give this one another "
-            "additional_config.xllm.channel.instance_id."
+            "channel.instance_id (XLLM_CHANNEL__INSTANCE_ID)."
         )
     path.unlink()
 
@@ -222,6 +254,10 @@ def _locked(directory: Path) -> Iterator[None]:
     except FileNotFoundError:  # removed with everything in it: nothing is left to guard
         yield
         return
+    except OSError as error:
+        raise ChannelError(
+            f"cannot look into {directory}: {error.strerror}. Name a directory of your own."
+        ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -234,7 +270,7 @@ def _check_length(path: Path) -> None:
     if num_bytes > MAX_PATH_BYTES:
         raise ConfigError(
             f"socket path {path} has {num_bytes} bytes; the system allows {MAX_PATH_BYTES}. Name a "
-            "shorter directory in additional_config.xllm.channel.directory, or a shorter "
+            "shorter directory in channel.directory (XLLM_CHANNEL__DIRECTORY), or a shorter "
             "instance_id."
         )
 

@@ -16,6 +16,7 @@ error reply and are closed, a client that does not read is dropped after `write_
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import threading
@@ -194,7 +195,9 @@ class ChannelServer:
         self._thread = self._loop = None
         paths.remove_socket(self.path, self._inode)
         self.engine_calls.cancel_all()
-        loop.call_soon_threadsafe(self._stop.set)
+        # The loop is closed already if the thread has died.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._stop.set)
         thread.join(_JOIN_TIMEOUT_S)
         if thread.is_alive():  # a call hangs; the thread is a daemon and holds nothing on disk
             logger.warning("The channel thread of %s did not end in time.", self.path)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 
 from xllm_plugin.errors import ModelError, XllmError
@@ -32,10 +34,8 @@ def _hook(
         sys.__excepthook__(exc_type, error, traceback)
         return
     sys.stderr.write(f"xllm: {known}\n")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Python exits with 1 after a hook returns; the exit code is part of the answer.
-    os._exit(known.exit_code)
+    # Python lets a hook choose the exit code this way; it runs the exit handlers all the same.
+    sys.exit(known.exit_code)
 
 
 def explain(error: BaseException, argv: list[str]) -> XllmError | None:
@@ -47,12 +47,17 @@ def explain(error: BaseException, argv: list[str]) -> XllmError | None:
     for cause in _chain(error):
         if isinstance(cause, XllmError):
             return cause
-        if isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE:
+        if _is_server(argv) and isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE:
             return _port_in_use(argv)
     model = _model_argument(argv)
-    if model is not None and _is_model_error(error):
-        return _not_a_model(model, error)
-    return None
+    reason = None if model is None else _reason(error, model)
+    if model is None or reason is None:
+        return None
+    return _not_a_model(model, reason)
+
+
+def _is_server(argv: list[str]) -> bool:
+    return argv[1:2] == ["serve"] or "api_server" in "".join(argv[:1])
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -94,24 +99,30 @@ MODEL_SIGNS = (
     "is not a local folder",
     "Repo id must",
     "Invalid repository ID",
-    "couldn't connect to",
     "Can't load the configuration",
     "does not appear to have a file named",
     "Unrecognized model in",
-    "outgoing traffic has been disabled",
     "is not a valid JSON file",
-    "LocalEntryNotFoundError",
 )
 
 
-def _is_model_error(error: BaseException) -> bool:
-    return any(sign in str(cause) for cause in _chain(error) for sign in MODEL_SIGNS)
+def _reason(error: BaseException, model: str) -> str | None:
+    """Find the line that says what is wrong with this very model.
+
+    A tokenizer, a data set or a draft model that is not there is met in the same words, so the
+    line has to name the model; pydantic's dump of all arguments, which follows, does not count.
+    """
+    named = re.compile(rf"(?<![\w./-]){re.escape(model)}(?![\w/-])")
+    for cause in _chain(error):
+        for line in str(cause).splitlines():
+            said = line.partition("[type=")[0]
+            if any(sign in said for sign in MODEL_SIGNS) and named.search(said):
+                return said.strip()
+    return None
 
 
-def _not_a_model(model: str, error: BaseException) -> ModelError:
-    if os.path.isdir(model):  # noqa: PTH112
-        detail = [line for cause in _chain(error) for line in str(cause).splitlines()]
-        reason = next((line.strip() for line in detail if any(s in line for s in MODEL_SIGNS)), "")
+def _not_a_model(model: str, reason: str) -> ModelError:
+    if Path(model).is_dir():
         return ModelError(
             f"model {model!r}: the folder is there but is not a Hugging Face model folder: "
             f"{reason} It needs config.json, a tokenizer and *.safetensors; `xllm model --list` "

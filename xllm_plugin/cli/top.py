@@ -104,8 +104,10 @@ def _read_sockets(sockets: list[EngineSocket]) -> Readings:
 def _read_url(url: str) -> Readings:
     address = f"{url.rstrip('/')}/xllm/snapshot"
     try:
-        response = httpx.get(address, timeout=2 * _TIMEOUT_S)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        is_here = httpx.URL(url).host in {"localhost", "127.0.0.1", "::1"}
+        response = httpx.get(address, timeout=2 * _TIMEOUT_S, trust_env=not is_here)
+    # ImportError: the environment names a proxy that httpx needs a further package for.
+    except (httpx.HTTPError, httpx.InvalidURL, ImportError) as error:
         raise ChannelError(
             f"no answer from {address}: {error}. Is a server running there, and is the address "
             "of the form http://host:port?"

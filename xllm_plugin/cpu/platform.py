@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vllm.platforms.cpu import CpuPlatform
 
 from xllm_plugin.accelerator.platform import XllmPlatformMixin
+from xllm_plugin.errors import PlatformError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -25,6 +26,12 @@ class XllmCpuPlatform(XllmPlatformMixin, CpuPlatform):
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Choose classes; keep MLA models off the rotary operator that is wrong for them."""
         super().check_and_update_config(vllm_config)
+        if vllm_config.use_v2_model_runner:
+            raise PlatformError(
+                "vLLM chose its V2 model runner, which the CPU family of xllm-plugin does not "
+                "extend yet. Set VLLM_USE_V2_MODEL_RUNNER=0 (the V1 runner), or run without this "
+                "plugin: --platform native."
+            )
         if vllm_config.model_config is not None and vllm_config.model_config.use_mla:
             disable_rotary_operator(vllm_config.compilation_config.custom_ops)
 

@@ -20,7 +20,8 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from starlette.datastructures import State
 
 from xllm_plugin.channel.messages import Readings
-from xllm_plugin.config import XllmConfig
+from xllm_plugin.channel.paths import usable
+from xllm_plugin.config import XllmConfig, load_config
 from xllm_plugin.instance.engines import AsyncEngineReader, EngineGroup, EngineReader
 from xllm_plugin.instance.metrics import (
     XllmCollector,
@@ -98,14 +99,15 @@ class XllmEndpoints:
             state.xllm = "this server renders prompts and has no engine"
             return
         vllm_config = engine_client.vllm_config
-        config = XllmConfig.from_additional_config(vllm_config.additional_config)
-        if not config.channel.enabled:
+        config = load_config(vllm_config.additional_config)
+        channel = usable(config.channel)
+        if not channel.enabled:
             state.xllm = (
-                "the engine channel is off. Start the server without "
-                '--additional-config \'{"xllm": {"channel": {"enabled": false}}}\''
+                "the engine channel is off: channel.enabled is false, or its directory cannot be "
+                "used (see the server's log)"
             )
             return
-        group = await asyncio.to_thread(EngineGroup.from_vllm, config.channel, vllm_config)
+        group = await asyncio.to_thread(EngineGroup.from_vllm, channel, vllm_config)
         state.xllm = _ServerState(self._describe(vllm_config, group, config), group)
         model_name = str(vllm_config.model_config.served_model_name)
         register(XllmCollector(EngineReader(group), model_name), self._registry)

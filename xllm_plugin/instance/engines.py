@@ -7,6 +7,7 @@ socket; ranks on other machines of a multi-node deployment cannot be asked and a
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -20,9 +21,11 @@ from xllm_plugin.channel.client import AsyncChannelClient, ChannelClient
 from xllm_plugin.channel.config import ChannelConfig
 from xllm_plugin.channel.messages import Reading
 from xllm_plugin.channel.paths import channel_directory, socket_path, sockets_in
-from xllm_plugin.errors import ChannelError
+from xllm_plugin.errors import ChannelError, XllmError
 
 __all__ = ["AsyncEngineReader", "EngineGroup", "EngineReader"]
+
+logger = logging.getLogger("vllm.xllm_plugin")
 
 Clock = Callable[[], float]
 
@@ -68,7 +71,13 @@ class EngineGroup:
             rank: socket_path(self.instance_id, rank, self.directory)
             for rank in self.expected_ranks
         }
-        for found in sockets_in(self.directory):
+        try:
+            listed = sockets_in(self.directory)
+        except ChannelError as error:
+            # The expected ranks can still be asked; listing only finds those that joined later.
+            logger.warning("%s", error)
+            listed = []
+        for found in listed:
             if found.instance_id == self.instance_id:
                 paths[found.dp_rank] = found.path
         return dict(sorted(paths.items()))
@@ -113,7 +122,7 @@ class AsyncEngineReader:
         client = self._clients.setdefault(dp_rank, AsyncChannelClient(path, self._timeout_s))
         try:
             snapshot = await client.snapshot()
-        except ChannelError as error:
+        except XllmError as error:
             return Reading(dp_rank=dp_rank, error=str(error))
         return Reading(dp_rank=dp_rank, snapshot=snapshot, age_s=snapshot.age_s(self._clock()))
 
@@ -159,7 +168,7 @@ class EngineReader:
         snapshot, problem = None, None
         try:
             snapshot = client.snapshot()
-        except ChannelError as error:
+        except XllmError as error:
             problem = str(error)
             if dp_rank in self._last:
                 snapshot = self._last[dp_rank].snapshot

@@ -14,6 +14,7 @@ from xllm_plugin.worker.messages import StepMessage, attach, attached
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
 
 __all__ = ["XllmAsyncScheduler", "XllmScheduler", "XllmSchedulerMixin"]
 
@@ -24,16 +25,16 @@ class XllmSchedulerMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_all(Process.ENGINE)
         super().__init__(*args, **kwargs)
-        self._num_steps = 0
-        self._telemetry = Telemetry.open(self)
+        self._telemetry = Telemetry(self)
+        self._telemetry.start()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Plan, let vLLM schedule, and send our message along with the step."""
         self._telemetry.drain_calls()
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if output.total_num_scheduled_tokens:
-            self._num_steps += 1
-            attach(output, StepMessage(step=self._num_steps))
+            attach(output, StepMessage(step=self._telemetry.count_step()))
+        self._telemetry.record_change()
         return output
 
     def update_from_output(
@@ -43,6 +44,11 @@ class XllmSchedulerMixin:
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         self._telemetry.record_step(scheduler_output, outputs, attached(model_runner_output))
         return outputs
+
+    def add_request(self, request: Request) -> None:
+        """Let vLLM queue the request; an idle engine that got work says so."""
+        super().add_request(request)  # type: ignore[misc]
+        self._telemetry.record_change()
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         """Let vLLM end or abort requests; an engine that falls idle by it says so."""
@@ -56,8 +62,10 @@ class XllmSchedulerMixin:
 
     def shutdown(self) -> None:
         """Close the control socket with the scheduler."""
-        self._telemetry.close()
-        super().shutdown()  # type: ignore[misc]
+        try:
+            self._telemetry.close()
+        finally:
+            super().shutdown()  # type: ignore[misc]
 
 
 class XllmScheduler(XllmSchedulerMixin, Scheduler):

@@ -6,9 +6,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from xllm_plugin import __version__
+from xllm_plugin.channel.config import ChannelConfig
 from xllm_plugin.channel.engine import EngineChannel, ExponentialMean
 from xllm_plugin.channel.messages import EngineIdentity, EngineLoad
-from xllm_plugin.config import XllmConfig
+from xllm_plugin.channel.paths import usable
+from xllm_plugin.config import load_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,22 +29,23 @@ class Telemetry:
         self._scheduler = scheduler
         self.num_preemptions = 0
         self._num_steps = 0
+        self._was_idle = True
         self._num_generated_tokens = 0
         self._num_scheduled_tokens = 0
         self._last_step_ms = 0.0
         self._step_ms = ExponentialMean()
         vllm_config = scheduler.vllm_config
-        config = XllmConfig.from_additional_config(vllm_config.additional_config)
-        self._channel = EngineChannel(
-            config.channel, _identity(vllm_config, config), self._load_now
-        )
+        channel = usable(load_config(vllm_config.additional_config).channel)
+        self._channel = EngineChannel(channel, _identity(vllm_config, channel), self._load_now)
 
-    @classmethod
-    def open(cls, scheduler: Scheduler) -> Telemetry:
-        """Start telling; the socket is open when this returns."""
-        telemetry = cls(scheduler)
-        telemetry._channel.start()
-        return telemetry
+    def start(self) -> None:
+        """Publish the first snapshot; the socket is open when this returns."""
+        self._channel.start()
+
+    def count_step(self) -> int:
+        """Count a step that is about to run; return its number, from 1."""
+        self._num_steps += 1
+        return self._num_steps
 
     def drain_calls(self) -> None:
         """Execute control calls that were queued for the engine's thread."""
@@ -59,18 +62,22 @@ class Telemetry:
             stamp: the worker's own measurement, if it was our worker.
         """
         if scheduler_output.total_num_scheduled_tokens:
-            self._num_steps += 1
             self._num_scheduled_tokens = scheduler_output.total_num_scheduled_tokens
             self._num_generated_tokens += _count_tokens(outputs)
         if stamp is not None:
             self._last_step_ms = stamp.duration_ms
             self._step_ms.add(stamp.duration_ms)
-        self._channel.publish_if_due(force=self._is_idle())
+        self.record_change()
 
     def record_change(self) -> None:
-        """Publish when an abort, outside any step, has emptied the engine."""
-        if self._is_idle():
-            self._channel.publish_if_due(force=True)
+        """Publish if due, and at once when requests have come to an idle engine or left it so.
+
+        Called wherever requests come and go outside the end of a step: the first prefill of a
+        long prompt takes seconds, in which the engine must not look idle.
+        """
+        is_idle = self._is_idle()
+        self._channel.publish_if_due(force=is_idle != self._was_idle)
+        self._was_idle = is_idle
 
     def close(self) -> None:
         """Close the socket and remove its file."""
@@ -97,11 +104,11 @@ class Telemetry:
         )
 
 
-def _identity(vllm_config: VllmConfig, config: XllmConfig) -> EngineIdentity:
+def _identity(vllm_config: VllmConfig, channel: ChannelConfig) -> EngineIdentity:
     model = vllm_config.model_config
     name = model.served_model_name or model.model
     return EngineIdentity(
-        instance_id=config.channel.resolve_instance_id(vllm_config.instance_id),
+        instance_id=channel.resolve_instance_id(vllm_config.instance_id),
         model=name if isinstance(name, str) else name[0],
         platform="xllm",
         device=vllm_config.device_config.device_type,

@@ -9,15 +9,14 @@ it does load (torchaudio from PyTorch's own CPU index), nothing is done.
 
 from __future__ import annotations
 
-import importlib.machinery
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import Loader
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-__all__ = ["TorchaudioFinder", "install", "is_in_force"]
+from xllm_plugin.shims import loader
+
+__all__ = ["MODULE", "install", "is_in_force"]
 
 # The module that loads the library, and the constant in it that names the folder.
 MODULE = "torchaudio._extension.utils"
@@ -25,38 +24,10 @@ CONSTANT = "_LIB_DIR"
 NOWHERE = Path("/nonexistent/torchaudio-is-built-for-another-torch")
 
 
-class _RedirectingLoader(Loader):
-    """Runs the real loader, then points the module at `NOWHERE` if its library does not load."""
-
-    def __init__(self, real: Loader) -> None:
-        self._real = real
-
-    def __getattr__(self, name: str) -> Any:
-        """Leave resources, source and the like to the real loader."""
-        return getattr(self._real, name)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._real.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._real.exec_module(module)
-        if not _library_loads(getattr(module, CONSTANT)):
-            setattr(module, CONSTANT, NOWHERE)
-
-
-class TorchaudioFinder(MetaPathFinder):
-    """Finds the one module `MODULE`, through the ordinary path, with a loader that redirects."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """Find `MODULE`; leave every other module to the ordinary finders."""
-        if fullname != MODULE:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _RedirectingLoader(spec.loader)
-        return spec
+def _execute(real: Loader, module: ModuleType) -> None:
+    real.exec_module(module)
+    if not _library_loads(getattr(module, CONSTANT)):
+        setattr(module, CONSTANT, NOWHERE)
 
 
 def _library_loads(folder: Path) -> bool:
@@ -71,9 +42,8 @@ def _library_loads(folder: Path) -> bool:
 
 
 def install() -> None:
-    """Put the finder first on `sys.meta_path`.  Safe to repeat."""
-    if not any(isinstance(finder, TorchaudioFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, TorchaudioFinder())
+    """Have `import torchaudio` do without its library where that does not load."""
+    loader.install(MODULE, _execute)
 
 
 def is_in_force() -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from xllm_plugin.errors import SeamError
+
 __all__ = ["XllmModelRunnerMixin", "adopt_runner"]
 
 
@@ -22,12 +24,16 @@ def adopt_runner(worker: Any, runner_class: type[XllmModelRunnerMixin]) -> None:
     """Make the worker's runner an instance of `runner_class` (seam "cpu-runner-class").
 
     Raises:
-        TypeError: the runner is not of the class that `runner_class` extends.
+        SeamError: the runner is not of the class that `runner_class` extends.
     """
     runner = worker.model_runner
     if isinstance(runner, runner_class):
         return
     if type(runner) not in runner_class.__mro__:
-        raise TypeError(f"{type(runner).__name__} is not a base of {runner_class.__name__}")
+        raise SeamError(
+            f"seam 'cpu-runner-class': vLLM built a {type(runner).__module__}."
+            f"{type(runner).__qualname__}, which {runner_class.__qualname__} does not extend. "
+            "Install a supported vLLM, or run without this plugin: --platform native."
+        )
     runner.__class__ = runner_class
     runner.setup_xllm()
