@@ -254,3 +254,12 @@ def test_what_was_chosen_and_why_is_logged_once(run_python: Any) -> None:
     done = ask(run_python, [*COMMAND, "--platform", "native"], what=what)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("xllm-plugin: platform native (--platform native)") == 1
+
+
+def test_a_variable_that_keeps_vllm_from_asking_us_is_named(run_python: Any) -> None:
+    """VLLM_TARGET_DEVICE=cpu makes vLLM skip every platform plugin; general plugins still run."""
+    code = "from vllm.plugins import load_general_plugins; load_general_plugins()"
+    done = run_python("-c", code, VLLM_TARGET_DEVICE="cpu")
+    assert done.returncode == 1
+    assert "xllm is wanted, but vLLM runs on CpuPlatform: VLLM_TARGET_DEVICE=cpu" in done.stderr
+    assert "XLLM_PLATFORM=native" in done.stderr
