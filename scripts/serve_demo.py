@@ -20,6 +20,7 @@ from xllm_plugin.models import prepare
 
 PROGRESS_INTERVAL_S = 10.0
 POLL_INTERVAL_S = 0.5
+GRACE_S = 30.0
 # Some 46,000 tokens of the demo model.
 KV_CACHE_BYTES = 2**30
 
@@ -55,13 +56,20 @@ def main() -> int:
 
 
 def wait(server: subprocess.Popen[bytes]) -> int:
-    """Wait for the server; an interrupt reaches it from the terminal, a TERM is passed on."""
-    signal.signal(signal.SIGTERM, lambda *_: server.terminate())
-    while True:
+    """Wait for the server; an interrupt reaches it from the terminal, a TERM is passed on.
+
+    A server that is stopped while its engine starts may never end: it is killed in the end.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return server.wait()
+    except (KeyboardInterrupt, SystemExit):
+        server.terminate()
         try:
+            return server.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
             return server.wait()
-        except KeyboardInterrupt:
-            continue
 
 
 def announce(server: subprocess.Popen[bytes], url: str, name: str) -> None:
