@@ -23,6 +23,7 @@ NATIVE_MODULES = {
     "xllm_plugin.errors",
     "xllm_plugin.selection",
     "xllm_plugin.shims",
+    "xllm_plugin.shims.loader",
     "xllm_plugin.shims.metadata",
     "xllm_plugin.shims.torchaudio",
     "xllm_plugin.shims.torchcodec",
