@@ -39,8 +39,7 @@ def main() -> int:
     try:
         model = arguments.model if Path(arguments.model).is_dir() else str(prepare(arguments.model))
     except XllmError as error:
-        sys.stderr.write(f"xllm: {error}\n")
-        return error.exit_code
+        error.stop()
     command = [
         sys.executable, "-m", "xllm_plugin.cli", "serve", model,
         "--served-model-name", Path(model).name,

@@ -141,5 +141,4 @@ def _refuse(error: XllmError) -> str:
 
 def _stop_vllm_command(error: XllmError) -> None:
     if is_vllm_command(sys.argv, sys.orig_argv) and not os.environ.get("XLLM_TRACEBACK"):
-        sys.stderr.write(f"xllm: {error}\n")
-        raise SystemExit(error.exit_code)
+        error.stop()

@@ -19,6 +19,9 @@ message alone and exits with `exit_code`; set ``XLLM_TRACEBACK=1`` to see where 
 
 from __future__ import annotations
 
+import sys
+from typing import NoReturn
+
 __all__ = [
     "ChannelError",
     "ConfigError",
@@ -37,6 +40,11 @@ class XllmError(Exception):
     """Root of the tree; catch this to catch everything raised on purpose."""
 
     exit_code = 1
+
+    def stop(self) -> NoReturn:
+        """End the program with this message and exit code, and without a traceback."""
+        sys.stderr.write(f"xllm: {self}\n")
+        sys.exit(self.exit_code)
 
 
 class MisuseError(XllmError):

@@ -12,7 +12,14 @@ from xllm_plugin.errors import PlatformError
 from xllm_plugin.plugins import device_families, manager_here
 from xllm_plugin.selection import DEVICE_ENV
 
-__all__ = ["SUPPORTED_VLLM", "check_vllm_version", "other_platforms", "resolve", "vllm_version"]
+__all__ = [
+    "SUPPORTED_VLLM",
+    "check_platform_is_ours",
+    "check_vllm_version",
+    "other_platforms",
+    "resolve",
+    "vllm_version",
+]
 
 SUPPORTED_VLLM = "0.32"
 

@@ -237,7 +237,7 @@ def _drive(
             for line in process.stdout:
                 if line.startswith(PROGRESS):
                     on_step(line.removeprefix(PROGRESS).strip())
-        except BaseException:
+        except BaseException:  # an interrupt too must not leave the child behind; raised again
             process.terminate()
             raise
     return process.returncode

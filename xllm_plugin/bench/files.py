@@ -20,6 +20,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.write(data)
         temporary.chmod(0o644)
         temporary.replace(path)
-    except BaseException:
+    except BaseException:  # an interrupt too leaves nothing half-written; raised again
         temporary.unlink(missing_ok=True)
         raise

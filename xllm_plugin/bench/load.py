@@ -141,7 +141,7 @@ class LoadClient:
             )
         try:
             self._receive(START_TIMEOUT_S)
-        except BaseException:
+        except BaseException:  # __exit__ does not run for what __enter__ raises; raised again
             self.close()
             raise
         return self

@@ -106,7 +106,7 @@ class Server:
         try:
             self._start()
             self._wait_until_ready()
-        except BaseException:
+        except BaseException:  # __exit__ does not run for what __enter__ raises; raised again
             self.stop()
             raise
         return self

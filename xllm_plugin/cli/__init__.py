@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 
 import click
 
@@ -55,5 +54,4 @@ def main() -> None:
     except XllmError as error:
         if os.environ.get("XLLM_TRACEBACK"):
             raise
-        click.echo(f"xllm: {error}", err=True)
-        sys.exit(error.exit_code)
+        error.stop()

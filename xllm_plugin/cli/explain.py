@@ -33,9 +33,8 @@ def _hook(
     if known is None:
         sys.__excepthook__(exc_type, error, traceback)
         return
-    sys.stderr.write(f"xllm: {known}\n")
-    # Python lets a hook choose the exit code this way; it runs the exit handlers all the same.
-    sys.exit(known.exit_code)
+    # A hook may end the program so; Python takes the exit code and runs the exit handlers.
+    known.stop()
 
 
 def explain(error: BaseException, argv: list[str]) -> XllmError | None:
