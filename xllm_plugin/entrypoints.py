@@ -24,8 +24,8 @@ _logged: set[str] = set()
 
 def platform() -> str | None:
     """Return the class path of the platform to run on, or None for untouched vLLM."""
-    shims.install()
     try:
+        shims.install()
         selection = select_here()
         path, device = _resolved(selection)
     except XllmError as error:

@@ -85,6 +85,38 @@ def test_a_model_that_is_not_there(message: str, argv: list[str]) -> None:
     assert "xllm model" in str(known)
 
 
+OFFLINE = (
+    "Cannot find an appropriate cached snapshot folder for the specified revision on the local "
+    "disk and outgoing traffic has been disabled. To enable repo look-ups and downloads online, "
+    "pass 'local_files_only=False' as input."
+)
+NO_NETWORK = (
+    "We couldn't connect to 'https://hub' to load the files, and couldn't find them in the cached "
+    "files."
+)
+
+
+@pytest.mark.parametrize("message", [OFFLINE, NO_NETWORK])
+def test_a_hub_out_of_reach_means_the_model_unless_that_one_is_here(
+    message: str, tmp_path: Path
+) -> None:
+    error = chained(RuntimeError("config"), OSError(message))
+    known = explain(error, SERVE)
+    assert isinstance(known, ModelError)
+    assert str(known).startswith("model 'some/model': not a folder on this machine")
+    assert isinstance(explain(error, ["vllm", "serve", "some/very/long"]), ModelError)
+    assert explain(error, ["vllm", "serve", str(tmp_path)]) is None
+
+
+def test_a_hub_out_of_reach_is_no_reason_to_blame_a_cached_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "/cache/config.json")
+    assert explain(OSError(OFFLINE), SERVE) is None
+
+
 def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
     reason = f"{tmp_path} does not appear to have a file named config.json."
     error = ValueError(f"Invalid model.\n  {reason}\nSee the documentation.")

@@ -49,8 +49,10 @@ def explain(error: BaseException, argv: list[str]) -> XllmError | None:
         if _is_server(argv) and isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE:
             return _port_in_use(argv)
     model = _model_argument(argv)
-    reason = None if model is None else _reason(error, model)
-    if model is None or reason is None:
+    if model is None:
+        return None
+    reason = _reason(error, model)
+    if reason is None and not (_hub_is_out_of_reach(error) and _is_absent(model)):
         return None
     return _not_a_model(model, reason)
 
@@ -120,8 +122,32 @@ def _reason(error: BaseException, model: str) -> str | None:
     return None
 
 
-def _not_a_model(model: str, reason: str) -> ModelError:
-    if Path(model).is_dir():
+# What the hub's client says, naming no model, when it is offline by choice or by accident.
+UNREACHABLE_SIGNS = (
+    "outgoing traffic has been disabled",
+    "couldn't find them in the cached files",
+)
+
+
+def _hub_is_out_of_reach(error: BaseException) -> bool:
+    return any(sign in str(cause) for cause in _chain(error) for sign in UNREACHABLE_SIGNS)
+
+
+def _is_absent(model: str) -> bool:
+    """Whether the model is neither a folder on this machine nor in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(model).exists():
+        return False
+    try:
+        return not isinstance(try_to_load_from_cache(model, "config.json"), str)
+    except HFValidationError:
+        return True
+
+
+def _not_a_model(model: str, reason: str | None) -> ModelError:
+    if reason is not None and Path(model).is_dir():
         return ModelError(
             f"model {model!r}: the folder is there but is not a Hugging Face model folder: "
             f"{reason} It needs config.json, a tokenizer and *.safetensors; `xllm model --list` "
