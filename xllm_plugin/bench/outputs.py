@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from xllm_plugin.bench.schema import Check
-from xllm_plugin.bench.traces import Request
+from xllm_plugin.bench.traces import Lengths, Request, Vocabulary, synthesise
 from xllm_plugin.errors import NotNowError
 from xllm_plugin.testing.equality import (
     Completion,
@@ -23,10 +23,34 @@ from xllm_plugin.testing.equality import (
     measure,
 )
 
-__all__ = ["collect", "compare", "self_noise"]
+__all__ = [
+    "NUM_CANDIDATES",
+    "NUM_OUTPUT_PROMPTS",
+    "OUTPUT_PROMPT_TOKENS",
+    "OUTPUT_TOKENS",
+    "collect",
+    "compare",
+    "prompts",
+    "self_noise",
+]
 
+NUM_OUTPUT_PROMPTS, OUTPUT_PROMPT_TOKENS, OUTPUT_TOKENS = 8, 128, 32
 NUM_CANDIDATES = 5
 TIMEOUT_S = 300.0
+
+
+def prompts(
+    vocabulary: Vocabulary, *, seed: int, max_input: int = OUTPUT_PROMPT_TOKENS
+) -> tuple[Request, ...]:
+    """Short prompts of random tokens whose greedy outputs are compared between peers."""
+    return synthesise(
+        (Lengths(OUTPUT_PROMPT_TOKENS, OUTPUT_TOKENS),),
+        vocabulary,
+        count=NUM_OUTPUT_PROMPTS,
+        seed=f"{seed}:outputs",
+        max_input=max_input,
+        max_output=OUTPUT_TOKENS,
+    )
 
 
 def collect(

@@ -1,4 +1,4 @@
-"""What a long serving run shows while it runs."""
+"""What a long run shows while it runs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ __all__ = ["Reporter"]
 
 
 class Reporter:
-    """One progress bar for the whole run, and a line for each load point."""
+    """One progress bar for the whole run, and a line for each thing that is done."""
 
-    def __init__(self, console: Console, total: int) -> None:
+    def __init__(
+        self, console: Console, total: int, *, first: str = "starting the load client"
+    ) -> None:
         self._progress = Progress(
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -26,7 +28,7 @@ class Reporter:
             TextColumn("[dim]{task.fields[detail]}", markup=True),
             console=console,
         )
-        self._task = self._progress.add_task("starting the load client", total=total, detail="")
+        self._task = self._progress.add_task(first, total=total, detail="")
         self._where = ""
 
     def __enter__(self) -> Self:
@@ -56,13 +58,15 @@ class Reporter:
         self._progress.advance(self._task, steps)
 
     def point(self, point: LoadResult) -> None:
-        """Print a finished load point, also where there is no terminal for the bar."""
-        console = self._progress.console
-        console.print(
-            f"{self._where}, {point.load}: {point.output_tok_s:.0f} tok/s, "
+        """Print a finished load point."""
+        self.line(
+            f"{point.load}: {point.output_tok_s:.0f} tok/s, "
             f"TPOT p90 {point.tpot_p90_ms:.1f} ms, TTFT p90 {point.ttft_p90_ms:.0f} ms, "
-            f"{point.duration_s:.0f} s, client {point.client_cpu_s:.1f} CPU s",
-            highlight=False,
-            soft_wrap=True,
+            f"{point.duration_s:.0f} s, client {point.client_cpu_s:.1f} CPU s"
         )
+
+    def line(self, text: str) -> None:
+        """Print a line about what is done, also where there is no terminal for the bar."""
+        console = self._progress.console
+        console.print(f"{self._where}, {text}", highlight=False, soft_wrap=True)
         console.file.flush()  # a run into a file is watched with tail -f

@@ -18,6 +18,7 @@ from rich.console import Console
 from xllm_plugin.bench import outputs
 from xllm_plugin.bench.curve import AtBound, LoadPoint, at_bound
 from xllm_plugin.bench.load import Load, LoadClient, LoadResult
+from xllm_plugin.bench.outputs import NUM_OUTPUT_PROMPTS, OUTPUT_PROMPT_TOKENS, OUTPUT_TOKENS
 from xllm_plugin.bench.peers import PeerServer
 from xllm_plugin.bench.progress import Reporter
 from xllm_plugin.bench.schema import Peer
@@ -26,11 +27,20 @@ from xllm_plugin.bench.traces import Lengths, Request, Vocabulary, synthesise
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.testing.equality import Completion, Spread
 
-__all__ = ["External", "Measured", "Plan", "Target", "replay", "served_model"]
+__all__ = [
+    "NUM_OUTPUT_PROMPTS",
+    "OUTPUT_PROMPT_TOKENS",
+    "OUTPUT_TOKENS",
+    "External",
+    "Measured",
+    "Plan",
+    "Target",
+    "replay",
+    "served_model",
+]
 
 STOP_FACTOR = 1.5
 """A peer's curve ends after the first load this far beyond the bound: no more is asked of it."""
-NUM_OUTPUT_PROMPTS, OUTPUT_PROMPT_TOKENS, OUTPUT_TOKENS = 8, 128, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +75,7 @@ class Plan:
 
     def output_requests(self) -> tuple[Request, ...]:
         """Short prompts whose greedy outputs are compared between peers."""
-        full = (Lengths(OUTPUT_PROMPT_TOKENS, OUTPUT_TOKENS),)
-        return synthesise(
-            full,
-            self.vocabulary,
-            count=NUM_OUTPUT_PROMPTS,
-            seed=f"{self.seed}:outputs",
-            max_input=self.max_input,
-            max_output=OUTPUT_TOKENS,
-        )
+        return outputs.prompts(self.vocabulary, seed=self.seed, max_input=self.max_input)
 
     def _synthesise(
         self, count: int, purpose: str, max_input: int, max_output: int

@@ -72,7 +72,8 @@ class Server:
         environment: the complete environment of the process.
         ready_timeout_s: how long the start may take.
         grace_s: how long SIGTERM may take before SIGKILL.
-        on_wait: called about twice a second while the server starts.
+        poll_s: how often to ask for health, which is how exact `ready_after_s` is.
+        on_wait: called after each of these while the server starts.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Server:
         environment: Mapping[str, str],
         ready_timeout_s: float = 600.0,
         grace_s: float = 20.0,
+        poll_s: float = POLL_S,
         on_wait: Callable[[Waiting], None] | None = None,
     ) -> None:
         self.name = name
@@ -96,6 +98,7 @@ class Server:
         self._environment = dict(environment)
         self._ready_timeout_s = ready_timeout_s
         self._grace_s = grace_s
+        self._poll_s = poll_s
         self._on_wait = on_wait or (lambda _: None)
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
@@ -172,7 +175,7 @@ class Server:
                 self._on_wait(Waiting(self.name, elapsed_s, last_line(self.log_path)))
                 # Waiting on the process is the pause, and ends at once when it dies.
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(timeout=POLL_S)
+                    self._process.wait(timeout=self._poll_s)
                     raise self._died()
         self.ready_after_s = time.monotonic() - started
 
