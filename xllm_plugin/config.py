@@ -31,6 +31,7 @@ from pydantic_settings import (
 
 from xllm_plugin.channel.config import ChannelConfig
 from xllm_plugin.errors import ConfigError
+from xllm_plugin.graph.config import GraphConfig
 from xllm_plugin.plugins import LOAD_ENV
 from xllm_plugin.selection import CONFIG_ENV, DEVICE_ENV, PLATFORM_ENV, REASON_ENV
 
@@ -72,6 +73,7 @@ class XllmConfig(BaseSettings):
     channel: ChannelConfig = Field(
         default_factory=ChannelConfig, description="The engine's control socket."
     )
+    graph: GraphConfig = Field(default_factory=GraphConfig, description="Graph mode.")
 
     @classmethod
     def settings_customise_sources(

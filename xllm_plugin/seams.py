@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -108,6 +109,27 @@ def _runner_is_named() -> None:
     worker = _attribute("vllm.v1.worker.cpu_worker:CPUWorker")
     if "CPUModelRunner" not in worker.init_device.__code__.co_names:
         raise AttributeError("CPUWorker.init_device no longer builds CPUModelRunner itself")
+
+
+def _packing_is_looked_up_late() -> None:
+    linear = _attribute("vllm.model_executor.layers.linear:UnquantizedLinearMethod")
+    called = linear.process_weights_after_loading.__code__.co_names
+    if "dispatch_cpu_unquantized_gemm" not in called:
+        raise AttributeError(
+            "UnquantizedLinearMethod no longer calls dispatch_cpu_unquantized_gemm"
+        )
+
+
+def _attention_takes_our_call() -> None:
+    attention = _attribute("vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl")
+    expected = {
+        "do_kv_cache_update": ("layer", "key", "value", "kv_cache", "slot_mapping"),
+        "forward": ("layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+    }
+    for name, names in expected.items():
+        found = tuple(inspect.signature(getattr(attention, name)).parameters)[1:]
+        if found[: len(names)] != names:
+            raise TypeError(f"{name} takes {', '.join(found)}")
 
 
 def _always() -> None:
@@ -245,6 +267,42 @@ SEAMS: tuple[Seam, ...] = (
         leaves_when="CPUWorker has _make_model_runner, as vllm/v1/worker/gpu_worker.py has.",
         process=Process.WORKER,
         fits=_runner_is_named,
+    ),
+    Seam(
+        name="cpu-executor",
+        target="vllm.platforms.cpu:CpuPlatform.check_and_update_config",
+        why='it replaces the executor "uni" by "mp", to set OpenMP\'s environment for the child; '
+        "ours is set before the engine's process starts, so the choice is put back afterwards.",
+        versions="0.32",
+        upstream="vllm/platforms/cpu.py",
+        leaves_when='vLLM\'s CPU platform keeps "uni".',
+        process=Process.WORKER,
+        fits=_attributes(
+            "vllm.platforms.cpu:CpuPlatform.check_and_update_config",
+            "vllm.utils.cpu_resource_utils:get_allowed_cpu_list",
+        ),
+    ),
+    Seam(
+        name="cpu-gemm-dispatch",
+        target="vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+        why="weights are packed for our kernels where vLLM would pack them for oneDNN and drop the "
+        "originals.",
+        versions="0.32",
+        upstream="vllm/model_executor/layers/utils.py",
+        leaves_when="a platform can name the linear method of unquantised layers.",
+        process=Process.WORKER,
+        fits=_packing_is_looked_up_late,
+    ),
+    Seam(
+        name="cpu-decoder-layer",
+        target="vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl",
+        why="a decoder layer that runs as native code calls vLLM's attention itself, with what the "
+        "layer around it would hand over.",
+        versions="0.32",
+        upstream="vllm/model_executor/layers/attention/attention.py, unified_attention_with_output",
+        leaves_when="attention can be called without vLLM's operator registry.",
+        process=Process.WORKER,
+        fits=_attention_takes_our_call,
     ),
     Seam(
         name="amx-init",

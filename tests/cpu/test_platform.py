@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xllm_plugin import shims
+from xllm_plugin.cpu.threads import ThreadPlan
 
 pytestmark = pytest.mark.engine  # imports vLLM, some seconds
 
@@ -76,6 +78,7 @@ def test_only_mla_models_lose_it(
     platform: Any, monkeypatch: pytest.MonkeyPatch, model_config: Any, is_off: bool
 ) -> None:
     # What vLLM's own class does with a whole VllmConfig is vLLM's to test.
+    monkeypatch.setattr(platform, "choose_graphs", lambda _: None)
     monkeypatch.setattr(
         platform.CpuPlatform, "check_and_update_config", classmethod(lambda cls, _: None)
     )
@@ -95,3 +98,59 @@ def test_only_mla_models_lose_it(
     platform.XllmCpuPlatform.check_and_update_config(vllm_config)
     assert ("-rotary_embedding" in vllm_config.compilation_config.custom_ops) is is_off
     assert vllm_config.parallel_config.worker_cls == "xllm_plugin.cpu.worker.XllmCpuWorker"
+
+
+def alone(**changes: Any) -> SimpleNamespace:
+    """A configuration whose only rank can live in the engine's process, but for `changes`."""
+    parallel = {
+        "distributed_executor_backend": "uni",
+        "world_size": 1,
+        "data_parallel_size": 1,
+        "nnodes": 1,
+    }
+    connectors = {"kv_transfer_config": None, "ec_transfer_config": None}
+    for name, value in changes.items():
+        (connectors if name in connectors else parallel)[name] = value
+    return SimpleNamespace(parallel_config=SimpleNamespace(**parallel), **connectors)
+
+
+def test_a_single_rank_computes_in_the_engine(platform: Any) -> None:
+    assert platform.computes_alone(alone(), 1)
+    again = alone(distributed_executor_backend=platform.EXECUTORS["uni"])
+    assert platform.computes_alone(again, 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"distributed_executor_backend": "mp"},
+        {"distributed_executor_backend": "ray"},
+        {"world_size": 2},
+        {"data_parallel_size": 2},
+        {"nnodes": 2},
+        {"kv_transfer_config": object()},
+        {"ec_transfer_config": object()},
+    ],
+)
+def test_otherwise_each_rank_has_a_process(platform: Any, changes: dict[str, Any]) -> None:
+    assert not platform.computes_alone(alone(**changes), 1)
+
+
+def test_several_memory_nodes_keep_one_process_a_rank(platform: Any) -> None:
+    assert not platform.computes_alone(alone(), 2)
+
+
+@pytest.mark.parametrize(("multiprocessing", "is_exported"), [("1", True), ("0", False)])
+def test_openmp_is_bound_only_for_a_process_that_starts_later(
+    platform: Any, monkeypatch: pytest.MonkeyPatch, multiprocessing: str, is_exported: bool
+) -> None:
+    for name in ("OMP_NUM_THREADS", "OMP_PLACES", "OMP_PROC_BIND"):
+        # Set, so that what the call puts there is taken out again.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", multiprocessing)
+    monkeypatch.setattr(platform, "plan_here", lambda: ThreadPlan((0, 1)))
+    config = alone()
+    platform.compute_in_the_engine(config)
+    assert config.parallel_config.distributed_executor_backend == platform.EXECUTORS["uni"]
+    assert ("OMP_NUM_THREADS" in os.environ) is is_exported

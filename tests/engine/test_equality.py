@@ -9,7 +9,12 @@ import pytest
 
 from xllm_plugin.models import prepare
 from xllm_plugin.testing.collect import Collection, Settings, collect_in_child
-from xllm_plugin.testing.equality import check_bit_equal, check_token_equal
+from xllm_plugin.testing.equality import (
+    check_bit_equal,
+    check_near_ties,
+    check_token_equal,
+    measure,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -51,6 +56,15 @@ def test_the_same_batches_give_the_same_bits(
     assert report.equal, report.summary()
     texts = {completion.token_ids for completion in xllm.completions}
     assert len(texts) > 8, "the model says the same whatever it is asked: equality shows nothing"
+
+
+def test_native_layers_differ_from_stock_as_stock_does_from_itself() -> None:
+    wide = Settings(model=str(prepare("smollm2")), max_tokens=32, limit=16)
+    stock = collect_in_child(wide, TEXT, platform="native").completions
+    alone = collect_in_child(replace(wide, max_num_seqs=1), TEXT, platform="native").completions
+    native_layers = collect_in_child(replace(wide, eager=False), TEXT, platform="xllm").completions
+    report = check_near_ties(stock, native_layers, measure(stock, alone))
+    assert report.equal, report.summary()
 
 
 @pytest.mark.full

@@ -128,6 +128,28 @@ def test_cpu_worker_names_its_runner() -> None:
     assert "_make_model_runner" not in source
 
 
+def test_cpu_platform_replaces_the_executor_in_process() -> None:
+    assert 'parallel_config.distributed_executor_backend = "mp"' in vllm_source(
+        "platforms", "cpu.py"
+    )
+
+
+def test_cpu_weights_are_packed_by_one_function() -> None:
+    """No platform hook names the linear method; the function is imported where it is called."""
+    for source in ("linear.py", "vocab_parallel_embedding.py"):
+        assert re.search(
+            r"\n {12}from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm\n",
+            vllm_source("model_executor", "layers", source),
+        )
+
+
+def test_attention_is_called_through_an_operator_by_name() -> None:
+    """Each call of a layer's attention resolves its name and context anew."""
+    source = vllm_source("model_executor", "layers", "attention", "attention.py")
+    assert "torch.ops.vllm.unified_attention_with_output" in source
+    assert "torch.ops.vllm.unified_kv_cache_update" in source
+
+
 def test_cpu_worker_does_not_ask_for_amx() -> None:
     """Nothing of vLLM's Python asks the kernel for AMX."""
     spec = importlib.util.find_spec("vllm")
@@ -191,6 +213,9 @@ TESTS = {
     "scheduler-internals": "test_scheduler_stats_do_not_reach_plugins_in_the_engine",
     "step-attributes": "test_outputs_have_no_field_for_extensions",
     "cpu-runner-class": "test_cpu_worker_names_its_runner",
+    "cpu-executor": "test_cpu_platform_replaces_the_executor_in_process",
+    "cpu-gemm-dispatch": "test_cpu_weights_are_packed_by_one_function",
+    "cpu-decoder-layer": "test_attention_is_called_through_an_operator_by_name",
     "amx-init": "test_cpu_worker_does_not_ask_for_amx",
     "cpu-rotary-3d": "test_rotary_operator_is_wrong_for_three_dimensions",
 }

@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+import logging
+
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from xllm_plugin.cpu.native.build import built_library
+from xllm_plugin.cpu.native.layers import UnsupportedLayerError, take_over
+from xllm_plugin.cpu.native.library import Kernels
+from xllm_plugin.cpu.native.linear import packing
+from xllm_plugin.cpu.platform import native_refusal
 from xllm_plugin.worker.model_runner import XllmModelRunnerMixin
 
 __all__ = ["XllmCpuModelRunner"]
 
+logger = logging.getLogger("vllm.xllm_plugin")
+
 
 class XllmCpuModelRunner(XllmModelRunnerMixin, CPUModelRunner):
     """vLLM's V1 CPU runner with ours in front."""
+
+    def load_model(self, load_dummy_weights: bool = False) -> None:
+        """Load as vLLM does, and let native code run the layers it knows."""
+        reason = native_refusal(self.vllm_config)
+        if reason is not None:
+            logger.info("xllm-plugin: vLLM's own code runs the model's layers: %s.", reason)
+            super().load_model(load_dummy_weights)
+            return
+        kernels = Kernels(built_library())
+        with packing(kernels):
+            super().load_model(load_dummy_weights)
+        try:
+            num_layers = take_over(kernels, self.model)
+        except UnsupportedLayerError as unsupported:
+            logger.warning(
+                "xllm-plugin: vLLM's own code runs the model's layers, uncompiled: %s. "
+                "XLLM_GRAPH__MODE=off compiles them as vLLM does.",
+                unsupported,
+            )
+            return
+        logger.info("xllm-plugin: %d decoder layers run as native code.", num_layers)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import TYPE_CHECKING
 
 from vllm.platforms.cpu import CpuPlatform
 
-from xllm_plugin.accelerator.platform import XllmPlatformMixin
+from xllm_plugin.accelerator.platform import EXECUTORS, XllmPlatformMixin
+from xllm_plugin.config import load_config
+from xllm_plugin.cpu.native.build import NativeBuildError, built_library
+from xllm_plugin.cpu.native.choice import refusal
+from xllm_plugin.cpu.threads import allowed_cpus, plan_here
 from xllm_plugin.errors import PlatformError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 __all__ = ["XllmCpuPlatform"]
+
+logger = logging.getLogger("vllm.xllm_plugin")
 
 ROTARY = "rotary_embedding"
 
@@ -25,7 +33,12 @@ class XllmCpuPlatform(XllmPlatformMixin, CpuPlatform):
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Choose classes; keep MLA models off the rotary operator that is wrong for them."""
+        # vLLM replaces "uni" by "mp", so what was asked for is read before.
+        is_alone = computes_alone(vllm_config, len({cpu.numa_node for cpu in allowed_cpus()}))
         super().check_and_update_config(vllm_config)
+        if is_alone:
+            compute_in_the_engine(vllm_config)
+        choose_graphs(vllm_config)
         if vllm_config.use_v2_model_runner:
             raise PlatformError(
                 "vLLM chose its V2 model runner, which the CPU family of xllm-plugin does not "
@@ -34,6 +47,61 @@ class XllmCpuPlatform(XllmPlatformMixin, CpuPlatform):
             )
         if vllm_config.model_config is not None and vllm_config.model_config.use_mla:
             disable_rotary_operator(vllm_config.compilation_config.custom_ops)
+
+
+def computes_alone(vllm_config: VllmConfig, num_memory_nodes: int) -> bool:
+    """Whether the model's only rank can live in the engine's process.
+
+    vLLM puts it into a process of its own on the CPU, because it sets OpenMP's environment there.
+    Each step then crosses two more process borders, and one core is kept from it.
+    ``--distributed-executor-backend mp`` still asks for that.  Several ranks or memory nodes keep
+    one process a rank, and vLLM's connectors ask for "mp" by name.
+    """
+    parallel = vllm_config.parallel_config
+    return (
+        parallel.distributed_executor_backend in {"uni", EXECUTORS["uni"]}
+        and parallel.world_size == parallel.data_parallel_size == parallel.nnodes == 1
+        and num_memory_nodes == 1
+        and vllm_config.kv_transfer_config is None
+        and vllm_config.ec_transfer_config is None
+    )
+
+
+def compute_in_the_engine(vllm_config: VllmConfig) -> None:
+    """Take the executor without a process of its own; bind OpenMP for the engine's process.
+
+    The process that is starting now has its OpenMP library loaded; the engine's, its child, will
+    find the environment.
+    """
+    vllm_config.parallel_config.distributed_executor_backend = EXECUTORS["uni"]
+    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") != "0":
+        plan_here().export(os.environ)
+
+
+def choose_graphs(vllm_config: VllmConfig) -> None:
+    """Leave out vLLM's compilation for a model whose layers will run as native code.
+
+    The kernels are built here if they have to be, in the first process, so that one that cannot
+    build them compiles as vLLM does.
+    """
+    # vLLM's configuration chooses its platform while it is being imported.
+    from vllm.config import CompilationMode
+
+    if native_refusal(vllm_config) is not None:
+        return
+    try:
+        built_library()
+    except NativeBuildError as error:
+        logger.warning("xllm-plugin: vLLM's own compilation is used, for %s", error)
+        return
+    vllm_config.compilation_config.mode = CompilationMode.NONE
+
+
+def native_refusal(vllm_config: VllmConfig) -> str | None:
+    """Why vLLM's own code runs the model's layers, or None when native code does."""
+    if load_config(vllm_config.additional_config).graph.mode == "off":
+        return "graph.mode is off"
+    return refusal(vllm_config)
 
 
 def disable_rotary_operator(custom_ops: list[str]) -> None:

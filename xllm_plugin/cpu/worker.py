@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from xllm_plugin.accelerator.platform import EXECUTORS
 from xllm_plugin.cpu.model_runner import XllmCpuModelRunner
+from xllm_plugin.cpu.threads import plan_here
 from xllm_plugin.seams import Process, check_all
 from xllm_plugin.worker.model_runner import adopt_runner
 from xllm_plugin.worker.worker import XllmWorkerMixin
@@ -20,8 +24,22 @@ class XllmCpuWorker(XllmWorkerMixin, CPUWorker):
         """Bind the device, then build the runner."""
         check_all(Process.WORKER)
         init_amx()
+        set_threads(self.parallel_config.distributed_executor_backend)
         super().init_device()
         adopt_runner(self, XllmCpuModelRunner)
+
+
+def set_threads(executor_backend: object) -> None:
+    """Compute on the planned cores in a program that loaded OpenMP before vLLM could bind it.
+
+    An engine in a process of its own has found OMP_NUM_THREADS when it loaded OpenMP; a user's
+    program has it only where the user decided, and then the user's word stands.
+    """
+    if executor_backend != EXECUTORS["uni"] or "OMP_NUM_THREADS" in os.environ:
+        return
+    plan = plan_here()
+    if plan.cores:
+        torch.set_num_threads(len(plan.cores))
 
 
 def init_amx() -> bool:

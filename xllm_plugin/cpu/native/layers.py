@@ -1,0 +1,271 @@
+"""Which decoder layers run as native code, and what they do instead of vLLM's `forward`."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+from xllm_plugin.cpu.native.library import DecoderLayer, Kernels
+from xllm_plugin.cpu.native.linear import PackedLinear
+
+__all__ = ["NativeLayer", "UnsupportedLayerError", "take_over"]
+
+# Their `forward` is: norm, qkv, (norm of heads,) rotation, attention, projection, norm, gated
+# feed-forward.  By name: importing a model's module costs time that only its users should pay.
+LAYER_CLASSES = frozenset(
+    {
+        "vllm.model_executor.models.llama.LlamaDecoderLayer",
+        "vllm.model_executor.models.qwen2.Qwen2DecoderLayer",
+        "vllm.model_executor.models.qwen3.Qwen3DecoderLayer",
+    }
+)
+LANES = 16
+
+
+class UnsupportedLayerError(Exception):
+    """A layer has something that the kernels do not do; says what."""
+
+
+class Workspace:
+    """Scratch of one model, grown to the largest batch seen, shared by its layers."""
+
+    def __init__(self, hidden: int, qkv: int, attention: int, intermediate: int) -> None:
+        self._widths = (hidden, hidden, qkv, attention, intermediate)
+        self._num_tokens = 0
+        self.resize(64)
+
+    def resize(self, num_tokens: int) -> None:
+        """Make room for `num_tokens` tokens."""
+        if num_tokens <= self._num_tokens:
+            return
+        self._num_tokens = max(num_tokens, 2 * self._num_tokens)
+        self.normed, self.projected, self.qkv, self.attention, self.activated = (
+            torch.empty((self._num_tokens, width), dtype=torch.bfloat16) for width in self._widths
+        )
+
+
+class NativeLayer:
+    """One decoder layer: stands in for its module's `forward`."""
+
+    def __init__(self, kernels: Kernels, module: Any, workspace: Workspace) -> None:
+        attention = module.self_attn
+        self._kernels = kernels
+        self._workspace = workspace
+        self._attn = attention.attn
+        self._name: str = attention.attn.layer_name
+        self._module = module
+        self._struct = layer_struct(module)
+        self._layer = ctypes.byref(self._struct)
+
+    def __call__(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the layer; see vllm/model_executor/models/llama.py, LlamaDecoderLayer.forward.
+
+        Args:
+            positions: int64 [num_tokens].
+            hidden_states: bfloat16 [num_tokens, hidden]; overwritten unless residual is None.
+            residual: the same shape, or None in the first layer; overwritten.
+
+        Returns:
+            The new hidden states and residual.
+        """
+        num_tokens = hidden_states.shape[0]
+        space = self._workspace
+        space.resize(num_tokens)
+        if residual is None:
+            # The model's embeddings may be a buffer of the runner's: they are left as they are.
+            hidden_states = hidden_states.contiguous()
+            source, residual_in = hidden_states.data_ptr(), None
+            residual, hidden_states = (
+                torch.empty_like(hidden_states),
+                torch.empty_like(hidden_states),
+            )
+        else:
+            source, residual_in = hidden_states.data_ptr(), residual.data_ptr()
+        self._kernels.before_attention(
+            self._layer,
+            source,
+            residual_in,
+            residual.data_ptr(),
+            space.normed.data_ptr(),
+            space.qkv.data_ptr(),
+            positions.data_ptr(),
+            num_tokens,
+        )
+        self._attend(num_tokens)
+        self._kernels.after_attention(
+            self._layer,
+            space.attention.data_ptr(),
+            residual.data_ptr(),
+            space.projected.data_ptr(),
+            space.normed.data_ptr(),
+            space.activated.data_ptr(),
+            hidden_states.data_ptr(),
+            num_tokens,
+        )
+        return hidden_states, residual
+
+    def _attend(self, num_tokens: int) -> None:
+        """Write keys and values into the cache, and the attention's output into the workspace."""
+        space, struct, attn = self._workspace, self._struct, self._attn
+        output = space.attention[:num_tokens].view(-1, struct.num_heads, struct.head_size)
+        context = get_forward_context()
+        metadata = context.attn_metadata
+        if metadata is None:
+            # A run without a cache, to measure memory.
+            output.zero_()
+            return
+        qkv = space.qkv[:num_tokens].view(num_tokens, -1, struct.head_size)
+        query, key, value = qkv.split(
+            (struct.num_heads, struct.num_kv_heads, struct.num_kv_heads), dim=1
+        )
+        slots = context.slot_mapping[self._name]
+        attn.impl.do_kv_cache_update(attn, key, value, attn.kv_cache, slots)
+        attn.impl.forward(
+            attn, query, key, value, attn.kv_cache, metadata[self._name], output=output
+        )
+
+
+class NativeNorm:
+    """The model's last norm: stands in for its module's `forward`."""
+
+    def __init__(self, kernels: Kernels, module: RMSNorm) -> None:
+        self._kernels = kernels
+        self._weight = module.weight
+        self._epsilon = module.variance_epsilon
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Norm of x + residual, both [num_tokens, hidden]; see vLLM's RMSNorm."""
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        total = None if residual is None else torch.empty_like(x)
+        self._kernels.norm(
+            x.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            None if total is None else total.data_ptr(),
+            self._weight.data_ptr(),
+            self._epsilon,
+            y.data_ptr(),
+            x.shape[-1],
+            x.numel() // x.shape[-1],
+        )
+        return y if total is None else (y, total)
+
+
+def take_over(kernels: Kernels, model: torch.nn.Module) -> int:
+    """Let native code run the model's decoder layers.
+
+    Returns:
+        How many layers were taken over.
+
+    Raises:
+        UnsupportedLayerError: one cannot be; then none is.
+    """
+    found = [module for module in model.modules() if class_path(module) in LAYER_CLASSES]
+    if not found:
+        raise UnsupportedLayerError(f"{type(model).__name__} has no layer of a known kind")
+    for module in found:
+        check(module)
+    first = layer_struct(found[0])
+    workspace = Workspace(first.qkv.k, first.qkv.n, first.num_heads * first.head_size, first.down.k)
+    for module in found:
+        module.forward = NativeLayer(kernels, module, workspace)
+    for module in model.modules():
+        if (
+            getattr(module, "layers", None) is not None
+            and type(getattr(module, "norm", None)) is RMSNorm
+            and is_plain(module.norm)
+        ):
+            module.norm.forward = NativeNorm(kernels, module.norm)
+    return len(found)
+
+
+def class_path(module: torch.nn.Module) -> str:
+    """The module's class, as in LAYER_CLASSES."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def is_plain(norm: Any) -> bool:
+    """Whether a norm is over the whole last dimension, in bfloat16, with a weight."""
+    return (
+        type(norm) is RMSNorm
+        and norm.has_weight
+        and norm.variance_size_override is None
+        and norm.weight.dtype == torch.bfloat16
+        and norm.weight.numel() % LANES == 0
+    )
+
+
+def check(module: Any) -> None:
+    """Compare a layer with what the kernels do.
+
+    Raises:
+        UnsupportedLayerError: they do something else.
+    """
+    attention, mlp = module.self_attn, module.mlp
+    linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+    norms = [module.input_layernorm, module.post_attention_layernorm]
+    norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    rotary, attn = attention.rotary_emb, attention.attn
+    known = {
+        "its linear layers are not of packed bfloat16 weights": all(
+            isinstance(getattr(linear, "cpu_linear", None), PackedLinear) for linear in linears
+        ),
+        "its projections have a bias that is added elsewhere": not any(
+            linear.skip_bias_add for linear in linears
+        ),
+        "its ranks share the work": all(linear.tp_size == 1 for linear in linears),
+        "its norm is not a plain RMSNorm": all(is_plain(norm) for norm in norms),
+        "its activation is not SwiGLU": type(mlp.act_fn) is SiluAndMul,
+        "its rotary embedding is not a plain one": isinstance(rotary, RotaryEmbedding)
+        and type(rotary).forward_cpu is RotaryEmbedding.forward_cpu
+        and rotary.is_neox_style
+        and rotary.head_size == attn.head_size,
+        "its attention is not vLLM's own for the CPU": type(attn.impl) is CPUAttentionBackendImpl
+        and attn.attn_type == AttentionType.DECODER
+        and attn.kv_sharing_target_layer_name is None
+        and attn.query_quant is None
+        and attn.head_size_v == attn.head_size
+        and attn.head_size % LANES == 0,
+        "its feed-forward is not a multiple of 32 wide": mlp.down_proj.cpu_linear.struct.k % 32 == 0
+        if isinstance(getattr(mlp.down_proj, "cpu_linear", None), PackedLinear)
+        else True,
+    }
+    for reason, holds in known.items():
+        if not holds:
+            raise UnsupportedLayerError(f"{type(module).__name__}: {reason}")
+
+
+def layer_struct(module: Any) -> DecoderLayer:
+    """Describe a checked layer to the kernels; the module owns every tensor that is pointed to."""
+    attention, attn, mlp = module.self_attn, module.self_attn.attn, module.mlp
+    rotary = attention.rotary_emb
+    # Held by the rotary module from now on, in the type that it is used in.
+    cos_sin = rotary._match_cos_sin_cache_dtype(torch.empty(0, dtype=torch.bfloat16))  # noqa: SLF001
+    heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    return DecoderLayer(
+        attention.qkv_proj.cpu_linear.struct,
+        attention.o_proj.cpu_linear.struct,
+        mlp.gate_up_proj.cpu_linear.struct,
+        mlp.down_proj.cpu_linear.struct,
+        module.input_layernorm.weight.data_ptr(),
+        module.post_attention_layernorm.weight.data_ptr(),
+        *(None if norm is None else norm.weight.data_ptr() for norm in heads),
+        cos_sin.data_ptr(),
+        module.input_layernorm.variance_epsilon,
+        attn.num_heads,
+        attn.num_kv_heads,
+        attn.head_size,
+        rotary.rotary_dim,
+    )
