@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from xllm_plugin.cpu.kv_cache import ZeroOnFirstUse
 from xllm_plugin.cpu.native.build import built_library
 from xllm_plugin.cpu.native.layers import UnsupportedLayerError, take_over
 from xllm_plugin.cpu.native.library import Kernels
 from xllm_plugin.cpu.native.linear import packing
 from xllm_plugin.cpu.platform import native_refusal
 from xllm_plugin.worker.model_runner import XllmModelRunnerMixin
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 __all__ = ["XllmCpuModelRunner"]
 
@@ -20,6 +27,18 @@ logger = logging.getLogger("vllm.xllm_plugin")
 
 class XllmCpuModelRunner(XllmModelRunnerMixin, CPUModelRunner):
     """vLLM's V1 CPU runner with ours in front."""
+
+    def initialize_kv_cache_tensors(
+        self,
+        kv_cache_config: KVCacheConfig,
+        kernel_block_sizes: list[int],
+        kv_cache_allocation_context: AbstractContextManager[Any] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Allocate the KV cache without writing to it; see vLLM's GPUModelRunner."""
+        with ZeroOnFirstUse():
+            return super().initialize_kv_cache_tensors(
+                kv_cache_config, kernel_block_sizes, kv_cache_allocation_context
+            )
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         """Load as vLLM does, and let native code run the layers it knows."""
