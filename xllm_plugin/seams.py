@@ -305,6 +305,17 @@ SEAMS: tuple[Seam, ...] = (
         fits=_attention_takes_our_call,
     ),
     Seam(
+        name="kv-cache-zeros",
+        target="vllm.v1.worker.utils:allocate_kv_cache",
+        why="it asks torch for one int8 tensor of zeros, which is replaced by fresh memory that "
+        "the kernel zeroes on first use.",
+        versions="0.32",
+        upstream="vllm/v1/worker/utils.py",
+        leaves_when="a platform can bring the KV cache's memory.",
+        process=Process.WORKER,
+        fits=_attributes("vllm.v1.worker.utils:allocate_kv_cache"),
+    ),
+    Seam(
         name="amx-init",
         target="torch.cpu._init_amx",
         why="vLLM's AMX attention dies of SIGILL when no oneDNN operator has asked the kernel for "

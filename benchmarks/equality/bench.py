@@ -49,6 +49,11 @@ NOTES = (
         "yardstick of the near-ties, which nobody judges. While 'narrow' is bit-equal, 'other "
         "batches' repeats the yardstick by construction."
     ),
+    (
+        "'native layers': xllm with its own kernels at 64 sequences a batch against stock at 64, "
+        "both eager; must be near-ties. Where the processor has no AVX512-BF16 they are not used, "
+        "and the row shows vLLM's own compilation. All other rows are without them."
+    ),
     "A sequence counts up to and including its first differing token: then the texts differ.",
 )
 NOT_SHOWN = (
@@ -79,6 +84,7 @@ class Case:
     eager: bool = True
     stock_custom_ops: tuple[str, ...] = ()
     other_batches: bool = True
+    native_layers: bool = False
     quick: bool = False
 
     def settings(self, side: Side, *, max_num_seqs: int, num_prompts: int | None) -> Settings:
@@ -87,7 +93,7 @@ class Case:
             model=str(prepare(self.model)),
             max_num_seqs=max_num_seqs,
             dtype=self.dtype,
-            eager=self.eager,
+            eager=self.eager and not (side == "xllm" and self.native_layers),
             custom_ops=self.stock_custom_ops if side == "stock" else (),
             limit=num_prompts,
         )
@@ -95,6 +101,7 @@ class Case:
 
 CASES = (
     Case("smollm2", "smollm2", "dense", quick=True),
+    Case("smollm2, native layers", "smollm2", "dense", native_layers=True, quick=True),
     Case("smollm2, float32", "smollm2", "dense", dtype="float32"),
     Case("smollm2, compiled", "smollm2", "dense", eager=False, other_batches=False),
     Case("tiny-qwen3-moe", "tiny-qwen3-moe", "MoE", quick=True),
@@ -205,6 +212,7 @@ def asking(case: Case, num_prompts: int | None) -> Ask:
             case.settings(side, max_num_seqs=max_num_seqs, num_prompts=num_prompts),
             FOLDER / "data" / case.prompts,
             platform="native" if side == "stock" else "xllm",
+            environment={"XLLM_GRAPH__MODE": "auto" if case.native_layers else "off"},
         )
         say(progress(case, found))
         return found.completions
@@ -215,6 +223,13 @@ def asking(case: Case, num_prompts: int | None) -> Ask:
 def run_case(case: Case, ask: Ask) -> list[Outcome]:
     """Ask both sides in turn and judge them."""
     stock, xllm = ask("stock", WIDE_BATCH), ask("xllm", WIDE_BATCH)
+    if case.native_layers:
+        stock_narrow = ask("stock", NARROW_BATCH)
+        judged = check_near_ties(stock, xllm, measure(stock, stock_narrow))
+        return [
+            Outcome(case, "native layers", judged),
+            Outcome(case, "stock itself", check_token_equal(stock, stock_narrow), judged=False),
+        ]
     outcomes = [Outcome(case, "same batches", check_bit_equal(stock, xllm))]
     if case.other_batches:
         stock_narrow, xllm_narrow = ask("stock", NARROW_BATCH), ask("xllm", NARROW_BATCH)

@@ -73,6 +73,29 @@ def test_in_float32_even_an_exact_tie_fails(bench: ModuleType) -> None:
     assert not bench.check(found["other batches"]).passed
 
 
+def test_native_layers_may_differ_as_stock_does_from_itself(bench: ModuleType) -> None:
+    same, flipped = completions(), completions(flips=3)
+    answers = {("stock", 64): same, ("stock", 1): flipped, ("xllm", 64): flipped}
+    found = outcomes(bench, answers, native_layers=True)
+    assert set(found) == {"native layers", "stock itself"}
+    assert found["native layers"].report.verdict is Verdict.NEAR_TIES
+    sure, wrong = completions(gap=3.0), completions(flips=1, gap=3.0)
+    answers = {("stock", 64): sure, ("stock", 1): sure, ("xllm", 64): wrong}
+    found = outcomes(bench, answers, native_layers=True)
+    assert not bench.check(found["native layers"]).passed
+
+
+def test_only_native_layers_leave_stock_s_form(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "prepare", Path)
+    for case in bench.CASES:
+        stock, xllm = (
+            case.settings(side, max_num_seqs=1, num_prompts=1) for side in ("stock", "xllm")
+        )
+        assert (stock.eager == xllm.eager) is not case.native_layers
+
+
 def test_the_table_can_be_rendered(bench: ModuleType) -> None:
     same = completions()
     found = outcomes(bench, {("stock", 64): same, ("xllm", 64): same}, other_batches=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xllm_plugin import shims
-from xllm_plugin.cpu.threads import ThreadPlan
+from xllm_plugin.cpu.threads import OpenMPEnvironment, ThreadPlan
 
 pytestmark = pytest.mark.engine  # imports vLLM, some seconds
 
@@ -140,17 +140,71 @@ def test_several_memory_nodes_keep_one_process_a_rank(platform: Any) -> None:
     assert not platform.computes_alone(alone(), 2)
 
 
-@pytest.mark.parametrize(("multiprocessing", "is_exported"), [("1", True), ("0", False)])
-def test_openmp_is_bound_only_for_a_process_that_starts_later(
-    platform: Any, monkeypatch: pytest.MonkeyPatch, multiprocessing: str, is_exported: bool
+def test_openmp_is_bound_once_for_a_process_that_starts_later(
+    platform: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("OMP_NUM_THREADS", "OMP_PLACES", "OMP_PROC_BIND"):
-        # Set, so that what the call puts there is taken out again.
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", multiprocessing)
-    monkeypatch.setattr(platform, "plan_here", lambda: ThreadPlan((0, 1)))
-    config = alone()
-    platform.compute_in_the_engine(config)
+    monkeypatch.setattr(platform, "plan_here", lambda: ThreadPlan(2, (0, 1)))
+    environ: dict[str, str] = {}
+    openmp = OpenMPEnvironment(environ)
+    config = alone(distributed_executor_backend="mp")  # as vLLM's own hook leaves it
+    platform.compute_in_the_engine(config, openmp)
     assert config.parallel_config.distributed_executor_backend == platform.EXECUTORS["uni"]
-    assert ("OMP_NUM_THREADS" in os.environ) is is_exported
+    assert environ["OMP_NUM_THREADS"] == "2"
+    # In the child the hook finds the class path, and a narrower affinity that is not planned again.
+    in_child: dict[str, str] = {}
+    platform.compute_in_the_engine(config, OpenMPEnvironment(in_child))
+    assert in_child == {}
+
+
+def test_an_engine_with_other_processes_does_not_inherit_the_binding(
+    platform: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environ = {"OMP_PLACES": "{0}"}
+    openmp = OpenMPEnvironment(environ)
+    openmp.bind(ThreadPlan(2, (0, 1)))
+    monkeypatch.setattr(platform, "openmp", openmp)
+    monkeypatch.setattr(platform, "choose_graphs", lambda _: None)
+    monkeypatch.setattr(
+        platform.CpuPlatform, "check_and_update_config", classmethod(lambda cls, _: None)
+    )
+    monkeypatch.setattr(platform.XllmPlatformMixin, "check_and_update_config", lambda *_: None)
+    config = alone(world_size=2)
+    config.use_v2_model_runner, config.model_config = False, None
+    platform.XllmCpuPlatform.check_and_update_config(config)
+    assert environ == {"OMP_PLACES": "{0}"}
+
+
+@pytest.fixture
+def compiles(platform: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A configuration that vLLM would compile, of a model that native code runs."""
+    from vllm.config import CompilationMode
+
+    monkeypatch.setattr(platform, "native_refusal", lambda _: None)
+    mode = CompilationMode.DYNAMO_TRACE_ONCE
+    return SimpleNamespace(compilation_config=SimpleNamespace(mode=mode))
+
+
+def test_a_model_that_native_code_runs_is_not_compiled(
+    platform: Any, compiles: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "built_library", lambda: None)
+    platform.choose_graphs(compiles)
+    assert compiles.compilation_config.mode.name == "NONE"
+
+
+def test_kernels_that_cannot_be_built_leave_vllm_s_compilation(
+    platform: Any, compiles: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse() -> None:
+        raise platform.NativeBuildError("no C++ compiler was found")
+
+    monkeypatch.setattr(platform, "built_library", refuse)
+    with caplog.at_level(logging.WARNING, logger="vllm.xllm_plugin"):
+        platform.choose_graphs(compiles)
+    assert compiles.compilation_config.mode.name == "DYNAMO_TRACE_ONCE"
+    assert "no C++ compiler was found" in caplog.text
+
+
+def test_the_setting_switches_native_code_off(platform: Any) -> None:
+    config = SimpleNamespace(additional_config={"xllm": {"graph": {"mode": "off"}}})
+    assert platform.native_refusal(config) == "graph.mode is off"

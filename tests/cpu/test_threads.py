@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from xllm_plugin.cpu.threads import (
     BIND_ENV,
     RESERVED_ENV,
     Cpu,
+    OpenMPEnvironment,
     ThreadPlan,
     plan_threads,
     quota_cpus,
@@ -32,18 +34,29 @@ def test_cores_of_two_memory_nodes_may_have_the_same_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("quota", "num_cores"), [(2.0, 2), (2.9, 2), (0.5, 1), (16.0, 4), (None, 4)]
+    ("quota", "num_threads"), [(2.0, 2), (2.9, 2), (0.5, 1), (16.0, 4), (None, 4)]
 )
-def test_a_container_s_quota_is_not_exceeded(quota: float | None, num_cores: int) -> None:
-    assert len(plan_threads(SMT, quota, {}).cores) == num_cores
+def test_a_container_s_quota_limits_the_threads_and_not_where_they_run(
+    quota: float | None, num_threads: int
+) -> None:
+    """Containers of one machine would otherwise all sit on its first cores."""
+    plan = plan_threads(SMT, quota, {})
+    assert plan.num_threads == num_threads
+    assert plan.cores == (4, 5, 6, 7)
 
 
 def test_reserved_processors_stay_free() -> None:
     assert plan_threads(SMT, None, {RESERVED_ENV: "1"}).cores == (4, 5, 6)
 
 
+def test_reserving_all_of_them_is_a_warning_as_in_vllm(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="vllm.xllm_plugin"):
+        assert plan_threads(SMT, None, {RESERVED_ENV: "4"}).cores == (4, 5, 6, 7)
+    assert "leaves none of 4 processors" in caplog.text
+
+
 def test_the_user_s_list_is_taken_as_it_is() -> None:
-    assert plan_threads(SMT, 1.0, {BIND_ENV: "0-2,6"}).cores == (0, 1, 2, 6)
+    assert plan_threads(SMT, 1.0, {BIND_ENV: "0-2,6"}) == ThreadPlan(4, (0, 1, 2, 6))
 
 
 def test_nobind_leaves_openmp_to_the_user() -> None:
@@ -59,7 +72,6 @@ def test_nobind_leaves_openmp_to_the_user() -> None:
         ({BIND_ENV: "3-1"}, "not 'auto', 'nobind' or a list"),
         ({BIND_ENV: "0|1"}, "not 'auto', 'nobind' or a list"),
         ({BIND_ENV: "6-9"}, r"names processors \[8, 9\]"),
-        ({RESERVED_ENV: "4"}, "leaves nothing to compute on: 4 processors"),
         ({RESERVED_ENV: "-1"}, "not a number of processors"),
     ],
 )
@@ -69,14 +81,32 @@ def test_what_cannot_be_is_refused(environ: dict[str, str], words: str) -> None:
 
 
 def test_the_environment_has_one_place_of_all_cores() -> None:
-    environ = {"OMP_NUM_THREADS": "1", "PATH": "/bin"}
-    ThreadPlan((0, 2)).export(environ)
-    assert environ == {
-        "PATH": "/bin",
-        "OMP_NUM_THREADS": "2",
+    assert ThreadPlan(1, (0, 2)).environment() == {
+        "OMP_NUM_THREADS": "1",
         "OMP_PLACES": "{0,2}",
         "OMP_PROC_BIND": "true",
     }
+
+
+def test_intel_s_library_is_kept_from_spinning_as_vllm_does() -> None:
+    found = ThreadPlan(1, (0,)).environment("/lib/libiomp5.so:/lib/libtcmalloc.so")
+    assert found["KMP_BLOCKTIME"] == "5"
+    assert found["KMP_TPAUSE"] == "0"
+
+
+def test_what_was_in_the_environment_comes_back() -> None:
+    before = {"OMP_NUM_THREADS": "1", "PATH": "/bin"}
+    environ = dict(before)
+    openmp = OpenMPEnvironment(environ)
+    openmp.release()
+    openmp.bind(ThreadPlan(2, (0, 2)))
+    assert environ["OMP_NUM_THREADS"] == "2"
+    openmp.bind(ThreadPlan(3, (0, 2, 4)))
+    assert environ["OMP_PLACES"] == "{0,2,4}"
+    openmp.release()
+    assert environ == before
+    openmp.bind(ThreadPlan(0, ()))
+    assert environ == before
 
 
 @given(
@@ -88,8 +118,9 @@ def test_the_environment_has_one_place_of_all_cores() -> None:
     st.none() | st.floats(0.01, 200),
 )
 def test_there_is_always_a_core_and_each_once(cpus: list[Cpu], quota: float | None) -> None:
-    cores = plan_threads(cpus, quota, {}).cores
-    assert 1 <= len(cores) == len(set(cores))
+    plan = plan_threads(cpus, quota, {})
+    cores = plan.cores
+    assert 1 <= plan.num_threads <= len(cores) == len(set(cores))
     assert set(cores) <= {cpu.id for cpu in cpus}
 
 

@@ -45,7 +45,8 @@ class ZeroOnFirstUse(TorchFunctionMode):
 
 def untouched_zeros(num_bytes: int) -> torch.Tensor:
     """An int8 tensor [num_bytes] of zeros, in huge pages where the kernel gives them."""
-    memory = mmap.mmap(-1, num_bytes)
+    # Not shared, which is Python's default: the kernel seldom gives huge pages to shared memory.
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     # The tensor holds the mapping.

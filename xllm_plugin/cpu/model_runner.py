@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import CompilationMode
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from xllm_plugin.cpu.kv_cache import ZeroOnFirstUse
-from xllm_plugin.cpu.native.build import built_library
+from xllm_plugin.cpu.native.build import NativeBuildError, built_library
 from xllm_plugin.cpu.native.layers import UnsupportedLayerError, take_over
 from xllm_plugin.cpu.native.library import Kernels
 from xllm_plugin.cpu.native.linear import packing
@@ -28,6 +29,8 @@ logger = logging.getLogger("vllm.xllm_plugin")
 class XllmCpuModelRunner(XllmModelRunnerMixin, CPUModelRunner):
     """vLLM's V1 CPU runner with ours in front."""
 
+    _kernels: Kernels | None = None
+
     def initialize_kv_cache_tensors(
         self,
         kv_cache_config: KVCacheConfig,
@@ -42,14 +45,47 @@ class XllmCpuModelRunner(XllmModelRunnerMixin, CPUModelRunner):
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         """Load as vLLM does, and let native code run the layers it knows."""
-        reason = native_refusal(self.vllm_config)
-        if reason is not None:
-            logger.info("xllm-plugin: vLLM's own code runs the model's layers: %s.", reason)
+        self._kernels = self._native_kernels()
+        if self._kernels is None:
             super().load_model(load_dummy_weights)
             return
-        kernels = Kernels(built_library())
-        with packing(kernels):
+        with packing(self._kernels):
             super().load_model(load_dummy_weights)
+        self._take_over(self._kernels)
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Take new weights in, packed as the first ones were."""
+        if self._kernels is None:
+            super().reload_weights(*args, **kwargs)
+            return
+        with packing(self._kernels):
+            super().reload_weights(*args, **kwargs)
+        self._take_over(self._kernels)
+
+    def warming_up_model(self) -> None:
+        """Run a full batch once, so that what it needs is known before the rest is given away.
+
+        vLLM does so only to compile.
+        """
+        if self._kernels is None:
+            super().warming_up_model()
+        else:
+            self.profile_run()
+
+    def _native_kernels(self) -> Kernels | None:
+        reason = native_refusal(self.vllm_config)
+        if reason is None and self.compilation_config.mode != CompilationMode.NONE:
+            # `choose_graphs` has said why.
+            reason = "it is compiled"
+        try:
+            kernels = None if reason else Kernels(built_library())
+        except NativeBuildError as error:
+            kernels, reason = None, str(error)
+        if reason is not None:
+            logger.info("xllm-plugin: vLLM's own code runs the model's layers: %s.", reason)
+        return kernels
+
+    def _take_over(self, kernels: Kernels) -> None:
         try:
             num_layers = take_over(kernels, self.model)
         except UnsupportedLayerError as unsupported:

@@ -12,7 +12,7 @@ from xllm_plugin.accelerator.platform import EXECUTORS, XllmPlatformMixin
 from xllm_plugin.config import load_config
 from xllm_plugin.cpu.native.build import NativeBuildError, built_library
 from xllm_plugin.cpu.native.choice import refusal
-from xllm_plugin.cpu.threads import allowed_cpus, plan_here
+from xllm_plugin.cpu.threads import OpenMPEnvironment, allowed_cpus, plan_here
 from xllm_plugin.errors import PlatformError
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["XllmCpuPlatform"]
 
 logger = logging.getLogger("vllm.xllm_plugin")
+
+# Of this process; vLLM's hooks are class methods.
+openmp = OpenMPEnvironment(os.environ)
 
 ROTARY = "rotary_embedding"
 
@@ -37,7 +40,9 @@ class XllmCpuPlatform(XllmPlatformMixin, CpuPlatform):
         is_alone = computes_alone(vllm_config, len({cpu.numa_node for cpu in allowed_cpus()}))
         super().check_and_update_config(vllm_config)
         if is_alone:
-            compute_in_the_engine(vllm_config)
+            compute_in_the_engine(vllm_config, openmp)
+        else:
+            openmp.release()
         choose_graphs(vllm_config)
         if vllm_config.use_v2_model_runner:
             raise PlatformError(
@@ -67,22 +72,25 @@ def computes_alone(vllm_config: VllmConfig, num_memory_nodes: int) -> bool:
     )
 
 
-def compute_in_the_engine(vllm_config: VllmConfig) -> None:
+def compute_in_the_engine(vllm_config: VllmConfig, openmp: OpenMPEnvironment) -> None:
     """Take the executor without a process of its own; bind OpenMP for the engine's process.
 
     The process that is starting now has its OpenMP library loaded; the engine's, its child, will
     find the environment.
     """
-    vllm_config.parallel_config.distributed_executor_backend = EXECUTORS["uni"]
-    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") != "0":
-        plan_here().export(os.environ)
+    parallel = vllm_config.parallel_config
+    if parallel.distributed_executor_backend == EXECUTORS["uni"]:
+        # This process is the engine: a program that is its own, or the child, which is bound.
+        return
+    parallel.distributed_executor_backend = EXECUTORS["uni"]
+    openmp.bind(plan_here())
 
 
 def choose_graphs(vllm_config: VllmConfig) -> None:
     """Leave out vLLM's compilation for a model whose layers will run as native code.
 
-    The kernels are built here if they have to be, in the first process, so that one that cannot
-    build them compiles as vLLM does.
+    The kernels are built here if they have to be, so that a machine that cannot build them compiles
+    as vLLM does.
     """
     # vLLM's configuration chooses its platform while it is being imported.
     from vllm.config import CompilationMode

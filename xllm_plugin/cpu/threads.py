@@ -7,6 +7,7 @@ between two steps on the same thread, so nothing is kept back, and the container
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -19,12 +20,15 @@ __all__ = [
     "BIND_ENV",
     "RESERVED_ENV",
     "Cpu",
+    "OpenMPEnvironment",
     "ThreadPlan",
     "allowed_cpus",
     "plan_here",
     "plan_threads",
     "quota_cpus",
 ]
+
+logger = logging.getLogger("vllm.xllm_plugin")
 
 BIND_ENV = "VLLM_CPU_OMP_THREADS_BIND"
 RESERVED_ENV = "VLLM_CPU_NUM_OF_RESERVED_CPU"
@@ -41,11 +45,16 @@ class Cpu:
 
 @dataclass(frozen=True, slots=True)
 class ThreadPlan:
-    """The logical processors to compute on, one thread each; none: the user binds (`nobind`)."""
+    """How many threads compute, and on which logical processors; none: the user binds (`nobind`).
 
+    There are fewer threads than processors where a quota allows less time than there are
+    processors: pods of one machine must not all choose its first ones.
+    """
+
+    num_threads: int
     cores: tuple[int, ...]
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, ld_preload: str = "") -> dict[str, str]:
         """What OpenMP has to find in its environment when its library is loaded.
 
         One place of all the cores: the threads stay on them and the kernel may still move a thread
@@ -54,21 +63,49 @@ class ThreadPlan:
         """
         if not self.cores:
             return {}
-        return {
-            "OMP_NUM_THREADS": str(len(self.cores)),
+        found = {
+            "OMP_NUM_THREADS": str(self.num_threads),
             "OMP_PLACES": "{" + ",".join(map(str, self.cores)) + "}",
             "OMP_PROC_BIND": "true",
         }
+        if "libiomp" in ld_preload or "libomp" in ld_preload:
+            # As vLLM sets them: Intel's library would spin for 200 ms after each region.
+            found |= {"KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}
+        return found
 
-    def export(self, environ: MutableMapping[str, str]) -> None:
-        """Put `environment()` where a child process will find it."""
-        environ.update(self.environment())
+
+class OpenMPEnvironment:
+    """What a process put into its environment for an engine it starts, and what was there before.
+
+    A program may build one engine after the other; the next one must not inherit the binding of
+    this one.
+    """
+
+    def __init__(self, environ: MutableMapping[str, str]) -> None:
+        self._environ = environ
+        self._before: dict[str, str | None] = {}
+
+    def bind(self, plan: ThreadPlan) -> None:
+        """Bind the processes that start from now on."""
+        self.release()
+        wanted = plan.environment(self._environ.get("LD_PRELOAD", ""))
+        self._before = {name: self._environ.get(name) for name in wanted}
+        self._environ.update(wanted)
+
+    def release(self) -> None:
+        """Put back what was there."""
+        for name, value in self._before.items():
+            if value is None:
+                self._environ.pop(name, None)
+            else:
+                self._environ[name] = value
+        self._before = {}
 
 
 def plan_threads(
     cpus: Sequence[Cpu], quota_cpus: float | None, environ: Mapping[str, str]
 ) -> ThreadPlan:
-    """Choose the cores of an engine's only rank.
+    """Choose the threads of an engine's only rank.
 
     Args:
         cpus: the processors this process may run on.
@@ -77,26 +114,30 @@ def plan_threads(
             "0-3,8") and `VLLM_CPU_NUM_OF_RESERVED_CPU` (processors to leave alone).
 
     Raises:
-        ConfigError: the list cannot be read, names processors that are not allowed here, or nothing
-            is left to compute on.
+        ConfigError: the list cannot be read or names processors that are not allowed here, or the
+            number is none.
     """
     bind = environ.get(BIND_ENV) or "auto"
     if bind == "nobind":
-        return ThreadPlan(())
+        return ThreadPlan(0, ())
     if bind != "auto":
-        return ThreadPlan(_named(bind, cpus))
+        named = _named(bind, cpus)
+        return ThreadPlan(len(named), named)
     # One thread a physical core: two on one core share its vector units.
     highest = {(cpu.numa_node, cpu.physical_core): cpu.id for cpu in sorted(cpus, key=_by_id)}
     cores = sorted(highest.values())
-    if quota_cpus is not None:
-        cores = cores[: max(1, math.floor(quota_cpus))]
     reserved = _reserved(environ)
     if reserved >= len(cores):
-        raise ConfigError(
-            f"{RESERVED_ENV}={reserved} leaves nothing to compute on: {len(cores)} processors are "
-            "usable here. Give a smaller number, or none."
+        logger.warning(
+            "xllm-plugin: %s=%d leaves none of %d processors to compute on; all compute.",
+            RESERVED_ENV,
+            reserved,
+            len(cores),
         )
-    return ThreadPlan(tuple(cores[: len(cores) - reserved]))
+        reserved = 0
+    cores = cores[: len(cores) - reserved]
+    limit = len(cores) if quota_cpus is None else max(1, math.floor(quota_cpus))
+    return ThreadPlan(min(limit, len(cores)), tuple(cores))
 
 
 def _by_id(cpu: Cpu) -> int:
@@ -143,7 +184,11 @@ def allowed_cpus() -> list[Cpu]:
 
 
 def quota_cpus(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """The container's CPU quota in processors (cgroup v2, else v1), or None without one."""
+    """The quota of the control group that is mounted here, as a container sees its own.
+
+    Returns:
+        Processors (cgroup v2, else v1), or None without a quota.
+    """
     try:
         quota, period = (root / "cpu.max").read_text(encoding="ascii").split()
     except (OSError, ValueError):

@@ -32,14 +32,14 @@ class XllmCpuWorker(XllmWorkerMixin, CPUWorker):
 def set_threads(executor_backend: object) -> None:
     """Compute on the planned cores in a program that loaded OpenMP before vLLM could bind it.
 
-    An engine in a process of its own has found OMP_NUM_THREADS when it loaded OpenMP; a user's
-    program has it only where the user decided, and then the user's word stands.
+    An engine in a process of its own has found OMP_NUM_THREADS when it loaded OpenMP; a program
+    that is its own engine has it only where the user decided, and then the user's word stands.
     """
     if executor_backend != EXECUTORS["uni"] or "OMP_NUM_THREADS" in os.environ:
         return
     plan = plan_here()
     if plan.cores:
-        torch.set_num_threads(len(plan.cores))
+        torch.set_num_threads(plan.num_threads)
 
 
 def init_amx() -> bool:

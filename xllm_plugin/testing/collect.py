@@ -76,13 +76,18 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """Completions and where they came from.  `platform` is the class name of vLLM's platform."""
+    """Completions and where they came from.
+
+    `platform` is the class name of vLLM's platform; `num_replaced_modules` counts the model's
+    modules that run something else than their class's `forward`.
+    """
 
     completions: tuple[Completion, ...]
     settings: Settings
     platform: str
     vllm: str
     num_threads: int
+    num_replaced_modules: int
     start_s: float
     generate_s: float
 
@@ -216,6 +221,7 @@ def generate(settings: Settings, prompts: Sequence[Prompt]) -> dict[str, Any]:
         "platform": f"{type(current_platform).__module__}.{type(current_platform).__name__}",
         "vllm": vllm.__version__,
         "num_threads": torch.get_num_threads(),
+        "num_replaced_modules": engine.apply_model(_num_replaced_modules)[0],
         "start_s": round(ready - start, 1),
         "generate_s": round(done - ready, 1),
         "completions": [
@@ -223,6 +229,10 @@ def generate(settings: Settings, prompts: Sequence[Prompt]) -> dict[str, Any]:
             for prompt, output in zip(prompts, outputs, strict=True)
         ],
     }
+
+
+def _num_replaced_modules(model: Any) -> int:
+    return sum("forward" in vars(module) for module in model.modules())
 
 
 def _completion(prompt_id: str, output: Any) -> Completion:

@@ -16,8 +16,14 @@ from xllm_plugin.cpu.native.choice import refusal  # noqa: E402
 
 
 def config(**changes: Any) -> Any:
-    model = {"architecture": "LlamaForCausalLM", "dtype": torch.bfloat16, "enforce_eager": False}
-    engine = {"quant_config": None, "lora_config": None, "kv_transfer_config": None}
+    model: dict[str, Any] = {
+        "architecture": "LlamaForCausalLM",
+        "dtype": torch.bfloat16,
+        "enforce_eager": False,
+    }
+    model["hf_text_config"] = SimpleNamespace(is_causal=changes.pop("is_causal", True))
+    engine: dict[str, Any] = {"quant_config": None, "lora_config": None, "kv_transfer_config": None}
+    engine["weight_transfer_config"] = None
     for name, value in changes.items():
         (model if name in model else engine)[name] = value
     parallel = SimpleNamespace(tensor_parallel_size=engine.pop("tensor_parallel_size", 1))
@@ -50,6 +56,8 @@ def test_a_dense_model_in_bfloat16(processor: Any) -> None:
         ({"quant_config": object()}, "quantised"),
         ({"lora_config": object()}, "LoRA"),
         ({"kv_transfer_config": object()}, "a KV connector"),
+        ({"weight_transfer_config": object()}, "weights are replaced at run time"),
+        ({"is_causal": False}, "its attention is not causal"),
         ({"tensor_parallel_size": 2}, "several ranks"),
     ],
 )

@@ -39,12 +39,15 @@ class Layer:
     has_bias: bool
     has_head_norm: bool
     rotary_dim: int = HEAD
+    has_all_biases: bool = False
 
     def __post_init__(self) -> None:
         self.qkv, self.out = random(QKV, HIDDEN, scale=0.1), random(HIDDEN, HEADS * HEAD, scale=0.1)
         self.gate_up = random(2 * WIDE, HIDDEN, scale=0.1)
         self.down = random(HIDDEN, WIDE, scale=0.1)
         self.bias = random(QKV) if self.has_bias else None
+        sizes = (HIDDEN, 2 * WIDE, HIDDEN)
+        self.biases = [random(size) if self.has_all_biases else None for size in sizes]
         self.norm1, self.norm2, self.query_norm, self.key_norm = (
             1 + random(size, scale=0.1) for size in (HIDDEN, HIDDEN, HEAD, HEAD)
         )
@@ -77,22 +80,22 @@ class Layer:
         return torch.cat((query, key, value), 1).reshape(len(x), -1), total.to(torch.bfloat16)
 
     def after(self, attention: Any, residual: Any) -> tuple[Any, Any]:
-        projected = (attention.float() @ self.out.float().T).to(torch.bfloat16)
+        out, gate_up, down = (0 if bias is None else bias.float() for bias in self.biases)
+        projected = (attention.float() @ self.out.float().T + out).to(torch.bfloat16)
         total = projected.float() + residual.float()
         normed = self.norm(total, self.norm2)
-        gate, up = (normed.float() @ self.gate_up.float().T).to(torch.bfloat16).float().chunk(2, -1)
+        both = (normed.float() @ self.gate_up.float().T + gate_up).to(torch.bfloat16)
+        gate, up = both.float().chunk(2, -1)
         activated = (torch.nn.functional.silu(gate) * up).to(torch.bfloat16)
-        return (activated.float() @ self.down.float().T).to(torch.bfloat16), total.to(
-            torch.bfloat16
-        )
+        y = activated.float() @ self.down.float().T + down
+        return y.to(torch.bfloat16), total.to(torch.bfloat16)
 
     def native(self, kernels: Any) -> DecoderLayer:
+        weights = (self.qkv, self.out, self.gate_up, self.down)
+        biases = (self.bias, *self.biases)
         pack = [
-            PackedLinear(kernels, self.qkv, self.bias),
-            *(
-                PackedLinear(kernels, weight, None)
-                for weight in (self.out, self.gate_up, self.down)
-            ),
+            PackedLinear(kernels, weight, bias)
+            for weight, bias in zip(weights, biases, strict=True)
         ]
         self.kept = pack
         heads = (self.query_norm, self.key_norm) if self.has_head_norm else (None, None)
@@ -114,6 +117,7 @@ LAYERS = {
     "llama": Layer(False, False),
     "qwen2": Layer(True, False),
     "qwen3": Layer(False, True),
+    "every bias": Layer(True, False, has_all_biases=True),
     "half of a head rotated": Layer(False, False, rotary_dim=HEAD // 2),
 }
 
@@ -144,8 +148,9 @@ def test_up_to_the_attention(kernels: Any, name: str, num_tokens: int, is_first:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 97, 193])
-def test_from_the_attention_on(kernels: Any, num_tokens: int) -> None:
-    layer = LAYERS["llama"]
+@pytest.mark.parametrize("name", ["llama", "every bias"])
+def test_from_the_attention_on(kernels: Any, name: str, num_tokens: int) -> None:
+    layer = LAYERS[name]
     attention, residual = random(num_tokens, HEADS * HEAD), random(num_tokens, HIDDEN, scale=4)
     expected_y, expected_total = layer.after(attention, residual)
     y, scratch = torch.empty_like(residual), residual.new_empty(2, num_tokens, HIDDEN)

@@ -28,6 +28,8 @@ def refusal(vllm_config: VllmConfig) -> str | None:
         "--enforce-eager": bool(model.enforce_eager),
         "LoRA": vllm_config.lora_config is not None,
         "a KV connector": vllm_config.kv_transfer_config is not None,
+        "weights are replaced at run time": vllm_config.weight_transfer_config is not None,
+        "its attention is not causal": not getattr(model.hf_text_config, "is_causal", True),
         "several ranks share each layer": vllm_config.parallel_config.tensor_parallel_size > 1,
         "this processor has no AVX512-BF16": not torch.cpu._is_avx512_bf16_supported(),  # noqa: SLF001
         # oneDNN multiplies by tiles there, which these kernels do not.

@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from xllm_plugin.cpu.native.library import DecoderLayer, Kernels
-from xllm_plugin.cpu.native.linear import PackedLinear
+from xllm_plugin.cpu.native.linear import BLOCK, PackedLinear
 
 __all__ = ["NativeLayer", "UnsupportedLayerError", "take_over"]
 
@@ -63,6 +63,8 @@ class NativeLayer:
         self._name: str = attention.attn.layer_name
         self._module = module
         self._struct = layer_struct(module)
+        # The struct has their addresses alone, and vLLM may give the modules other ones.
+        self._linears = linears_of(module)
         self._layer = ctypes.byref(self._struct)
 
     def __call__(
@@ -83,12 +85,9 @@ class NativeLayer:
         space.resize(num_tokens)
         if residual is None:
             # The model's embeddings may be a buffer of the runner's: they are left as they are.
-            hidden_states = hidden_states.contiguous()
-            source, residual_in = hidden_states.data_ptr(), None
-            residual, hidden_states = (
-                torch.empty_like(hidden_states),
-                torch.empty_like(hidden_states),
-            )
+            embedded = hidden_states.contiguous()
+            source, residual_in = embedded.data_ptr(), None
+            residual, hidden_states = torch.empty_like(embedded), torch.empty_like(embedded)
         else:
             source, residual_in = hidden_states.data_ptr(), residual.data_ptr()
         self._kernels.before_attention(
@@ -121,7 +120,7 @@ class NativeLayer:
         context = get_forward_context()
         metadata = context.attn_metadata
         if metadata is None:
-            # A run without a cache, to measure memory.
+            # A run without a cache, to measure how much memory is left for one.
             output.zero_()
             return
         qkv = space.qkv[:num_tokens].view(num_tokens, -1, struct.head_size)
@@ -215,13 +214,12 @@ def check(module: Any) -> None:
     """
     attention, mlp = module.self_attn, module.mlp
     linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+    are_packed = all(isinstance(packed, PackedLinear) for packed in linears_of(module))
     norms = [module.input_layernorm, module.post_attention_layernorm]
     norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
     rotary, attn = attention.rotary_emb, attention.attn
     known = {
-        "its linear layers are not of packed bfloat16 weights": all(
-            isinstance(getattr(linear, "cpu_linear", None), PackedLinear) for linear in linears
-        ),
+        "its linear layers are not of packed bfloat16 weights": are_packed,
         "its projections have a bias that is added elsewhere": not any(
             linear.skip_bias_add for linear in linears
         ),
@@ -230,6 +228,7 @@ def check(module: Any) -> None:
         "its activation is not SwiGLU": type(mlp.act_fn) is SiluAndMul,
         "its rotary embedding is not a plain one": isinstance(rotary, RotaryEmbedding)
         and type(rotary).forward_cpu is RotaryEmbedding.forward_cpu
+        and type(rotary).forward_native is RotaryEmbedding.forward_native
         and rotary.is_neox_style
         and rotary.head_size == attn.head_size,
         "its attention is not vLLM's own for the CPU": type(attn.impl) is CPUAttentionBackendImpl
@@ -238,27 +237,30 @@ def check(module: Any) -> None:
         and attn.query_quant is None
         and attn.head_size_v == attn.head_size
         and attn.head_size % LANES == 0,
-        "its feed-forward is not a multiple of 32 wide": mlp.down_proj.cpu_linear.struct.k % 32 == 0
-        if isinstance(getattr(mlp.down_proj, "cpu_linear", None), PackedLinear)
-        else True,
+        "its feed-forward is not a multiple of 32 wide": are_packed
+        and mlp.down_proj.cpu_linear.struct.k % BLOCK == 0,
     }
     for reason, holds in known.items():
         if not holds:
             raise UnsupportedLayerError(f"{type(module).__name__}: {reason}")
 
 
+def linears_of(module: Any) -> list[Any]:
+    """What multiplies in the layer's four linear modules, in the order of `DecoderLayer`."""
+    attention, mlp = module.self_attn, module.mlp
+    linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+    return [getattr(linear, "cpu_linear", None) for linear in linears]
+
+
 def layer_struct(module: Any) -> DecoderLayer:
-    """Describe a checked layer to the kernels; the module owns every tensor that is pointed to."""
-    attention, attn, mlp = module.self_attn, module.self_attn.attn, module.mlp
+    """Describe a checked layer to the kernels, by the addresses of what its module holds."""
+    attention, attn = module.self_attn, module.self_attn.attn
     rotary = attention.rotary_emb
     # Held by the rotary module from now on, in the type that it is used in.
     cos_sin = rotary._match_cos_sin_cache_dtype(torch.empty(0, dtype=torch.bfloat16))  # noqa: SLF001
     heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     return DecoderLayer(
-        attention.qkv_proj.cpu_linear.struct,
-        attention.o_proj.cpu_linear.struct,
-        mlp.gate_up_proj.cpu_linear.struct,
-        mlp.down_proj.cpu_linear.struct,
+        *(linear.struct for linear in linears_of(module)),
         module.input_layernorm.weight.data_ptr(),
         module.post_attention_layernorm.weight.data_ptr(),
         *(None if norm is None else norm.weight.data_ptr() for norm in heads),

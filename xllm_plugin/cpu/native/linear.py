@@ -12,7 +12,7 @@ from vllm.model_executor.layers import utils as vllm_utils
 
 from xllm_plugin.cpu.native.library import Kernels, Linear
 
-__all__ = ["PackedLinear", "packing", "round_up"]
+__all__ = ["BLOCK", "PackedLinear", "packing", "round_up"]
 
 BLOCK = 32
 

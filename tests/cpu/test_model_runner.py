@@ -1,0 +1,122 @@
+"""The CPU runner: when native code takes the layers over, and when vLLM's own stays."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from xllm_plugin import shims
+
+pytestmark = pytest.mark.engine  # imports vLLM, some seconds
+
+
+@pytest.fixture(scope="module", autouse=True)
+def module() -> Any:
+    shims.install()
+    pytest.importorskip("vllm")
+    from xllm_plugin.cpu import model_runner
+
+    return model_runner
+
+
+@pytest.fixture
+def runner(module: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A runner whose vLLM part only notes what it is asked for; native code would run its model."""
+    from vllm.config import CompilationMode
+
+    asked: list[str] = []
+    for name in ("load_model", "reload_weights", "warming_up_model"):
+        monkeypatch.setattr(
+            module.CPUModelRunner, name, lambda self, *_, _name=name: asked.append(_name)
+        )
+    monkeypatch.setattr(module, "native_refusal", lambda _: None)
+    monkeypatch.setattr(module, "built_library", lambda: "library")
+    monkeypatch.setattr(module, "Kernels", lambda path: f"kernels of {path}")
+    monkeypatch.setattr(module, "packing", Noted("packing", asked))
+    monkeypatch.setattr(module, "take_over", lambda *_: asked.append("take over") or 30)
+    found = module.XllmCpuModelRunner.__new__(module.XllmCpuModelRunner)
+    found.vllm_config, found.model, found.asked = None, "model", asked
+    found.compilation_config = SimpleNamespace(mode=CompilationMode.NONE)
+    found.profile_run = lambda: asked.append("profile run")
+    return found
+
+
+class Noted:
+    """A context manager that notes when it is entered and left."""
+
+    def __init__(self, name: str, asked: list[str]) -> None:
+        self._name, self._asked = name, asked
+
+    def __call__(self, kernels: str) -> Noted:
+        assert kernels == "kernels of library"
+        return self
+
+    def __enter__(self) -> None:
+        self._asked.append(f"{self._name} on")
+
+    def __exit__(self, *_: object) -> None:
+        self._asked.append(f"{self._name} off")
+
+
+PACKED = ["packing on", "{}", "packing off", "take over"]
+
+
+def test_weights_are_packed_while_they_load_and_reload(runner: Any) -> None:
+    runner.load_model()
+    runner.warming_up_model()
+    runner.reload_weights()
+    first = [step.format("load_model") for step in PACKED]
+    again = [step.format("reload_weights") for step in PACKED]
+    assert runner.asked == [*first, "profile run", *again]
+
+
+def asks_vllm_alone(runner: Any) -> bool:
+    runner.load_model()
+    runner.warming_up_model()
+    runner.reload_weights()
+    return bool(runner.asked == ["load_model", "warming_up_model", "reload_weights"])
+
+
+def test_a_refused_model_is_vllm_s(
+    runner: Any, module: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "native_refusal", lambda _: "it is quantised")
+    with caplog.at_level(logging.INFO, logger="vllm.xllm_plugin"):
+        assert asks_vllm_alone(runner)
+    assert "it is quantised" in caplog.text
+
+
+def test_a_model_that_vllm_compiles_is_vllm_s(runner: Any) -> None:
+    """The first process may have failed to build what this one could."""
+    from vllm.config import CompilationMode
+
+    runner.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
+    assert asks_vllm_alone(runner)
+
+
+def test_kernels_that_are_gone_leave_the_model_to_vllm(
+    runner: Any, module: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse() -> None:
+        raise module.NativeBuildError("the cache cannot be written")
+
+    monkeypatch.setattr(module, "built_library", refuse)
+    with caplog.at_level(logging.INFO, logger="vllm.xllm_plugin"):
+        assert asks_vllm_alone(runner)
+    assert "the cache cannot be written" in caplog.text
+
+
+def test_a_layer_that_is_not_known_leaves_all_of_them_to_vllm(
+    runner: Any, module: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> int:
+        raise module.UnsupportedLayerError("its activation is not SwiGLU")
+
+    monkeypatch.setattr(module, "take_over", refuse)
+    with caplog.at_level(logging.WARNING, logger="vllm.xllm_plugin"):
+        runner.load_model()
+    assert "uncompiled: its activation is not SwiGLU" in caplog.text
+    assert "XLLM_GRAPH__MODE=off" in caplog.text
