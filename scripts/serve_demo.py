@@ -85,7 +85,7 @@ def announce(server: subprocess.Popen[bytes], url: str, name: str) -> None:
             last_s = time.monotonic()
             say(
                 f"still starting, {last_s - started_s:.0f} s "
-                "(about a minute; the first start compiles the model and takes longer)"
+                "(about half a minute; minutes for a model that vLLM has to compile)"
             )
         time.sleep(POLL_INTERVAL_S)
 

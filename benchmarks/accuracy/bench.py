@@ -15,28 +15,16 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from xllm_plugin.bench import readme, schema
+from xllm_plugin.bench.commands import beside
 from xllm_plugin.bench.schema import Check, Figure, Row
 from xllm_plugin.errors import ConfigError
-
-
-def _beside(name: str) -> Any:
-    """Import a file of this folder, which is no package: it runs from a checkout and a wheel."""
-    full_name = f"xllm_bench_accuracy_{name}"
-    if full_name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(full_name, FOLDER / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[full_name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[full_name]
-
 
 FOLDER = Path(__file__).resolve().parent
 
 if TYPE_CHECKING:
     from benchmarks.accuracy import compare, sides
 else:
-    compare, sides = _beside("compare"), _beside("sides")
+    compare, sides = beside(FOLDER, "compare"), beside(FOLDER, "sides")
 
 QUESTION = "Does an lm-eval score change when the plugin is on?"
 MAX_LIMIT, DEFAULT_LIMIT, QUICK_LIMIT = 400, 100, 20

@@ -11,15 +11,13 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from xllm_plugin.bench import outputs, readme, schema
+from xllm_plugin.bench.commands import model_folder
 from xllm_plugin.bench.curve import AtBound
 from xllm_plugin.bench.load import Load, parse_loads
 from xllm_plugin.bench.options import command_line, common_options
 from xllm_plugin.bench.peers import PEER_NAMES, peer_servers
 from xllm_plugin.bench.plots import CurvePoint, plot_latency_against_throughput
 from xllm_plugin.bench.replay import (
-    NUM_OUTPUT_PROMPTS,
-    OUTPUT_PROMPT_TOKENS,
-    OUTPUT_TOKENS,
     STOP_FACTOR,
     External,
     Measured,
@@ -177,10 +175,10 @@ def notes(plan: Plan, trace: str, model: str) -> tuple[str, ...]:
             "table."
         ),
         (
-            f"Outputs compared: {NUM_OUTPUT_PROMPTS} prompts of {OUTPUT_PROMPT_TOKENS} random "
-            f"tokens, {OUTPUT_TOKENS} greedy tokens each, sent one at a time. A difference is a "
-            "near-tie if it is no larger than the first peer's from itself when it gets all "
-            "prompts at once."
+            f"Outputs compared: {outputs.NUM_OUTPUT_PROMPTS} prompts of "
+            f"{outputs.OUTPUT_PROMPT_TOKENS} random tokens, {outputs.OUTPUT_TOKENS} greedy tokens "
+            "each, sent one at a time. A difference is a near-tie if it is no larger than the "
+            "first peer's from itself when it gets all prompts at once."
         ),
     )
 
@@ -292,15 +290,6 @@ def command(
         },
     )
     finish(result, curves(measured, plan.loads), tpot_ms, json_path, console)
-
-
-def model_folder(model: str) -> Path:
-    """A folder as it is; a name through `xllm model`."""
-    if Path(model).is_dir():
-        return Path(model)
-    from xllm_plugin.models import prepare
-
-    return prepare(model)
 
 
 def choose_targets(

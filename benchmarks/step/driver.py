@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from xllm_plugin.bench.commands import beside
+from xllm_plugin.testing.collect import completion_of
 
 if TYPE_CHECKING:
     from benchmarks.step import parts
@@ -163,20 +164,10 @@ def answer_alone_and_together(engine: Engine, job: dict[str, Any]) -> dict[str, 
 
 def completions(answers: Sequence[Any]) -> list[dict[str, Any]]:
     """As `xllm_plugin.testing.equality.Completion.from_dict` reads them."""
-    found = []
-    for number, answer in enumerate(answers):
-        output = answer.outputs[0]
-        candidates = [{token: x.logprob for token, x in at.items()} for at in output.logprobs]
-        chosen = zip(output.token_ids, candidates, strict=True)
-        found.append(
-            {
-                "prompt_id": str(number),
-                "token_ids": list(output.token_ids),
-                "logprobs": [scores[token] for token, scores in chosen],
-                "candidates": candidates,
-            }
-        )
-    return found
+    return [
+        completion_of(str(number), answer.outputs[0]).to_dict()
+        for number, answer in enumerate(answers)
+    ]
 
 
 def as_json(steps: Iterable[parts.Step]) -> list[dict[str, Any]]:

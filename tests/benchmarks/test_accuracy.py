@@ -8,27 +8,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from xllm_plugin.bench.commands import beside
+
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "accuracy"
 
-
-def load(name: str) -> ModuleType:
-    full_name = f"xllm_bench_accuracy_{name}"
-    if full_name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(full_name, FOLDER / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[full_name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[full_name]
-
-
-bench, compare, sides = load("bench"), load("compare"), load("sides")
+bench, compare, sides = (beside(FOLDER, name) for name in ("bench", "compare", "sides"))
 Kind = compare.Kind
 
 

@@ -451,7 +451,7 @@ class KeepFailedGraph(FakeGraphBackend):
             return super().capture(run)
         except MemoryError:
             raise
-        except Exception:
+        except Exception:  # the fault to be found: whatever `run` raises, a graph is kept
             super().capture(lambda: None)
             raise
 
@@ -462,7 +462,7 @@ class StayInCapture(FakeGraphBackend):
             return super().capture(run)
         except MemoryError:
             raise
-        except Exception:
+        except Exception:  # the fault to be found: whatever `run` raises, capture goes on
             self._recording = []
             raise
 

@@ -18,7 +18,6 @@ from rich.console import Console
 from xllm_plugin.bench import outputs
 from xllm_plugin.bench.curve import AtBound, LoadPoint, at_bound
 from xllm_plugin.bench.load import Load, LoadClient, LoadResult
-from xllm_plugin.bench.outputs import NUM_OUTPUT_PROMPTS, OUTPUT_PROMPT_TOKENS, OUTPUT_TOKENS
 from xllm_plugin.bench.peers import PeerServer
 from xllm_plugin.bench.progress import Reporter
 from xllm_plugin.bench.schema import Peer
@@ -27,17 +26,7 @@ from xllm_plugin.bench.traces import Lengths, Request, Vocabulary, synthesise
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.testing.equality import Completion, Spread
 
-__all__ = [
-    "NUM_OUTPUT_PROMPTS",
-    "OUTPUT_PROMPT_TOKENS",
-    "OUTPUT_TOKENS",
-    "External",
-    "Measured",
-    "Plan",
-    "Target",
-    "replay",
-    "served_model",
-]
+__all__ = ["External", "Measured", "Plan", "Target", "replay", "served_model"]
 
 STOP_FACTOR = 1.5
 """A peer's curve ends after the first load this far beyond the bound: no more is asked of it."""

@@ -93,7 +93,7 @@ class ChannelClient:
         try:
             with _explained(self.path, self.timeout_s):
                 payload = self._exchange(frame, self._clock() + self.timeout_s)
-        except BaseException:
+        except BaseException:  # an interrupted call leaves half an answer; raised again
             self.close()
             raise
         return _result(payload, request.id, kind, self.close)
@@ -168,7 +168,7 @@ class AsyncChannelClient:
             async with asyncio.timeout(self.timeout_s), self._turn:
                 try:
                     payload = await self._exchange(frame)
-                except BaseException:
+                except BaseException:  # a cancelled call leaves half an answer; raised again
                     self._abort()
                     raise
         return _result(payload, request.id, kind, self._abort)

@@ -188,7 +188,7 @@ def listen(path: Path) -> socket.socket:
             path.chmod(0o600)
             listener.listen(64)
             listener.setblocking(False)
-    except BaseException:
+    except BaseException:  # nobody else holds the listener yet, an interrupt or not; raised again
         listener.close()
         raise
     return listener

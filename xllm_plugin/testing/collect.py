@@ -33,7 +33,14 @@ from xllm_plugin.bench.files import write_atomically
 from xllm_plugin.errors import InternalError, ModelError, NotNowError
 from xllm_plugin.testing.equality import Completion, read_completions
 
-__all__ = ["Collection", "Prompt", "Settings", "collect_in_child", "read_prompts"]
+__all__ = [
+    "Collection",
+    "Prompt",
+    "Settings",
+    "collect_in_child",
+    "completion_of",
+    "read_prompts",
+]
 
 KV_CACHE_BYTES = 2**29
 """Room for 64 sequences of 700 tokens of the largest test model (SmolLM2-135M, 23 kB a token)."""
@@ -225,7 +232,7 @@ def generate(settings: Settings, prompts: Sequence[Prompt]) -> dict[str, Any]:
         "start_s": round(ready - start, 1),
         "generate_s": round(done - ready, 1),
         "completions": [
-            _completion(prompt.prompt_id, output.outputs[0]).to_dict()
+            completion_of(prompt.prompt_id, output.outputs[0]).to_dict()
             for prompt, output in zip(prompts, outputs, strict=True)
         ],
     }
@@ -235,7 +242,8 @@ def _num_replaced_modules(model: Any) -> int:
     return sum("forward" in vars(module) for module in model.modules())
 
 
-def _completion(prompt_id: str, output: Any) -> Completion:
+def completion_of(prompt_id: str, output: Any) -> Completion:
+    """One of vLLM's `CompletionOutput`s that was asked for with log-probs."""
     candidates = [{token: x.logprob for token, x in at.items()} for at in output.logprobs]
     pairs = zip(output.token_ids, candidates, strict=True)
     return Completion(

@@ -212,8 +212,7 @@ def check(module: Any) -> None:
     Raises:
         UnsupportedLayerError: they do something else.
     """
-    attention, mlp = module.self_attn, module.mlp
-    linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+    attention, mlp, linears = module.self_attn, module.mlp, linear_modules(module)
     are_packed = all(isinstance(packed, PackedLinear) for packed in linears_of(module))
     norms = [module.input_layernorm, module.post_attention_layernorm]
     norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
@@ -245,11 +244,15 @@ def check(module: Any) -> None:
             raise UnsupportedLayerError(f"{type(module).__name__}: {reason}")
 
 
-def linears_of(module: Any) -> list[Any]:
-    """What multiplies in the layer's four linear modules, in the order of `DecoderLayer`."""
+def linear_modules(module: Any) -> tuple[Any, ...]:
+    """The layer's four linear modules, in the order of `DecoderLayer`."""
     attention, mlp = module.self_attn, module.mlp
-    linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-    return [getattr(linear, "cpu_linear", None) for linear in linears]
+    return attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+
+
+def linears_of(module: Any) -> list[Any]:
+    """What multiplies in each of them."""
+    return [getattr(linear, "cpu_linear", None) for linear in linear_modules(module)]
 
 
 def layer_struct(module: Any) -> DecoderLayer:
