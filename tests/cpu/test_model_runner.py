@@ -36,9 +36,17 @@ def runner(module: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(module, "built_library", lambda: "library")
     monkeypatch.setattr(module, "Kernels", lambda path: f"kernels of {path}")
     monkeypatch.setattr(module, "packing", Noted("packing", asked))
-    monkeypatch.setattr(module, "take_over", lambda *_: asked.append("take over") or 30)
+    monkeypatch.setattr(module, "full_refusal", lambda _: found.refusal)
+    monkeypatch.setattr(
+        module, "take_over", lambda *_, is_full: asked.append(f"take over, {is_full}") or 30
+    )
     found = module.XllmCpuModelRunner.__new__(module.XllmCpuModelRunner)
-    found.vllm_config, found.model, found.asked = None, "model", asked
+    found.vllm_config, found.model, found.asked = (
+        SimpleNamespace(additional_config={}),
+        "model",
+        asked,
+    )
+    found.refusal = None
     found.compilation_config = SimpleNamespace(mode=CompilationMode.NONE)
     found.profile_run = lambda: asked.append("profile run")
     return found
@@ -61,7 +69,7 @@ class Noted:
         self._asked.append(f"{self._name} off")
 
 
-PACKED = ["packing on", "{}", "packing off", "take over"]
+PACKED = ["packing on", "{}", "packing off", "take over, True"]
 
 
 def test_weights_are_packed_while_they_load_and_reload(runner: Any) -> None:
@@ -112,11 +120,23 @@ def test_kernels_that_are_gone_leave_the_model_to_vllm(
 def test_a_layer_that_is_not_known_leaves_all_of_them_to_vllm(
     runner: Any, module: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(*_: object) -> int:
+    def refuse(*_: object) -> str:
         raise module.UnsupportedLayerError("its activation is not SwiGLU")
 
-    monkeypatch.setattr(module, "take_over", refuse)
+    monkeypatch.setattr(module, "full_refusal", refuse)
     with caplog.at_level(logging.WARNING, logger="vllm.xllm_plugin"):
         runner.load_model()
     assert "uncompiled: its activation is not SwiGLU" in caplog.text
     assert "XLLM_GRAPH__MODE=off" in caplog.text
+
+
+@pytest.mark.parametrize(("mode", "refusal"), [("partial", None), ("auto", "it has a window")])
+def test_attention_stays_vllm_s_when_asked_or_needed(
+    runner: Any, caplog: pytest.LogCaptureFixture, mode: str, refusal: str | None
+) -> None:
+    runner.refusal = refusal
+    runner.vllm_config.additional_config = {"xllm": {"graph": {"mode": mode}}}
+    with caplog.at_level(logging.INFO, logger="vllm.xllm_plugin"):
+        runner.load_model()
+    assert runner.asked[-1] == "take over, False"
+    assert f"around vLLM's attention: {refusal or 'graph.mode is partial'}" in caplog.text

@@ -10,11 +10,13 @@ import torch
 from vllm.config import CompilationMode
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from xllm_plugin.config import load_config
 from xllm_plugin.cpu.kv_cache import ZeroOnFirstUse
 from xllm_plugin.cpu.native.build import NativeBuildError, built_library
-from xllm_plugin.cpu.native.layers import UnsupportedLayerError, take_over
+from xllm_plugin.cpu.native.layers import UnsupportedLayerError
 from xllm_plugin.cpu.native.library import Kernels
 from xllm_plugin.cpu.native.linear import packing
+from xllm_plugin.cpu.native.model import full_refusal, take_over
 from xllm_plugin.cpu.platform import native_refusal
 from xllm_plugin.worker.model_runner import XllmModelRunnerMixin
 
@@ -87,7 +89,10 @@ class XllmCpuModelRunner(XllmModelRunnerMixin, CPUModelRunner):
 
     def _take_over(self, kernels: Kernels) -> None:
         try:
-            num_layers = take_over(kernels, self.model)
+            reason = full_refusal(self.model)
+            if load_config(self.vllm_config.additional_config).graph.mode == "partial":
+                reason = "graph.mode is partial"
+            num_layers = take_over(kernels, self.model, is_full=reason is None)
         except UnsupportedLayerError as unsupported:
             logger.warning(
                 "xllm-plugin: vLLM's own code runs the model's layers, uncompiled: %s. "
@@ -95,4 +100,8 @@ class XllmCpuModelRunner(XllmModelRunnerMixin, CPUModelRunner):
                 unsupported,
             )
             return
-        logger.info("xllm-plugin: %d decoder layers run as native code.", num_layers)
+        logger.info(
+            "xllm-plugin: %d decoder layers run as native code, %s.",
+            num_layers,
+            f"around vLLM's attention: {reason}" if reason else "as one call a step",
+        )

@@ -14,6 +14,7 @@ class GraphConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    mode: Literal["auto", "off"] = "auto"
-    """`auto`: the device family's own graphs where it has them for this model (on a CPU: decoder
-    layers as native code), else vLLM's compilation.  `off`: vLLM's compilation."""
+    mode: Literal["auto", "partial", "off"] = "auto"
+    """`auto`: the device family's own graphs where it has them for this model (on a CPU: all
+    decoder layers as one call of native code), else vLLM's compilation.  `partial`: the same, but
+    attention stays vLLM's.  `off`: vLLM's compilation."""

@@ -1,9 +1,10 @@
-"""The two halves of a decoder layer, against the same layer written in torch."""
+"""A decoder layer, in halves and whole, against the same layer written in torch."""
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -14,13 +15,15 @@ shims.install()
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
-from xllm_plugin.cpu.native.library import DecoderLayer  # noqa: E402
+from xllm_plugin.cpu.native.library import Batch, DecoderLayer, Heads  # noqa: E402
 from xllm_plugin.cpu.native.linear import PackedLinear  # noqa: E402
+from xllm_plugin.cpu.native.scratch import Scratch  # noqa: E402
 
 pytestmark = pytest.mark.engine  # imports vLLM, some seconds
 
-HIDDEN, HEADS, KV_HEADS, HEAD, WIDE, EPSILON = 96, 3, 1, 32, 160, 1e-5
+HIDDEN, HEADS, KV_HEADS, HEAD, WIDE, EPSILON = 96, 6, 2, 32, 160, 1e-5
 QKV = (HEADS + 2 * KV_HEADS) * HEAD
+POSITIONS, SCALE = 768, 0.3
 
 
 def random(*shape: int, scale: float = 1.0) -> Any:
@@ -51,7 +54,7 @@ class Layer:
         self.norm1, self.norm2, self.query_norm, self.key_norm = (
             1 + random(size, scale=0.1) for size in (HIDDEN, HIDDEN, HEAD, HEAD)
         )
-        angles = torch.rand(64, self.rotary_dim // 2) * 6
+        angles = torch.rand(POSITIONS, self.rotary_dim // 2) * 6
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), -1).to(torch.bfloat16)
 
     def norm(self, x: Any, weight: Any) -> Any:
@@ -105,12 +108,17 @@ class Layer:
             self.norm2.data_ptr(),
             *(None if norm is None else norm.data_ptr() for norm in heads),
             self.cos_sin.data_ptr(),
+            None,
             EPSILON,
-            HEADS,
-            KV_HEADS,
-            HEAD,
+            Heads(HEADS, KV_HEADS, HEAD, SCALE),
             self.rotary_dim,
         )
+
+
+def scratch_for(struct: DecoderLayer, num_tokens: int) -> Scratch:
+    scratch = Scratch(struct)
+    scratch.resize(num_tokens)
+    return scratch
 
 
 LAYERS = {
@@ -130,21 +138,21 @@ def test_up_to_the_attention(kernels: Any, name: str, num_tokens: int, is_first:
     x = random(num_tokens, HIDDEN)
     residual = None if is_first else random(num_tokens, HIDDEN, scale=4)
     positions = torch.randint(0, 64, (num_tokens,))
-    qkv = torch.empty(num_tokens, QKV, dtype=torch.bfloat16)
-    total, normed = torch.empty_like(x), torch.empty_like(x)
+    total = torch.empty_like(x)
     expected_qkv, expected_total = layer.before(x, residual, positions)
+    struct = layer.native(kernels)
+    scratch = scratch_for(struct, num_tokens)
     kernels.before_attention(
-        ctypes.byref(layer.native(kernels)),
+        ctypes.byref(struct),
+        ctypes.byref(scratch.struct),
         x.data_ptr(),
         None if residual is None else residual.data_ptr(),
         total.data_ptr(),
-        normed.data_ptr(),
-        qkv.data_ptr(),
         positions.data_ptr(),
         num_tokens,
     )
     assert torch.equal(total, expected_total)
-    assert close(qkv, expected_qkv)
+    assert close(scratch.qkv[:num_tokens], expected_qkv)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 97, 193])
@@ -153,15 +161,13 @@ def test_from_the_attention_on(kernels: Any, name: str, num_tokens: int) -> None
     layer = LAYERS[name]
     attention, residual = random(num_tokens, HEADS * HEAD), random(num_tokens, HIDDEN, scale=4)
     expected_y, expected_total = layer.after(attention, residual)
-    y, scratch = torch.empty_like(residual), residual.new_empty(2, num_tokens, HIDDEN)
-    activated = torch.empty(num_tokens, WIDE, dtype=torch.bfloat16)
+    y, struct = torch.empty_like(residual), layer.native(kernels)
+    scratch = scratch_for(struct, num_tokens)
+    scratch.attention[:num_tokens] = attention
     kernels.after_attention(
-        ctypes.byref(layer.native(kernels)),
-        attention.data_ptr(),
+        ctypes.byref(struct),
+        ctypes.byref(scratch.struct),
         residual.data_ptr(),
-        scratch[0].data_ptr(),
-        scratch[1].data_ptr(),
-        activated.data_ptr(),
         y.data_ptr(),
         num_tokens,
     )
@@ -189,3 +195,142 @@ def test_the_norm(kernels: Any, num_rows: int, with_residual: bool) -> None:
     assert close(y, layer.norm(expected, layer.norm1))
     if with_residual:
         assert torch.equal(total, expected.to(torch.bfloat16))
+
+
+class Requests:
+    """Requests that grow step by step, and a paged cache of two layers that starts full of NaN."""
+
+    def __init__(self, block_size: int, number: int) -> None:
+        per_request = POSITIONS // block_size
+        self.block_size = block_size
+        shape = (2, per_request * number, KV_HEADS, block_size, 2 * HEAD)
+        self.cache = torch.full(shape, float("nan"), dtype=torch.bfloat16)
+        blocks = torch.randperm(per_request * number, dtype=torch.int32)
+        self.block_table = blocks.view(number, per_request)
+        self.inputs = [random(0, HIDDEN) for _ in range(number)]
+
+    def step(self, kernels: Any, layer: Layer, *num_queries: int) -> list[Any]:
+        """Feed so many new tokens of each request to two layers and a norm; its outputs."""
+        news = [random(number, HIDDEN) for number in num_queries]
+        starts = [len(old) for old in self.inputs]
+        self.inputs = [torch.cat(pair) for pair in zip(self.inputs, news, strict=True)]
+        # The one after the last is a token that no request has.
+        x = torch.cat([*news, random(1, HIDDEN)])
+        positions = torch.cat(
+            [torch.arange(start, start + len(new)) for start, new in zip(starts, news, strict=True)]
+            + [torch.zeros(1, dtype=torch.int64)]
+        )
+        owners = torch.repeat_interleave(torch.arange(len(news)), torch.tensor(num_queries))
+        blocks = self.block_table[owners, positions[:-1] // self.block_size].long()
+        slots = blocks * self.block_size + positions[:-1] % self.block_size
+        query_start = torch.tensor([0, *accumulate(num_queries)], dtype=torch.int32)
+        seq_lens = torch.tensor([len(all_) for all_ in self.inputs], dtype=torch.int32)
+        batch = Batch(
+            positions=positions.data_ptr(),
+            slots=slots.data_ptr(),
+            query_start=query_start.data_ptr(),
+            seq_lens=seq_lens.data_ptr(),
+            block_table=self.block_table.data_ptr(),
+            block_table_stride=self.block_table.stride(0),
+            block_stride=self.cache.stride(1),
+            head_stride=self.cache.stride(2),
+            block_size=self.block_size,
+            num_tokens=len(x),
+            num_seqs=len(news),
+        )
+        struct = layer.native(kernels)
+        structs = (DecoderLayer * 2)(struct, struct)
+        for one, cache in zip(structs, self.cache, strict=True):
+            one.cache = cache.data_ptr()
+        scratch, y = scratch_for(structs[0], len(x)), torch.empty_like(x)
+        kernels.forward(
+            structs,
+            2,
+            layer.norm1.data_ptr(),
+            ctypes.byref(batch),
+            ctypes.byref(scratch.struct),
+            x.data_ptr(),
+            scratch.residual.data_ptr(),
+            scratch.hidden.data_ptr(),
+            y.data_ptr(),
+        )
+        assert y.isfinite().all()
+        return list(y[:-1].split(num_queries))
+
+
+def attention(qkv: Any) -> Any:
+    """Causal attention of one request, all its tokens at once."""
+    query, key, value = (
+        part.transpose(0, 1)
+        for part in qkv.float().view(len(qkv), -1, HEAD).split((HEADS, KV_HEADS, KV_HEADS), 1)
+    )
+    found = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=SCALE, enable_gqa=True
+    )
+    return found.transpose(0, 1).reshape(len(qkv), -1).to(torch.bfloat16)
+
+
+def two_layers(layer: Layer, x: Any) -> Any:
+    """What `Requests.step` should give, from all tokens of one request."""
+    residual, positions = None, torch.arange(len(x))
+    for _ in range(2):
+        qkv, residual = layer.before(x, residual, positions)
+        x, residual = layer.after(attention(qkv), residual)
+    return layer.norm(x.float() + residual.float(), layer.norm1)
+
+
+STEPS = {
+    "prefill, then decode": [(40, 7, 1), (1, 1, 1), (1, 1, 1)],
+    "in chunks, beside decodes": [(130, 33, 5), (97, 1, 1), (1, 64, 1), (1, 1, 1)],
+    "contexts in several parts": [(255, 256, 520), (1, 1, 1), (1, 1, 1)],
+    "several queries a decode, as with drafts": [(254, 300, 31), (4, 3, 2), (2, 4, 3)],
+    "requests that have no part in a step": [(50, 2, 3), (0, 20, 1)],
+}
+
+
+@pytest.mark.parametrize("block_size", [32, 128, 256])
+@pytest.mark.parametrize("name", STEPS)
+def test_layers_with_their_attention(kernels: Any, name: str, block_size: int) -> None:
+    layer = LAYERS["llama"]
+    requests = Requests(block_size, 3)
+    for num_queries in STEPS[name]:
+        found = requests.step(kernels, layer, *num_queries)
+        for inputs, outputs in zip(requests.inputs, found, strict=True):
+            expected = two_layers(layer, inputs)
+            assert close(outputs, expected[len(expected) - len(outputs) :])
+
+
+def test_a_request_s_attention_does_not_depend_on_its_company(kernels: Any) -> None:
+    """Parts are cut by a request's own length: no batch changes the order of its sums."""
+    layer = LAYERS["llama"]
+    torch.manual_seed(1)
+    together = Requests(128, 2)
+    both = [together.step(kernels, layer, *queries)[0] for queries in [(300, 300), (6, 6)]]
+    torch.manual_seed(1)
+    alone = Requests(128, 2)
+    for expected, queries in zip(both, [(300, 0), (6, 0)], strict=True):
+        # The same numbers for the first request; those of the second are drawn and dropped.
+        (found, _) = alone.step(kernels, layer, *queries)
+        random(queries[0], HIDDEN)
+        assert torch.equal(found, expected)
+
+
+def test_a_run_without_requests_has_an_attention_of_zeros(kernels: Any) -> None:
+    layer = LAYERS["every bias"]
+    x, struct = random(5, HIDDEN), layer.native(kernels)
+    positions = torch.arange(5)
+    scratch, y = scratch_for(struct, 5), torch.empty_like(x)
+    scratch.attention.fill_(float("nan"))
+    kernels.forward(
+        struct,
+        1,
+        layer.norm2.data_ptr(),
+        ctypes.byref(Batch(positions=positions.data_ptr(), num_tokens=5)),
+        ctypes.byref(scratch.struct),
+        x.data_ptr(),
+        scratch.residual.data_ptr(),
+        scratch.hidden.data_ptr(),
+        y.data_ptr(),
+    )
+    last, residual = layer.after(torch.zeros(5, HEADS * HEAD), x)
+    assert close(y, layer.norm(last.float() + residual.float(), layer.norm2))

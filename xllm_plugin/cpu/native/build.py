@@ -26,7 +26,7 @@ __all__ = ["NativeBuildError", "built_library", "find_compiler"]
 logger = logging.getLogger("vllm.xllm_plugin")
 
 FOLDER = Path(__file__).parent
-SOURCES = ("decoder.cpp", "gemm.h", "vector.h")
+SOURCES = ("decoder.cpp", "attention.h", "gemm.h", "vector.h")
 # The instructions the kernels name, and no more: other machines may see the cache's disk.
 FLAGS = (
     "-O3",

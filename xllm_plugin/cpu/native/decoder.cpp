@@ -1,14 +1,15 @@
-// A decoder layer around its attention, as two calls: all that comes before it and all that comes
-// after.  Both take any number of tokens; only attention, which depends on each request's length,
-// stays outside (arXiv 2510.14686, 4.2, "partial graph").
+// Decoder layers: all of them with their attention and the last norm as one call ("full graph"), or
+// one layer around vLLM's attention as two ("partial graph"; arXiv 2510.14686, 4.2).  Any number of
+// tokens of any mixture of requests: nothing is captured or compiled for a shape.
 //
 // Plain C functions over raw pointers: no header of torch, so it builds in seconds and against any
-// torch.  Every rounding to bfloat16 is where vLLM's compiled graph has one.
+// torch.  Every rounding to bfloat16 outside attention is where vLLM's compiled graph has one.
 
 #include <omp.h>
 
 #include <cmath>
 
+#include "attention.h"
 #include "gemm.h"
 
 namespace xllm {
@@ -18,10 +19,20 @@ struct Layer {
   const bf16 *input_norm, *attention_norm;  // [hidden]
   const bf16 *query_norm, *key_norm;        // [head_size], or null
   const bf16* cos_sin;                      // [positions][rotary_dim]: cosines, then sines
+  bf16* cache;                              // keys and values of all blocks, or null
   float epsilon;
-  std::int32_t num_heads, num_kv_heads, head_size, rotary_dim;
+  Heads heads;
+  std::int32_t rotary_dim;
 
   int hidden() const { return qkv.k; }
+};
+
+// Scratch of a step, shared by its layers.
+struct Workspace {
+  bf16 *normed, *projected;  // [num_tokens, hidden]
+  bf16* qkv;                 // [num_tokens, heads.width()]
+  bf16* attention;           // [num_tokens, num_heads * head_size]
+  bf16* activated;           // [num_tokens, intermediate]
 };
 
 inline float mean_square(const bf16* x, const bf16* residual, int size) {
@@ -67,13 +78,68 @@ void rotate(bf16* head, const bf16* cos_sin, int rotary_dim) {
 
 void norm_and_rotate(const Layer& layer, bf16* qkv, std::int64_t position) {
   const bf16* cos_sin = layer.cos_sin + position * layer.rotary_dim;
-  for (int head = 0; head < layer.num_heads + layer.num_kv_heads; ++head) {
-    bf16* at = qkv + head * layer.head_size;
-    const bf16* weight = head < layer.num_heads ? layer.query_norm : layer.key_norm;
+  const Heads& heads = layer.heads;
+  for (int head = 0; head < heads.num_heads + heads.num_kv_heads; ++head) {
+    bf16* at = qkv + head * heads.head_size;
+    const bf16* weight = head < heads.num_heads ? layer.query_norm : layer.key_norm;
     if (weight != nullptr)
-      add_and_norm(at, nullptr, nullptr, weight, layer.epsilon, at, layer.head_size);
+      add_and_norm(at, nullptr, nullptr, weight, layer.epsilon, at, heads.head_size);
     rotate(at, cos_sin, layer.rotary_dim);
   }
+}
+
+// Who does what next, phase by phase, in one layer.
+struct LayerTickets {
+  Tickets qkv, attention, out, gate_up, down;
+};
+
+// The functions below are called by all threads of a team with the same arguments, and begin and end
+// with the team together.
+
+// Residual sum, norm, qkv projection.  residual is null in the first layer.
+void project_to_heads(const Layer& layer, LayerTickets& tickets, const Workspace& space,
+                      const bf16* x, const bf16* residual, bf16* new_residual, int num_tokens) {
+  const int hidden = layer.hidden();
+#pragma omp for
+  for (int token = 0; token < num_tokens; ++token) {
+    const std::int64_t at = std::int64_t(token) * hidden;
+    add_and_norm(x + at, residual ? residual + at : nullptr, new_residual + at, layer.input_norm,
+                 layer.epsilon, space.normed + at, hidden);
+  }
+  Gemm(layer.qkv, num_tokens, omp_get_num_threads())
+      .run(tickets.qkv, space.normed, hidden, space.qkv, layer.qkv.n);
+#pragma omp barrier
+}
+
+// Norm of queries and keys, rotation; keys and values into the cache, if there is an attention.
+void prepare_heads(const Layer& layer, const Workspace& space, const std::int64_t* positions,
+                   int num_tokens, int num_cached, const Attention* attention) {
+#pragma omp for
+  for (int token = 0; token < num_tokens; ++token) {
+    norm_and_rotate(layer, space.qkv + std::int64_t(token) * layer.qkv.n, positions[token]);
+    if (token < num_cached) attention->write_to_cache(token, layer.cache, space.qkv);
+  }
+}
+
+// From the attention on: output projection, residual sum, norm, gated feed-forward.
+void project_and_feed_forward(const Layer& layer, LayerTickets& tickets, const Workspace& space,
+                              bf16* residual, bf16* y, int num_tokens) {
+  const int hidden = layer.hidden(), threads = omp_get_num_threads();
+  Gemm(layer.out, num_tokens, threads)
+      .run(tickets.out, space.attention, layer.out.k, space.projected, hidden);
+#pragma omp barrier
+#pragma omp for
+  for (int token = 0; token < num_tokens; ++token) {
+    const std::int64_t at = std::int64_t(token) * hidden;
+    add_and_norm(space.projected + at, residual + at, residual + at, layer.attention_norm,
+                 layer.epsilon, space.normed + at, hidden);
+  }
+  GatedGemm(layer.gate_up, num_tokens)
+      .run(tickets.gate_up, space.normed, hidden, space.activated, layer.down.k);
+#pragma omp barrier
+  Gemm(layer.down, num_tokens, threads)
+      .run(tickets.down, space.activated, layer.down.k, y, hidden);
+#pragma omp barrier
 }
 
 }  // namespace xllm
@@ -82,9 +148,11 @@ using namespace xllm;
 
 extern "C" {
 
-// Bytes of `Layer` and `Linear`, so that the caller can check its own idea of them.
+// Bytes of the structures, so that the caller can check its own idea of them.
 int xllm_layer_bytes() { return sizeof(Layer); }
 int xllm_linear_bytes() { return sizeof(Linear); }
+int xllm_batch_bytes() { return sizeof(Batch); }
+int xllm_workspace_bytes() { return sizeof(Workspace); }
 
 // Packs a row-major [n, k] weight; k is even.  `packed` has ceil(n / 32) * 32 * k elements.
 void xllm_pack(const bf16* weight, bf16* packed, int n, int k) {
@@ -104,11 +172,9 @@ void xllm_pack(const bf16* weight, bf16* packed, int n, int k) {
 // y[num_rows, n] = x[num_rows, k] W^T; strides in elements.
 void xllm_linear(const Linear* linear, const bf16* x, std::int64_t x_stride, bf16* y,
                  std::int64_t y_stride, int num_rows) {
-  const int threads = omp_get_max_threads();
-  const Gemm gemm(*linear, num_rows, threads);
-  Tiles tiles(gemm.num_tiles());
-#pragma omp parallel num_threads(threads)
-  gemm.run(tiles, x, x_stride, y, y_stride);
+  Tickets tickets;
+#pragma omp parallel
+  Gemm(*linear, num_rows, omp_get_num_threads()).run(tickets, x, x_stride, y, y_stride);
 }
 
 // y[num_rows, size] = norm(x + residual) * weight.  residual may be null; new_residual gets the sum.
@@ -122,56 +188,56 @@ void xllm_norm(const bf16* x, const bf16* residual, bf16* new_residual, const bf
   }
 }
 
-// Up to the attention: residual sum, norm, qkv projection, query and key norm, rotation.
-//
-// x, residual, new_residual, normed: [num_tokens, hidden]; residual is null in the first layer.
-// qkv: [num_tokens, (num_heads + 2 num_kv_heads) * head_size].  positions: [num_tokens].
-void xllm_before_attention(const Layer* layer, const bf16* x, const bf16* residual,
-                           bf16* new_residual, bf16* normed, bf16* qkv,
+// Partial graph, up to the attention: x, residual, new_residual: [num_tokens, hidden]; residual is null
+// in the first layer.  positions: [num_tokens].  The heads are left in space->qkv.
+void xllm_before_attention(const Layer* layer, const Workspace* space, const bf16* x,
+                           const bf16* residual, bf16* new_residual,
                            const std::int64_t* positions, int num_tokens) {
-  const int hidden = layer->hidden(), width = layer->qkv.n, threads = omp_get_max_threads();
-  const Gemm gemm(layer->qkv, num_tokens, threads);
-  Tiles tiles(gemm.num_tiles());
-#pragma omp parallel num_threads(threads)
+  LayerTickets tickets;
+#pragma omp parallel
   {
-#pragma omp for
-    for (int token = 0; token < num_tokens; ++token) {
-      const std::int64_t at = std::int64_t(token) * hidden;
-      add_and_norm(x + at, residual ? residual + at : nullptr, new_residual + at, layer->input_norm,
-                   layer->epsilon, normed + at, hidden);
-    }
-    gemm.run(tiles, normed, hidden, qkv, width);
-#pragma omp barrier
-#pragma omp for
-    for (int token = 0; token < num_tokens; ++token)
-      norm_and_rotate(*layer, qkv + std::int64_t(token) * width, positions[token]);
+    project_to_heads(*layer, tickets, *space, x, residual, new_residual, num_tokens);
+    prepare_heads(*layer, *space, positions, num_tokens, 0, nullptr);
   }
 }
 
-// From the attention on: output projection, residual sum, norm, gated feed-forward.
+// Partial graph, from space->attention on.  residual, y: [num_tokens, hidden]; residual is replaced by
+// the sum.
+void xllm_after_attention(const Layer* layer, const Workspace* space, bf16* residual, bf16* y,
+                          int num_tokens) {
+  LayerTickets tickets;
+#pragma omp parallel
+  project_and_feed_forward(*layer, tickets, *space, residual, y, num_tokens);
+}
+
+// Full graph: all layers with their attention, and the norm at the end.
 //
-// attention: [num_tokens, num_heads * head_size]; residual: [num_tokens, hidden], replaced by the sum.
-// projected, normed: scratch [num_tokens, hidden]; activated: scratch [num_tokens, intermediate].
-// y: [num_tokens, hidden].
-void xllm_after_attention(const Layer* layer, const bf16* attention, bf16* residual, bf16* projected,
-                          bf16* normed, bf16* activated, bf16* y, int num_tokens) {
-  const int hidden = layer->hidden(), threads = omp_get_max_threads();
-  const Gemm out(layer->out, num_tokens, threads), down(layer->down, num_tokens, threads);
-  const GatedGemm gate_up(layer->gate_up, num_tokens);
-  Tiles out_tiles(out.num_tiles()), gate_up_tiles(gate_up.num_tiles()), down_tiles(down.num_tiles());
-#pragma omp parallel num_threads(threads)
+// x, residual, hidden, y: [num_tokens, hidden]; x is left as it is, residual and hidden are scratch.
+// Tokens that no request has (a run without requests, to measure memory) get an attention of zeros.
+void xllm_forward(const Layer* layers, int num_layers, const bf16* last_norm, const Batch* batch,
+                  const Workspace* space, const bf16* x, bf16* residual, bf16* hidden, bf16* y) {
+  const int num_tokens = batch->num_tokens, num_cached = batch->num_cached_tokens();
+  const int size = layers->hidden(), attention_size = layers->out.k;
+  std::vector<LayerTickets> tickets(num_layers);
+  Attention attention(*batch, layers->heads);
+  std::fill(space->attention + std::int64_t(num_cached) * attention_size,
+            space->attention + std::int64_t(num_tokens) * attention_size, bf16(0));
+#pragma omp parallel
   {
-    out.run(out_tiles, attention, layer->out.k, projected, hidden);
+    for (int i = 0; i < num_layers; ++i) {
+      const Layer& layer = layers[i];
+      project_to_heads(layer, tickets[i], *space, i == 0 ? x : hidden, i == 0 ? nullptr : residual,
+                       residual, num_tokens);
+      prepare_heads(layer, *space, batch->positions, num_tokens, num_cached, &attention);
+      attention.run(tickets[i].attention, layer.cache, space->qkv, space->attention);
 #pragma omp barrier
+      project_and_feed_forward(layer, tickets[i], *space, residual, hidden, num_tokens);
+    }
 #pragma omp for
     for (int token = 0; token < num_tokens; ++token) {
-      const std::int64_t at = std::int64_t(token) * hidden;
-      add_and_norm(projected + at, residual + at, residual + at, layer->attention_norm,
-                   layer->epsilon, normed + at, hidden);
+      const std::int64_t at = std::int64_t(token) * size;
+      add_and_norm(hidden + at, residual + at, nullptr, last_norm, layers->epsilon, y + at, size);
     }
-    gate_up.run(gate_up_tiles, normed, hidden, activated, layer->down.k);
-#pragma omp barrier
-    down.run(down_tiles, activated, layer->down.k, y, hidden);
   }
 }
 

@@ -26,20 +26,15 @@ struct Linear {
   const bf16* block(int index) const { return weight + std::int64_t(index) * k * kBlock; }
 };
 
-// Hands out the tiles of one phase to whichever thread is free: on a machine whose cores serve other
+// Hands out the tasks of one phase to whichever thread is free: on a machine whose cores serve other
 // processes as well, a thread that is held up must not hold up the others.
-class Tiles {
+class Tickets {
  public:
-  explicit Tiles(int count) : count_(count) {}
-  // Index of the next tile, or -1 when there is none.
-  int take() {
-    const int tile = next_.fetch_add(1, std::memory_order_relaxed);
-    return tile < count_ ? tile : -1;
-  }
+  // Numbers from 0; whoever draws one knows how many tasks there are.
+  int take() { return next_.fetch_add(1, std::memory_order_relaxed); }
 
  private:
   alignas(64) std::atomic<int> next_{0};
-  const int count_;
 };
 
 // Stores 16 outputs, or fewer at the end of a row.
@@ -51,39 +46,54 @@ inline void store_up_to(bf16* target, __m512 value, int count) {
   }
 }
 
-struct Plain {
-  // Writes block `index`'s outputs of one row.
-  static void write(const Linear& linear, bf16* row, const int* index, __m512 (*sums)[2], int blocks) {
-    for (int b = 0; b < blocks; ++b) {
+// Where a tile's sums start from, and where they go.  A row is one of the rows handed to `rows`.
+class Plain {
+ public:
+  Plain(const Linear& linear, const int* index, bf16* y, std::int64_t y_stride)
+      : linear_(linear), index_(index), y_(y), y_stride_(y_stride) {}
+
+  __m512 start(int, int block, int half) const {
+    if (linear_.bias == nullptr) return _mm512_setzero_ps();
+    return _mm512_loadu_ps(linear_.bias + index_[block] * kBlock + half * kLanes);
+  }
+
+  template <int kBlocks>
+  void write(int row, const __m512 (&sums)[kBlocks][2]) const {
+    for (int block = 0; block < kBlocks; ++block)
       for (int half = 0; half < 2; ++half) {
-        const int column = index[b] * kBlock + half * kLanes;
-        store_up_to(row + column, sums[b][half], linear.n - column);
+        const int column = index_[block] * kBlock + half * kLanes;
+        store_up_to(y_ + row * y_stride_ + column, sums[block][half], linear_.n - column);
       }
-    }
   }
+
+ protected:
+  const Linear& linear_;
+  const int* index_;
+  bf16* y_;
+  std::int64_t y_stride_;
 };
 
-struct SiluAndMul {
-  // Block 0 is of the gate, block 1 of the same columns of the up projection.
-  static void write(const Linear&, bf16* row, const int* index, __m512 (*sums)[2], int) {
+// Block 0 is of the gate, block 1 of the same columns of the up projection.
+class SiluAndMul : public Plain {
+ public:
+  using Plain::Plain;
+
+  template <int kBlocks>
+  void write(int row, const __m512 (&sums)[kBlocks][2]) const {
     for (int half = 0; half < 2; ++half) {
-      const __m512 product =
-          _mm512_mul_ps(silu(rounded(sums[0][half])), rounded(sums[1][half]));
-      store(row + index[0] * kBlock + half * kLanes, product);
+      const __m512 product = _mm512_mul_ps(silu(rounded(sums[0][half])), rounded(sums[1][half]));
+      store(y_ + row * y_stride_ + index_[0] * kBlock + half * kLanes, product);
     }
   }
 };
 
-// kRows rows times kBlocks packed blocks.
-template <int kRows, int kBlocks, typename Epilogue>
-inline void tile(const Linear& linear, const bf16* x, std::int64_t x_stride, bf16* y,
-                 std::int64_t y_stride, const int* index) {
+// kRows rows of x times kBlocks packed blocks, each of `pairs` pairs of k.
+template <int kRows, int kBlocks, typename Output>
+inline void tile(const bf16* const* blocks, int pairs, const bf16* x, std::int64_t x_stride,
+                 const Output& output, int first_row) {
   // With few rows one chain of sums a register would wait for itself: two chains then.
   constexpr int kChains = kRows * kBlocks <= 3 ? 2 : 1;
   __m512 sums[kChains][kRows][kBlocks][2];
-  const bf16* weights[kBlocks];
-#pragma GCC unroll 2
-  for (int b = 0; b < kBlocks; ++b) weights[b] = linear.block(index[b]);
 #pragma GCC unroll 2
   for (int c = 0; c < kChains; ++c)
 #pragma GCC unroll 6
@@ -92,17 +102,15 @@ inline void tile(const Linear& linear, const bf16* x, std::int64_t x_stride, bf1
       for (int b = 0; b < kBlocks; ++b)
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half)
-          sums[c][m][b][half] = c == 0 && linear.bias != nullptr
-                                    ? _mm512_loadu_ps(linear.bias + index[b] * kBlock + half * kLanes)
-                                    : _mm512_setzero_ps();
-  const int pairs = linear.k / 2;
+          sums[c][m][b][half] =
+              c == 0 ? output.start(first_row + m, b, half) : _mm512_setzero_ps();
   for (int pair = 0; pair < pairs; pair += kChains) {
 #pragma GCC unroll 2
     for (int c = 0; c < kChains; ++c) {
       __m512bh w[kBlocks][2];
 #pragma GCC unroll 2
       for (int b = 0; b < kBlocks; ++b) {
-        const bf16* at = weights[b] + std::int64_t(pair + c) * kBlock * 2;
+        const bf16* at = blocks[b] + std::int64_t(pair + c) * kBlock * 2;
         w[b][0] = (__m512bh)_mm512_loadu_si512(at);
         w[b][1] = (__m512bh)_mm512_loadu_si512(at + 2 * kLanes);
       }
@@ -128,25 +136,24 @@ inline void tile(const Linear& linear, const bf16* x, std::int64_t x_stride, bf1
         for (int half = 0; half < 2; ++half)
           sums[0][m][b][half] = _mm512_add_ps(sums[0][m][b][half], sums[1][m][b][half]);
     }
-    Epilogue::write(linear, y + m * y_stride, index, sums[0][m], kBlocks);
+    output.write(first_row + m, sums[0][m]);
   }
 }
 
-template <int kBlocks, typename Epilogue>
-inline void rows(const Linear& linear, const bf16* x, std::int64_t x_stride, bf16* y,
-                 std::int64_t y_stride, int count, const int* index) {
+// `count` rows of x times kBlocks packed blocks.  `pairs` is even.
+template <int kBlocks, typename Output>
+inline void rows(const bf16* const* blocks, int pairs, const bf16* x, std::int64_t x_stride,
+                 int count, const Output& output) {
   int m = 0;
   for (; count - m >= kMaxRows; m += kMaxRows)
-    tile<kMaxRows, kBlocks, Epilogue>(linear, x + m * x_stride, x_stride, y + m * y_stride,
-                                      y_stride, index);
+    tile<kMaxRows, kBlocks>(blocks, pairs, x + m * x_stride, x_stride, output, m);
   const bf16* from = x + m * x_stride;
-  bf16* to = y + m * y_stride;
   switch (count - m) {
-    case 5: tile<5, kBlocks, Epilogue>(linear, from, x_stride, to, y_stride, index); break;
-    case 4: tile<4, kBlocks, Epilogue>(linear, from, x_stride, to, y_stride, index); break;
-    case 3: tile<3, kBlocks, Epilogue>(linear, from, x_stride, to, y_stride, index); break;
-    case 2: tile<2, kBlocks, Epilogue>(linear, from, x_stride, to, y_stride, index); break;
-    case 1: tile<1, kBlocks, Epilogue>(linear, from, x_stride, to, y_stride, index); break;
+    case 5: tile<5, kBlocks>(blocks, pairs, from, x_stride, output, m); break;
+    case 4: tile<4, kBlocks>(blocks, pairs, from, x_stride, output, m); break;
+    case 3: tile<3, kBlocks>(blocks, pairs, from, x_stride, output, m); break;
+    case 2: tile<2, kBlocks>(blocks, pairs, from, x_stride, output, m); break;
+    case 1: tile<1, kBlocks>(blocks, pairs, from, x_stride, output, m); break;
     default: break;
   }
 }
@@ -166,18 +173,19 @@ class Gemm {
 
   int num_tiles() const { return columns_ * chunks_; }
 
-  void run(Tiles& tiles, const bf16* x, std::int64_t x_stride, bf16* y, std::int64_t y_stride) const {
-    for (int tile = tiles.take(); tile >= 0; tile = tiles.take()) {
+  void run(Tickets& tickets, const bf16* x, std::int64_t x_stride, bf16* y,
+           std::int64_t y_stride) const {
+    for (int tile; (tile = tickets.take()) < num_tiles();) {
       // Neighbouring tiles share their rows of x.
       const int first = tile / columns_ * kRowChunk;
       const int count = std::min(kRowChunk, num_rows_ - first);
       const int index[2] = {tile % columns_ * width_, tile % columns_ * width_ + 1};
-      const bf16* from = x + first * x_stride;
-      bf16* to = y + first * y_stride;
+      const bf16* blocks[2] = {linear_.block(index[0]), linear_.block(index[1])};
+      const Plain output(linear_, index, y + first * y_stride, y_stride);
       if (width_ == 2 && index[1] < linear_.blocks()) {
-        rows<2, Plain>(linear_, from, x_stride, to, y_stride, count, index);
+        rows<2>(blocks, linear_.k / 2, x + first * x_stride, x_stride, count, output);
       } else {
-        rows<1, Plain>(linear_, from, x_stride, to, y_stride, count, index);
+        rows<1>(blocks, linear_.k / 2, x + first * x_stride, x_stride, count, output);
       }
     }
   }
@@ -198,12 +206,15 @@ class GatedGemm {
 
   int num_tiles() const { return columns_ * chunks_; }
 
-  void run(Tiles& tiles, const bf16* x, std::int64_t x_stride, bf16* y, std::int64_t y_stride) const {
-    for (int tile = tiles.take(); tile >= 0; tile = tiles.take()) {
+  void run(Tickets& tickets, const bf16* x, std::int64_t x_stride, bf16* y,
+           std::int64_t y_stride) const {
+    for (int tile; (tile = tickets.take()) < num_tiles();) {
       const int first = tile / columns_ * kRowChunk;
+      const int count = std::min(kRowChunk, num_rows_ - first);
       const int index[2] = {tile % columns_, tile % columns_ + columns_};
-      rows<2, SiluAndMul>(linear_, x + first * x_stride, x_stride, y + first * y_stride, y_stride,
-                          std::min(kRowChunk, num_rows_ - first), index);
+      const bf16* blocks[2] = {linear_.block(index[0]), linear_.block(index[1])};
+      rows<2>(blocks, linear_.k / 2, x + first * x_stride, x_stride, count,
+              SiluAndMul(linear_, index, y + first * y_stride, y_stride));
     }
   }
 

@@ -1,4 +1,4 @@
-"""Which decoder layers run as native code, and what they do instead of vLLM's `forward`."""
+"""Which decoder layers run as native code, and one of them around vLLM's attention."""
 
 from __future__ import annotations
 
@@ -13,10 +13,20 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-from xllm_plugin.cpu.native.library import DecoderLayer, Kernels
+from xllm_plugin.cpu.native.library import DecoderLayer, Heads, Kernels
 from xllm_plugin.cpu.native.linear import BLOCK, PackedLinear
+from xllm_plugin.cpu.native.scratch import Scratch
 
-__all__ = ["NativeLayer", "UnsupportedLayerError", "take_over"]
+__all__ = [
+    "LAYER_CLASSES",
+    "NativeLayer",
+    "UnsupportedLayerError",
+    "check",
+    "class_path",
+    "is_plain",
+    "layer_struct",
+    "linears_of",
+]
 
 # Their `forward` is: norm, qkv, (norm of heads,) rotation, attention, projection, norm, gated
 # feed-forward.  By name: importing a model's module costs time that only its users should pay.
@@ -34,31 +44,13 @@ class UnsupportedLayerError(Exception):
     """A layer has something that the kernels do not do; says what."""
 
 
-class Workspace:
-    """Scratch of one model, grown to the largest batch seen, shared by its layers."""
-
-    def __init__(self, hidden: int, qkv: int, attention: int, intermediate: int) -> None:
-        self._widths = (hidden, hidden, qkv, attention, intermediate)
-        self._num_tokens = 0
-        self.resize(64)
-
-    def resize(self, num_tokens: int) -> None:
-        """Make room for `num_tokens` tokens."""
-        if num_tokens <= self._num_tokens:
-            return
-        self._num_tokens = max(num_tokens, 2 * self._num_tokens)
-        self.normed, self.projected, self.qkv, self.attention, self.activated = (
-            torch.empty((self._num_tokens, width), dtype=torch.bfloat16) for width in self._widths
-        )
-
-
 class NativeLayer:
-    """One decoder layer: stands in for its module's `forward`."""
+    """One decoder layer around vLLM's attention: stands in for its module's `forward`."""
 
-    def __init__(self, kernels: Kernels, module: Any, workspace: Workspace) -> None:
+    def __init__(self, kernels: Kernels, module: Any, scratch: Scratch) -> None:
         attention = module.self_attn
         self._kernels = kernels
-        self._workspace = workspace
+        self._scratch = scratch
         self._attn = attention.attn
         self._name: str = attention.attn.layer_name
         self._module = module
@@ -66,6 +58,7 @@ class NativeLayer:
         # The struct has their addresses alone, and vLLM may give the modules other ones.
         self._linears = linears_of(module)
         self._layer = ctypes.byref(self._struct)
+        self._space = ctypes.byref(scratch.struct)
 
     def __call__(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
@@ -81,8 +74,7 @@ class NativeLayer:
             The new hidden states and residual.
         """
         num_tokens = hidden_states.shape[0]
-        space = self._workspace
-        space.resize(num_tokens)
+        self._scratch.resize(num_tokens)
         if residual is None:
             # The model's embeddings may be a buffer of the runner's: they are left as they are.
             embedded = hidden_states.contiguous()
@@ -92,102 +84,42 @@ class NativeLayer:
             source, residual_in = hidden_states.data_ptr(), residual.data_ptr()
         self._kernels.before_attention(
             self._layer,
+            self._space,
             source,
             residual_in,
             residual.data_ptr(),
-            space.normed.data_ptr(),
-            space.qkv.data_ptr(),
             positions.data_ptr(),
             num_tokens,
         )
         self._attend(num_tokens)
         self._kernels.after_attention(
             self._layer,
-            space.attention.data_ptr(),
+            self._space,
             residual.data_ptr(),
-            space.projected.data_ptr(),
-            space.normed.data_ptr(),
-            space.activated.data_ptr(),
             hidden_states.data_ptr(),
             num_tokens,
         )
         return hidden_states, residual
 
     def _attend(self, num_tokens: int) -> None:
-        """Write keys and values into the cache, and the attention's output into the workspace."""
-        space, struct, attn = self._workspace, self._struct, self._attn
-        output = space.attention[:num_tokens].view(-1, struct.num_heads, struct.head_size)
+        """Write keys and values into the cache, and the attention's output into the scratch."""
+        scratch, heads, attn = self._scratch, self._struct.heads, self._attn
+        output = scratch.attention[:num_tokens].view(-1, heads.num_heads, heads.head_size)
         context = get_forward_context()
         metadata = context.attn_metadata
         if metadata is None:
             # A run without a cache, to measure how much memory is left for one.
             output.zero_()
             return
-        qkv = space.qkv[:num_tokens].view(num_tokens, -1, struct.head_size)
+        qkv = scratch.qkv[:num_tokens].view(num_tokens, -1, heads.head_size)
         query, key, value = qkv.split(
-            (struct.num_heads, struct.num_kv_heads, struct.num_kv_heads), dim=1
+            (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads), dim=1
         )
         slots = context.slot_mapping[self._name]
         attn.impl.do_kv_cache_update(attn, key, value, attn.kv_cache, slots)
         attn.impl.forward(
             attn, query, key, value, attn.kv_cache, metadata[self._name], output=output
         )
-
-
-class NativeNorm:
-    """The model's last norm: stands in for its module's `forward`."""
-
-    def __init__(self, kernels: Kernels, module: RMSNorm) -> None:
-        self._kernels = kernels
-        self._weight = module.weight
-        self._epsilon = module.variance_epsilon
-
-    def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Norm of x + residual, both [num_tokens, hidden]; see vLLM's RMSNorm."""
-        x = x.contiguous()
-        y = torch.empty_like(x)
-        total = None if residual is None else torch.empty_like(x)
-        self._kernels.norm(
-            x.data_ptr(),
-            None if residual is None else residual.data_ptr(),
-            None if total is None else total.data_ptr(),
-            self._weight.data_ptr(),
-            self._epsilon,
-            y.data_ptr(),
-            x.shape[-1],
-            x.numel() // x.shape[-1],
-        )
-        return y if total is None else (y, total)
-
-
-def take_over(kernels: Kernels, model: torch.nn.Module) -> int:
-    """Let native code run the model's decoder layers.
-
-    Returns:
-        How many layers were taken over.
-
-    Raises:
-        UnsupportedLayerError: one cannot be; then none is.
-    """
-    found = [module for module in model.modules() if class_path(module) in LAYER_CLASSES]
-    if not found:
-        raise UnsupportedLayerError(f"{type(model).__name__} has no layer of a known kind")
-    for module in found:
-        check(module)
-    first = layer_struct(found[0])
-    workspace = Workspace(first.qkv.k, first.qkv.n, first.num_heads * first.head_size, first.down.k)
-    for module in found:
-        module.forward = NativeLayer(kernels, module, workspace)
-    for module in model.modules():
-        if (
-            getattr(module, "layers", None) is not None
-            and type(getattr(module, "norm", None)) is RMSNorm
-            and is_plain(module.norm)
-        ):
-            module.norm.forward = NativeNorm(kernels, module.norm)
-    return len(found)
 
 
 def class_path(module: torch.nn.Module) -> str:
@@ -268,9 +200,8 @@ def layer_struct(module: Any) -> DecoderLayer:
         module.post_attention_layernorm.weight.data_ptr(),
         *(None if norm is None else norm.weight.data_ptr() for norm in heads),
         cos_sin.data_ptr(),
+        None,
         module.input_layernorm.variance_epsilon,
-        attn.num_heads,
-        attn.num_kv_heads,
-        attn.head_size,
+        Heads(attn.num_heads, attn.num_kv_heads, attn.head_size, attn.impl.scale),
         rotary.rotary_dim,
     )
