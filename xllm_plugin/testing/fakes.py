@@ -172,6 +172,7 @@ class FakeMemoryDriver:
         self._work = WorkQueue()
         self._create_fault = Countdown()
         self._map_fault = Countdown()
+        self._unmap_fault = Countdown()
         self._unmaps_go_on = threading.Event()
         self._unmaps_go_on.set()
 
@@ -226,6 +227,8 @@ class FakeMemoryDriver:
             DeviceFaultError: unfinished work uses a page at one of them.
         """
         self._unmaps_go_on.wait()
+        if self._unmap_fault.fires():
+            raise MemoryError("no memory to note an unmap, as the test asked")
         before = dict(self._mapped)
         try:
             for address in addresses:
@@ -304,6 +307,10 @@ class FakeMemoryDriver:
     def fail_map(self, at: int = 1) -> None:
         """Fail half-way at the `at`-th page mapped from now that is not refused, once."""
         self._map_fault.set(at)
+
+    def fail_unmap(self, at: int = 1) -> None:
+        """Fail the `at`-th `unmap` from now, once."""
+        self._unmap_fault.set(at)
 
     @contextmanager
     def slow_unmap(self) -> Iterator[None]:
