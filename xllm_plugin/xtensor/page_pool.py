@@ -339,6 +339,11 @@ class PagePool:
         mapping = self._mappings.get(address)
         return None if mapping is None else mapping.page.handle
 
+    def addresses_of(self, owner: Hashable) -> set[int]:
+        """Where an owner has pages."""
+        with self._books:
+            return set(self._owned.get(owner, ()))
+
     def statistics(self) -> PoolStatistics:
         """Count the pages."""
         with self._books:
