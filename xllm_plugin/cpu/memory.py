@@ -94,6 +94,8 @@ class CpuMemoryDriver(BookedMemoryDriver[int]):
         self._close = weakref.finalize(
             self, _close, self._calls, self._file, self._parking, num_bytes, self._ranges
         )
+        # At exit the system takes everything back; other threads may still compute until then.
+        self._close.atexit = False
 
     def close(self) -> None:
         """Give everything back: pages, mappings and ranges; nothing may use them any more."""

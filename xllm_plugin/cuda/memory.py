@@ -34,7 +34,7 @@ class CudaFence:
         )
         with driver.current():
             self._event = driver.call("cuEventCreate", int(flags))
-            weakref.finalize(self, cuda.cuEventDestroy, self._event)
+            weakref.finalize(self, cuda.cuEventDestroy, self._event).atexit = False
             driver.call("cuCtxRecordEvent", driver.context, self._event)
 
     def is_done(self) -> bool:
@@ -77,7 +77,7 @@ class CudaMemoryDriver(BookedMemoryDriver[int]):
         self.call("cuInit", 0)
         device = self.call("cuDeviceGet", device_index)
         self.context = self.call("cuDevicePrimaryCtxRetain", device)
-        weakref.finalize(self, cuda.cuDevicePrimaryCtxRelease, device)
+        weakref.finalize(self, cuda.cuDevicePrimaryCtxRelease, device).atexit = False
         self._properties = _pinned_on(cuda, device_index)
         self._access = _read_and_write_from(cuda, device_index)
         recommended = cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED

@@ -328,7 +328,7 @@ class PagePool:
             self.driver.release(going)
 
     def fail(self, error: BaseException) -> None:
-        """Tell that the keeper has met `error`: every later call raises it."""
+        """Tell that the keeper has met `error`; `take`, `share` and `retire` raise it from then."""
         with self._books:
             self._fault = error
 
