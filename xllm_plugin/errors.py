@@ -10,6 +10,7 @@
       NotNowError         right request, wrong moment; trying again later may work
         DownloadError     a registry did not deliver, or not all of it
         ChannelError      an engine's socket is not there, closed, or did not answer in time
+        PagesExhaustedError  no physical page of KV memory is free at this moment
       InternalError       our bug; please report it
         SeamError         a vLLM internal this package leans on is not what it was
 
@@ -30,6 +31,7 @@ __all__ = [
     "MisuseError",
     "ModelError",
     "NotNowError",
+    "PagesExhaustedError",
     "PlatformError",
     "SeamError",
     "XllmError",
@@ -77,6 +79,10 @@ class DownloadError(NotNowError):
 
 class ChannelError(NotNowError):
     """An engine's control socket is not there, closed, or did not answer in time."""
+
+
+class PagesExhaustedError(NotNowError):
+    """No physical page of KV memory is free at this moment."""
 
 
 class InternalError(XllmError):

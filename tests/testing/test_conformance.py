@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import threading
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,38 +74,38 @@ class OverlappingRanges(FakeMemoryDriver):
 
 
 class OneStoreForAllPages(FakeMemoryDriver):
-    def create(self) -> PageHandle:
-        page = super().create()
+    def _create_one(self) -> PageHandle:
+        page = super()._create_one()
         self._pages[page] = next(iter(self._pages.values()))
         return page
 
 
 class CopyForEachAddress(FakeMemoryDriver):
-    def map(self, address: int, page: PageHandle) -> None:
-        super().map(address, page)
+    def _map_one(self, address: int, page: PageHandle) -> None:
+        super()._map_one(address, page)
         if list(self._mapped.values()).count(page) > 1:
-            self._mapped[address] = self.create()
+            self._mapped[address] = self._create_one()
             self._pages[self._mapped[address]][:] = self._pages[page]
 
 
 class WipeOnUnmap(FakeMemoryDriver):
-    def unmap(self, address: int) -> None:
+    def _unmap_one(self, address: int) -> None:
         page = self._mapped.get(address)
-        super().unmap(address)
+        super()._unmap_one(address)
         assert page is not None
         self._pages[page][:] = bytes(self.granularity_bytes)
 
 
 class UnmapEverywhere(FakeMemoryDriver):
-    def unmap(self, address: int) -> None:
+    def _unmap_one(self, address: int) -> None:
         page = self._mapped.get(address)
-        super().unmap(address)
+        super()._unmap_one(address)
         self._mapped = {at: other for at, other in self._mapped.items() if other != page}
 
 
 class ReusedHandles(FakeMemoryDriver):
-    def create(self) -> PageHandle:
-        page = super().create()
+    def _create_one(self) -> PageHandle:
+        page = super()._create_one()
         lowest = PageHandle(next(i for i in range(1, 99) if i not in self._pages or i == page))
         self._pages[lowest] = self._pages.pop(page)
         return lowest
@@ -115,10 +116,10 @@ class OneThreadOnly(FakeMemoryDriver):
         super().__init__()
         self._owner = threading.get_ident()
 
-    def create(self) -> PageHandle:
+    def _create_one(self) -> PageHandle:
         if threading.get_ident() != self._owner:
             raise RuntimeError("no device context in this thread")
-        return super().create()
+        return super()._create_one()
 
 
 class NoContext(FakeMemoryDriver):
@@ -141,8 +142,8 @@ class AddressSpaceIsAValueError(FakeMemoryDriver):
 
 
 class MapRoundsDown(FakeMemoryDriver):
-    def map(self, address: int, page: PageHandle) -> None:
-        super().map(address - address % self.granularity_bytes, page)
+    def _map_one(self, address: int, page: PageHandle) -> None:
+        super()._map_one(address - address % self.granularity_bytes, page)
 
 
 class MapAnywhere(FakeMemoryDriver):
@@ -151,45 +152,45 @@ class MapAnywhere(FakeMemoryDriver):
 
 
 class MapReplaces(FakeMemoryDriver):
-    def map(self, address: int, page: PageHandle) -> None:
+    def _map_one(self, address: int, page: PageHandle) -> None:
         self._mapped.pop(address, None)
-        super().map(address, page)
+        super()._map_one(address, page)
 
 
 class MapReplacesThenRefuses(FakeMemoryDriver):
-    def map(self, address: int, page: PageHandle) -> None:
+    def _map_one(self, address: int, page: PageHandle) -> None:
         if address in self._mapped and page in self._pages:
             self._mapped[address] = page
-        super().map(address, page)
+        super()._map_one(address, page)
 
 
 class IgnoreUnknownPages(FakeMemoryDriver):
-    def map(self, address: int, page: PageHandle) -> None:
+    def _map_one(self, address: int, page: PageHandle) -> None:
         if page in self._pages:
-            super().map(address, page)
+            super()._map_one(address, page)
 
 
 class IgnoreReleasedPages(FakeMemoryDriver):
-    def map(self, address: int, page: PageHandle) -> None:
+    def _map_one(self, address: int, page: PageHandle) -> None:
         if page in self._pages or page > 99:
-            super().map(address, page)
+            super()._map_one(address, page)
 
 
 class UnmapRoundsDown(FakeMemoryDriver):
-    def unmap(self, address: int) -> None:
-        super().unmap(address - address % self.granularity_bytes)
+    def _unmap_one(self, address: int) -> None:
+        super()._unmap_one(address - address % self.granularity_bytes)
 
 
 class UnmapNothing(FakeMemoryDriver):
-    def unmap(self, address: int) -> None:
+    def _unmap_one(self, address: int) -> None:
         if address in self._mapped or address % self.granularity_bytes:
-            super().unmap(address)
+            super()._unmap_one(address)
 
 
 class ReleaseMapped(FakeMemoryDriver):
-    def release(self, page: PageHandle) -> None:
+    def _release_one(self, page: PageHandle) -> None:
         mapped, self._mapped = self._mapped, {}
-        super().release(page)
+        super()._release_one(page)
         self._mapped = {at: other for at, other in mapped.items() if other != page}
 
 
@@ -200,20 +201,20 @@ class ReleaseForgetsOtherAddresses(FakeMemoryDriver):
         super().__init__()
         self._last: dict[PageHandle, int] = {}
 
-    def map(self, address: int, page: PageHandle) -> None:
-        super().map(address, page)
+    def _map_one(self, address: int, page: PageHandle) -> None:
+        super()._map_one(address, page)
         self._last[page] = address
 
-    def release(self, page: PageHandle) -> None:
+    def _release_one(self, page: PageHandle) -> None:
         if self._last.get(page) not in self._mapped:
             self._mapped = {at: other for at, other in self._mapped.items() if other != page}
-        super().release(page)
+        super()._release_one(page)
 
 
 class ReleaseTwice(FakeMemoryDriver):
-    def release(self, page: PageHandle) -> None:
+    def _release_one(self, page: PageHandle) -> None:
         if page in self._pages:
-            super().release(page)
+            super()._release_one(page)
 
 
 class UnreserveParts(FakeMemoryDriver):
@@ -245,23 +246,23 @@ class UnreserveUnmaps(FakeMemoryDriver):
 
 
 class OutOfMemoryIsARuntimeError(FakeMemoryDriver):
-    def create(self) -> PageHandle:
+    def _create_one(self) -> PageHandle:
         try:
-            return super().create()
+            return super()._create_one()
         except MemoryError as error:
             raise RuntimeError(str(error)) from error
 
 
 class EndlessPages(FakeMemoryDriver):
-    def create(self) -> PageHandle:
+    def _create_one(self) -> PageHandle:
         self.capacity_pages = self.num_pages + 1
-        return super().create()
+        return super()._create_one()
 
 
 class FailedCreateTakesAPage(FakeMemoryDriver):
-    def create(self) -> PageHandle:
+    def _create_one(self) -> PageHandle:
         try:
-            return super().create()
+            return super()._create_one()
         except MemoryError:
             self.capacity_pages -= 1
             raise
@@ -272,12 +273,12 @@ class ReleaseLeaksMappedPages(FakeMemoryDriver):
         super().__init__()
         self._once_mapped: set[PageHandle] = set()
 
-    def map(self, address: int, page: PageHandle) -> None:
-        super().map(address, page)
+    def _map_one(self, address: int, page: PageHandle) -> None:
+        super()._map_one(address, page)
         self._once_mapped.add(page)
 
-    def release(self, page: PageHandle) -> None:
-        super().release(page)
+    def _release_one(self, page: PageHandle) -> None:
+        super()._release_one(page)
         self.capacity_pages -= page in self._once_mapped
 
 
@@ -293,9 +294,9 @@ class ReserveTakesPages(FakeMemoryDriver):
 
 
 class RefusedMapTakesAPage(FakeMemoryDriver):
-    def map(self, address: int, page: PageHandle) -> None:
+    def _map_one(self, address: int, page: PageHandle) -> None:
         try:
-            super().map(address, page)
+            super()._map_one(address, page)
         except ValueError:
             self.capacity_pages -= 1
             raise
@@ -304,6 +305,54 @@ class RefusedMapTakesAPage(FakeMemoryDriver):
 class HalfMapStays(FakeMemoryDriver):
     def _undo_map(self, address: int) -> None:
         pass
+
+
+class NegativeIsNothing(FakeMemoryDriver):
+    def create(self, num_pages: int) -> list[PageHandle]:
+        return super().create(max(0, num_pages))
+
+
+class BatchInAnyOrder(FakeMemoryDriver):
+    """Pairs addresses and pages after sorting each."""
+
+    def map(self, pages: Mapping[int, PageHandle]) -> None:
+        super().map(dict(zip(sorted(pages), sorted(pages.values()), strict=True)))
+
+
+class CreatesWhatIsLeft(FakeMemoryDriver):
+    def create(self, num_pages: int) -> list[PageHandle]:
+        left = self.capacity_pages - self.num_pages
+        if num_pages > 1 and left:
+            super().create(min(num_pages, left))
+        return super().create(num_pages)
+
+
+class MapsUpToTheWrongItem(FakeMemoryDriver):
+    def map(self, pages: Mapping[int, PageHandle]) -> None:
+        for address, page in pages.items():
+            super().map({address: page})
+
+
+class UnmapsUpToTheWrongItem(FakeMemoryDriver):
+    def unmap(self, addresses: Collection[int]) -> None:
+        for address in addresses:
+            super().unmap([address])
+
+
+class ReleasesUpToTheWrongItem(FakeMemoryDriver):
+    def release(self, pages: Collection[PageHandle]) -> None:
+        for page in pages:
+            super().release([page])
+
+
+class FailedBatchStays(FakeMemoryDriver):
+    def map(self, pages: Mapping[int, PageHandle]) -> None:
+        try:
+            super().map(pages)
+        except MemoryError:
+            for address in list(pages)[:1]:
+                super().map({address: pages[address]})
+            raise
 
 
 class FenceNeverDone(FakeFence):
@@ -376,6 +425,13 @@ BROKEN_DRIVERS: list[tuple[str, type[FakeMemoryDriver]]] = [
     ("a_reserved_range_takes_no_pages", ReserveTakesPages),
     ("refused_calls_take_no_pages", RefusedMapTakesAPage),
     ("a_map_that_the_device_fails_changes_nothing", HalfMapStays),
+    ("nothing_may_be_asked", NegativeIsNothing),
+    ("a_batch_maps_each_page_at_its_address", BatchInAnyOrder),
+    ("create_is_all_or_nothing", CreatesWhatIsLeft),
+    ("a_batch_with_one_wrong_item_changes_nothing", MapsUpToTheWrongItem),
+    ("a_batch_with_one_wrong_item_changes_nothing", UnmapsUpToTheWrongItem),
+    ("a_batch_with_one_wrong_item_changes_nothing", ReleasesUpToTheWrongItem),
+    ("a_batch_that_the_device_fails_changes_nothing", FailedBatchStays),
     ("the_fence_of_an_idle_device_passes", with_fence(FenceNeverDone)),
     ("a_fence_waits_for_earlier_work", with_fence(FenceAlwaysDone)),
     ("a_fence_waits_for_earlier_work", with_fence(FenceBlocks)),
@@ -678,7 +734,9 @@ def test_without_means_clauses_are_reported_unchecked_and_leave_nothing() -> Non
         ("a_released_page_can_be_created_again", "MemoryProbe.max_pages"),
         ("a_reserved_range_takes_no_pages", "MemoryProbe.max_pages"),
         ("refused_calls_take_no_pages", "MemoryProbe.max_pages"),
-        ("a_map_that_the_device_fails_changes_nothing", "MemoryProbe.fail_next_map"),
+        ("a_map_that_the_device_fails_changes_nothing", "MemoryProbe.fail_map"),
+        ("create_is_all_or_nothing", "MemoryProbe.max_pages"),
+        ("a_batch_that_the_device_fails_changes_nothing", "MemoryProbe.fail_map"),
         ("a_fence_waits_for_earlier_work", "MemoryProbe.busy"),
         ("wait_returns_no_earlier", "MemoryProbe.busy"),
         ("a_passed_fence_stays_passed", "MemoryProbe.busy"),

@@ -45,8 +45,8 @@ CAPACITY_PAGES = 3
 def mapped_driver() -> tuple[FakeMemoryDriver, int, PageHandle]:
     """A driver with one page, mapped at the first of two slots."""
     driver = FakeMemoryDriver(granularity_bytes=PAGE_BYTES, capacity_pages=CAPACITY_PAGES)
-    start, page = driver.reserve(2 * PAGE_BYTES), driver.create()
-    driver.map(start, page)
+    start, page = driver.reserve(2 * PAGE_BYTES), driver.create(1)[0]
+    driver.map({start: page})
     return driver, start, page
 
 
@@ -68,25 +68,44 @@ def test_a_granularity_is_a_power_of_two_above_one(granularity_bytes: int) -> No
 def test_create_fails_once_at_the_nth_time() -> None:
     driver = FakeMemoryDriver()
     driver.fail_create(at=2)
-    driver.create()
+    driver.create(1)[0]
     with pytest.raises(MemoryError, match="as the test asked"):
-        driver.create()
-    driver.create()
+        driver.create(1)[0]
+    driver.create(1)[0]
     assert driver.num_pages == 2
 
 
 def test_map_fails_half_way_at_the_nth_time_and_is_undone() -> None:
     driver, start, page = mapped_driver()
     driver.fail_map(at=2)
-    driver.unmap(start)
-    driver.map(start, page)
+    driver.unmap([start])
+    driver.map({start: page})
     with pytest.raises(ValueError, match="mapped already"):  # a refused map does not count
-        driver.map(start, page)
+        driver.map({start: page})
     with pytest.raises(MemoryError, match="half-way"):
-        driver.map(start + PAGE_BYTES, page)
+        driver.map({start + PAGE_BYTES: page})
     assert driver.num_mapped == 1
-    driver.map(start + PAGE_BYTES, page)
+    driver.map({start + PAGE_BYTES: page})
     driver.check_integrity()
+
+
+def test_a_slow_unmap_ends_when_the_test_says_so() -> None:
+    driver, start, _ = mapped_driver()
+    unmapping = threading.Thread(target=driver.unmap, args=([start],))
+    with driver.slow_unmap():
+        unmapping.start()
+        assert driver.num_mapped == 1
+    unmapping.join()
+    assert driver.num_mapped == 0
+
+
+def test_a_batch_that_meets_unfinished_work_is_left_alone() -> None:
+    driver, start, page = mapped_driver()
+    driver.map({start + PAGE_BYTES: page})
+    driver.launch(start + PAGE_BYTES)
+    with pytest.raises(DeviceFaultError):
+        driver.unmap([start, start + PAGE_BYTES])
+    assert driver.num_mapped == 2
 
 
 def test_a_fault_lies_in_the_future() -> None:
@@ -111,9 +130,9 @@ def test_an_unmap_under_unfinished_work_faults() -> None:
     driver, start, _ = mapped_driver()
     driver.launch(start + 1)  # any address inside the page
     with pytest.raises(DeviceFaultError, match="unfinished work"):
-        driver.unmap(start)
+        driver.unmap([start])
     driver.finish_work()
-    driver.unmap(start)
+    driver.unmap([start])
     assert driver.num_mapped == 0
 
 
@@ -219,9 +238,9 @@ class MemoryMachine(RuleBasedStateMachine):
             self.driver.fail_create()
         if fault or len(self.contents) == CAPACITY_PAGES:
             with pytest.raises(MemoryError):
-                self.driver.create()
+                self.driver.create(1)[0]
             return multiple()
-        page = self.driver.create()
+        page = self.driver.create(1)[0]
         assert page not in self.contents
         self.contents[page] = None
         return page
@@ -232,9 +251,9 @@ class MemoryMachine(RuleBasedStateMachine):
         fits = self.is_reserved(address) and address % PAGE_BYTES == 0
         if not fits or address in self.mapped or page not in self.contents:
             with pytest.raises(ValueError):  # noqa: PT011 - which of the reasons does not matter
-                self.driver.map(address, page)
+                self.driver.map({address: page})
             return
-        self.driver.map(address, page)
+        self.driver.map({address: page})
         self.mapped[address] = page
 
     @precondition(lambda self: self.contents and self.free_slots())
@@ -245,9 +264,9 @@ class MemoryMachine(RuleBasedStateMachine):
         if fault == 1:
             self.driver.fail_map()
             with pytest.raises(MemoryError, match="half-way"):
-                self.driver.map(address, page)
+                self.driver.map({address: page})
             return
-        self.driver.map(address, page)
+        self.driver.map({address: page})
         self.mapped[address] = page
 
     @precondition(lambda self: self.mapped)
@@ -257,7 +276,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.driver.finish_work()
         self.num_finished += len(self.launched)
         self.launched.clear()
-        self.driver.unmap(address)
+        self.driver.unmap([address])
         del self.mapped[address]
 
     @rule(place=ranges, slot=st.integers(-1, 3))
@@ -265,12 +284,12 @@ class MemoryMachine(RuleBasedStateMachine):
         address = place[0] + slot * PAGE_BYTES
         if address not in self.mapped:
             with pytest.raises(ValueError, match="nothing is mapped"):
-                self.driver.unmap(address)
+                self.driver.unmap([address])
         elif any(address in work for work in self.launched):
             with pytest.raises(DeviceFaultError):
-                self.driver.unmap(address)
+                self.driver.unmap([address])
         else:
-            self.driver.unmap(address)
+            self.driver.unmap([address])
             del self.mapped[address]
 
     @precondition(lambda self: self.mapped)
@@ -284,9 +303,9 @@ class MemoryMachine(RuleBasedStateMachine):
     def release(self, page: PageHandle) -> None:
         if page not in self.contents or page in self.mapped.values():
             with pytest.raises(ValueError, match="page"):
-                self.driver.release(page)
+                self.driver.release([page])
             return
-        self.driver.release(page)
+        self.driver.release([page])
         del self.contents[page]
 
     @precondition(lambda self: self.mapped)
@@ -294,7 +313,7 @@ class MemoryMachine(RuleBasedStateMachine):
     def release_what_is_mapped(self, data: st.DataObject) -> None:
         page = data.draw(st.sampled_from(sorted(self.mapped.values())))
         with pytest.raises(ValueError, match="still mapped"):
-            self.driver.release(page)
+            self.driver.release([page])
 
     @rule(place=ranges, longer=st.integers(-1, 1))
     def unreserve(self, place: tuple[int, int], longer: int) -> None:

@@ -7,6 +7,7 @@ fill.  `xllm_plugin.testing.conformance.check_memory_driver` is the contract as 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import NewType, Protocol, runtime_checkable
 
 __all__ = ["Fence", "MemoryDriver", "PageHandle"]
@@ -39,6 +40,9 @@ class MemoryDriver(Protocol):
     Sizes and addresses are in bytes and multiples of `granularity_bytes`, and sizes are positive;
     anything else raises `ValueError`.  A call that raises, for whatever reason, changes nothing.
 
+    Pages are created, mapped, unmapped and released several at a time, because a device does
+    neighbours in one go: the longer the batch, the cheaper the page.  An empty batch does nothing.
+
     Calls come one at a time, but not always from one thread.  No call waits for the device's work:
     before `unmap`, the caller sees to it that a fence taken after the last use has passed.
     """
@@ -58,38 +62,43 @@ class MemoryDriver(Protocol):
         """
         ...
 
-    def create(self) -> PageHandle:
-        """Create one physical page of `granularity_bytes`; its contents are undefined.
+    def create(self, num_pages: int) -> list[PageHandle]:
+        """Create physical pages of `granularity_bytes` each; their contents are undefined.
 
         Raises:
-            MemoryError: the device is out of memory.
+            ValueError: `num_pages` is negative.
+            MemoryError: the device has less memory than that.
         """
         ...
 
-    def map(self, address: int, page: PageHandle) -> None:
-        """Put `page` at `address`, inside a reserved range and not mapped; read and write work.
+    def map(self, pages: Mapping[int, PageHandle]) -> None:
+        """Put each page at its address, inside a reserved range and not mapped; access works.
 
         One page may be mapped at several addresses; all of them show the same bytes.
 
+        Args:
+            pages: address -> page.
+
         Raises:
-            ValueError: the address is not reserved, or mapped already, or the page is unknown.
-            MemoryError: the device has no memory left for the mapping itself.
+            ValueError: an address is not reserved, or mapped already, or a page is unknown.
+            MemoryError: the device has no memory left for the mappings themselves.
         """
         ...
 
-    def unmap(self, address: int) -> None:
-        """Take the page at `address` away; the page, its contents and its other addresses live on.
+    def unmap(self, addresses: Collection[int]) -> None:
+        """Take the pages at `addresses` away; they, their contents and other addresses live on.
 
         Raises:
-            ValueError: nothing is mapped at `address`.
+            ValueError: nothing is mapped at one of them, or one is named twice.
+            MemoryError: the device has no memory left to note it (a CPU splits its mappings).
         """
         ...
 
-    def release(self, page: PageHandle) -> None:
-        """Give the physical page back to the device; its handle is unknown from then on.
+    def release(self, pages: Collection[PageHandle]) -> None:
+        """Give physical pages back to the device; their handles are unknown from then on.
 
         Raises:
-            ValueError: the page is unknown, or still mapped somewhere.
+            ValueError: a page is unknown, still mapped somewhere, or named twice.
         """
         ...
 

@@ -31,7 +31,9 @@ FAMILY = DeviceFamily(
     preference=0,
     platform_class="xllm_plugin.cpu.platform.XllmCpuPlatform",
     probe=probe,
-    capabilities=Capabilities(graph_modes=("eager",)),
+    capabilities=Capabilities(
+        graph_modes=("eager",), memory_driver="xllm_plugin.cpu.memory.CpuMemoryDriver"
+    ),
 )
 
 

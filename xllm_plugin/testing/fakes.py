@@ -7,7 +7,7 @@ What a real device would answer with a fault raises `DeviceFaultError` here, so 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -172,6 +172,9 @@ class FakeMemoryDriver:
         self._work = WorkQueue()
         self._create_fault = Countdown()
         self._map_fault = Countdown()
+        self._unmap_fault = Countdown()
+        self._unmaps_go_on = threading.Event()
+        self._unmaps_go_on.set()
 
     # The protocol
 
@@ -191,48 +194,58 @@ class FakeMemoryDriver:
         self._next_address += num_bytes + self._granularity_bytes
         return address
 
-    def create(self) -> PageHandle:
-        """Create a page, filled with 0xDB: its contents are undefined."""
-        if self._create_fault.fires():
-            raise MemoryError("out of pages, as the test asked")
-        if len(self._pages) >= self.capacity_pages:
-            raise MemoryError(f"all {self.capacity_pages} pages are in use")
-        page = PageHandle(next(self._handles))
-        self._pages[page] = bytearray(b"\xdb" * self._granularity_bytes)
-        return page
+    def create(self, num_pages: int) -> list[PageHandle]:
+        """Create pages, filled with 0xDB: their contents are undefined."""
+        if num_pages < 0:
+            raise ValueError(f"cannot create {num_pages} pages")
+        created: list[PageHandle] = []
+        try:
+            for _ in range(num_pages):
+                created.append(self._create_one())  # noqa: PERF401 - what was made is undone below
+        except MemoryError:
+            for page in created:
+                del self._pages[page]
+            raise
+        return created
 
-    def map(self, address: int, page: PageHandle) -> None:
-        """Put a page at an address."""
-        self._check_address(address)
-        if not self._is_reserved(address):
-            raise ValueError(f"address {address:#x} is not reserved")
-        if address in self._mapped:
-            raise ValueError(f"address {address:#x} is mapped already")
-        self._check_page(page)
-        self._mapped[address] = page
-        if self._map_fault.fires():
-            self._undo_map(address)
-            raise MemoryError("mapping failed half-way, as the test asked")
+    def map(self, pages: Mapping[int, PageHandle]) -> None:
+        """Put pages at addresses."""
+        done: list[int] = []
+        try:
+            for address, page in pages.items():
+                self._map_one(address, page)
+                done.append(address)
+        except (ValueError, MemoryError):
+            for address in done:
+                self._undo_map(address)
+            raise
 
-    def unmap(self, address: int) -> None:
-        """Take a page from an address.
+    def unmap(self, addresses: Collection[int]) -> None:
+        """Take the pages at addresses away.
 
         Raises:
-            DeviceFaultError: unfinished work uses the page at this address.
+            DeviceFaultError: unfinished work uses a page at one of them.
         """
-        self._check_address(address)
-        if address not in self._mapped:
-            raise ValueError(f"nothing is mapped at {address:#x}")
-        if self._work.uses(range(address, address + self._granularity_bytes)):
-            raise DeviceFaultError(f"unmap of {address:#x}, which unfinished work still uses")
-        del self._mapped[address]
+        self._unmaps_go_on.wait()
+        if self._unmap_fault.fires():
+            raise MemoryError("no memory to note an unmap, as the test asked")
+        before = dict(self._mapped)
+        try:
+            for address in addresses:
+                self._unmap_one(address)
+        except (ValueError, DeviceFaultError):
+            self._mapped = before
+            raise
 
-    def release(self, page: PageHandle) -> None:
-        """Give a page back."""
-        self._check_page(page)
-        if page in self._mapped.values():
-            raise ValueError(f"page {page} is still mapped")
-        del self._pages[page]
+    def release(self, pages: Collection[PageHandle]) -> None:
+        """Give pages back."""
+        before = dict(self._pages)
+        try:
+            for page in pages:
+                self._release_one(page)
+        except ValueError:
+            self._pages = before
+            raise
 
     def unreserve(self, address: int, num_bytes: int) -> None:
         """Give a range back."""
@@ -248,15 +261,65 @@ class FakeMemoryDriver:
         """Mark the moment after what has been launched."""
         return FakeFence(self._work, self._work.num_launched, self._finish_on_wait)
 
+    # One page at a time
+
+    def _create_one(self) -> PageHandle:
+        if self._create_fault.fires():
+            raise MemoryError("out of pages, as the test asked")
+        if len(self._pages) >= self.capacity_pages:
+            raise MemoryError(f"all {self.capacity_pages} pages are in use")
+        page = PageHandle(next(self._handles))
+        self._pages[page] = bytearray(b"\xdb" * self._granularity_bytes)
+        return page
+
+    def _map_one(self, address: int, page: PageHandle) -> None:
+        self._check_address(address)
+        if not self._is_reserved(address):
+            raise ValueError(f"address {address:#x} is not reserved")
+        if address in self._mapped:
+            raise ValueError(f"address {address:#x} is mapped already")
+        self._check_page(page)
+        self._mapped[address] = page
+        if self._map_fault.fires():
+            self._undo_map(address)
+            raise MemoryError("mapping failed half-way, as the test asked")
+
+    def _unmap_one(self, address: int) -> None:
+        self._check_address(address)
+        if address not in self._mapped:
+            raise ValueError(f"nothing is mapped at {address:#x}")
+        if self._work.uses(range(address, address + self._granularity_bytes)):
+            raise DeviceFaultError(f"unmap of {address:#x}, which unfinished work still uses")
+        del self._mapped[address]
+
+    def _release_one(self, page: PageHandle) -> None:
+        self._check_page(page)
+        if page in self._mapped.values():
+            raise ValueError(f"page {page} is still mapped")
+        del self._pages[page]
+
     # What a test may do
 
     def fail_create(self, at: int = 1) -> None:
-        """Be out of pages at the `at`-th `create` from now, once."""
+        """Be out of pages at the `at`-th page created from now, once."""
         self._create_fault.set(at)
 
     def fail_map(self, at: int = 1) -> None:
-        """Fail half-way at the `at`-th `map` from now that is not refused, once."""
+        """Fail half-way at the `at`-th page mapped from now that is not refused, once."""
         self._map_fault.set(at)
+
+    def fail_unmap(self, at: int = 1) -> None:
+        """Fail the `at`-th `unmap` from now, once."""
+        self._unmap_fault.set(at)
+
+    @contextmanager
+    def slow_unmap(self) -> Iterator[None]:
+        """Inside the context `unmap`, called from another thread, does not come to an end."""
+        self._unmaps_go_on.clear()
+        try:
+            yield
+        finally:
+            self._unmaps_go_on.set()
 
     def launch(self, *addresses: int) -> None:
         """Give the device work that uses the pages at `addresses` until `finish_work`.
@@ -372,7 +435,7 @@ def probe_memory(driver: FakeMemoryDriver) -> MemoryProbe:
         read=driver.read,
         write=driver.write,
         max_pages=driver.capacity_pages,
-        fail_next_map=driver.fail_map,
+        fail_map=driver.fail_map,
         busy=driver.busy,
     )
 

@@ -44,7 +44,8 @@ class MemoryProbe:
         read: bytes at (address, num_bytes), as the device sees them.
         write: put bytes at an address, for the device to see.
         max_pages: `create` runs out after at most so many pages, at least 4 and better below 1000.
-        fail_next_map: makes the device fail the next `map` half-way, as for want of page tables.
+        fail_map: makes the device fail half-way at the n-th page that it maps from now, as for
+            want of page tables, once; 1 is the next.
         busy: a context in which the device has work to do and cannot finish it; it may be left
             from another thread.
     """
@@ -52,7 +53,7 @@ class MemoryProbe:
     read: Callable[[int, int], bytes]
     write: Callable[[int, bytes], None]
     max_pages: int | None = None
-    fail_next_map: Callable[[], None] | None = None
+    fail_map: Callable[[int], None] | None = None
     busy: Callable[[], AbstractContextManager[object]] | None = None
 
 
@@ -93,10 +94,10 @@ class Scene:
         self.probe = kit.probe(self.driver)
         self.page_bytes: int = self.driver.granularity_bytes
         self.start: int = self.driver.reserve(self.num_bytes)
-        self.page_a = self.driver.create()
-        self.page_b = self.driver.create()
+        self.page_a = self.driver.create(1)[0]
+        self.page_b = self.driver.create(1)[0]
         for slot, page in enumerate((self.page_a, self.page_a, self.page_b)):
-            self.driver.map(self.address(slot), page)
+            self.driver.map({self.address(slot): page})
         self.probe.write(self.address(0), pattern(self.page_bytes, 1))
         self.probe.write(self.address(2), pattern(self.page_bytes, 2))
 
@@ -126,13 +127,13 @@ class Scene:
         """Take everything down, which works only if it is all as it was built."""
         step = "map a page at the free slot"
         try:
-            self.driver.map(self.address(3), self.page_b)
+            self.driver.map({self.address(3): self.page_b})
             for slot in range(4):
                 step = f"unmap slot {slot}"
-                self.driver.unmap(self.address(slot))
+                self.driver.unmap([self.address(slot)])
             step = "release the two pages"
-            self.driver.release(self.page_a)
-            self.driver.release(self.page_b)
+            self.driver.release([self.page_a])
+            self.driver.release([self.page_b])
             step = "unreserve the range"
             self.driver.unreserve(self.start, self.num_bytes)
         except (ValueError, MemoryError) as error:
@@ -171,15 +172,21 @@ def busy_of(probe: MemoryProbe) -> Callable[[], AbstractContextManager[object]]:
     return probe.busy
 
 
+def fail_map_of(probe: MemoryProbe) -> Callable[[int], None]:
+    if probe.fail_map is None:
+        raise UncheckedError("MemoryProbe.fail_map is not given")
+    return probe.fail_map
+
+
 def create_all(driver: MemoryDriver, max_pages: int) -> list[PageHandle]:
     """Create pages until the device is out of memory."""
     pages: list[PageHandle] = []
     for _ in range(max_pages):
         try:
-            pages.append(driver.create())
+            pages.append(driver.create(1)[0])
         except MemoryError:
             return pages
-    refuses(MemoryError, f"create() after {max_pages} pages", driver.create)
+    refuses(MemoryError, f"create(1) after {max_pages} pages", driver.create, 1)
     return pages
 
 
@@ -187,7 +194,7 @@ def count_free(driver: MemoryDriver, max_pages: int) -> int:
     """How many pages can be created now; they are released again."""
     pages = create_all(driver, max_pages)
     for page in pages:
-        driver.release(page)
+        driver.release([page])
     return len(pages)
 
 
@@ -207,9 +214,9 @@ def granularity_is_a_power_of_two(kit: MemoryKit[Any]) -> None:
     driver = kit.make_driver()
     size = driver.granularity_bytes
     require(size > 1 and size & (size - 1) == 0, f"it is {size}.")
-    start, page = driver.reserve(size), driver.create()
+    start, page = driver.reserve(size), driver.create(1)[0]
     again = driver.granularity_bytes
-    driver.release(page)
+    driver.release([page])
     driver.unreserve(start, size)
     require(again == size, f"it was {size} and then {again}.")
 
@@ -237,9 +244,9 @@ def neighbouring_pages_form_one_range(kit: MemoryKit[Any]) -> None:
     driver: MemoryDriver = kit.make_driver()
     probe, page_bytes = kit.probe(driver), driver.granularity_bytes
     start = driver.reserve(2 * page_bytes)
-    pages = [driver.create(), driver.create()]
+    pages = [driver.create(1)[0], driver.create(1)[0]]
     for slot in (1, 0):
-        driver.map(start + slot * page_bytes, pages[slot])
+        driver.map({start + slot * page_bytes: pages[slot]})
     for slot in (0, 1):
         probe.write(start + slot * page_bytes, pattern(page_bytes, slot))
     require(
@@ -247,8 +254,8 @@ def neighbouring_pages_form_one_range(kit: MemoryKit[Any]) -> None:
         "two pages side by side do not show what was written to each.",
     )
     for slot in (0, 1):
-        driver.unmap(start + slot * page_bytes)
-        driver.release(pages[slot])
+        driver.unmap([start + slot * page_bytes])
+        driver.release([pages[slot]])
     driver.unreserve(start, 2 * page_bytes)
 
 
@@ -269,14 +276,14 @@ def a_page_shows_the_same_bytes_at_every_address(kit: MemoryKit[Any]) -> None:
 def an_unmapped_page_lives_on(kit: MemoryKit[Any]) -> None:
     """`unmap` leaves the page, its contents and its other addresses as they are."""
     with unchanged_scene(kit) as scene:
-        scene.driver.unmap(scene.address(0))
+        scene.driver.unmap([scene.address(0)])
         require(
             scene.probe.read(scene.address(1), scene.page_bytes) == pattern(scene.page_bytes, 1),
             "its other address shows other bytes.",
         )
-        scene.driver.unmap(scene.address(1))
+        scene.driver.unmap([scene.address(1)])
         for slot in (0, 1):
-            scene.driver.map(scene.address(slot), scene.page_a)
+            scene.driver.map({scene.address(slot): scene.page_a})
 
 
 @MEMORY.clause
@@ -285,10 +292,10 @@ def handles_are_given_out_once(kit: MemoryKit[Any]) -> None:
     driver: MemoryDriver = kit.make_driver()
     seen: set[PageHandle] = set()
     for _ in range(8):
-        page = driver.create()
+        page = driver.create(1)[0]
         require(page not in seen, f"handle {page} came twice.")
         seen.add(page)
-        driver.release(page)
+        driver.release([page])
 
 
 @MEMORY.clause
@@ -301,11 +308,11 @@ def calls_may_come_from_any_thread(kit: MemoryKit[Any]) -> None:
     def elsewhere() -> None:
         try:
             start = driver.reserve(page_bytes)
-            page = driver.create()
-            driver.map(start, page)
+            page = driver.create(1)[0]
+            driver.map({start: page})
             driver.fence().wait()
-            driver.unmap(start)
-            driver.release(page)
+            driver.unmap([start])
+            driver.release([page])
             driver.unreserve(start, page_bytes)
         except Exception as error:  # noqa: BLE001 - carried to the thread that reports it
             errors.append(error)
@@ -341,7 +348,7 @@ def map_refuses_misaligned_addresses(kit: MemoryKit[Any]) -> None:
     with unchanged_scene(kit) as scene:
         for address in (scene.address(3) + 1, scene.address(3) + scene.page_bytes // 2):
             what = f"map at slot 3 + {address - scene.address(3)} bytes"
-            scene.refuses(ValueError, what, scene.driver.map, address, scene.page_b)
+            scene.refuses(ValueError, what, scene.driver.map, {address: scene.page_b})
 
 
 @MEMORY.clause
@@ -355,7 +362,7 @@ def map_refuses_addresses_that_are_not_reserved(kit: MemoryKit[Any]) -> None:
             ("map at the range's end", scene.start + scene.num_bytes),
             ("map in a range given back", gone),
         ):
-            scene.refuses(ValueError, what, scene.driver.map, address, scene.page_b)
+            scene.refuses(ValueError, what, scene.driver.map, {address: scene.page_b})
 
 
 @MEMORY.clause
@@ -367,8 +374,7 @@ def map_refuses_an_address_that_is_mapped(kit: MemoryKit[Any]) -> None:
                 ValueError,
                 "map where page A is mapped",
                 scene.driver.map,
-                scene.address(0),
-                page,
+                {scene.address(0): page},
             )
 
 
@@ -376,15 +382,14 @@ def map_refuses_an_address_that_is_mapped(kit: MemoryKit[Any]) -> None:
 def map_refuses_unknown_pages(kit: MemoryKit[Any]) -> None:
     """`map` raises ValueError for a page that was not created or has been released."""
     with unchanged_scene(kit) as scene:
-        released = scene.driver.create()
-        scene.driver.release(released)
+        released = scene.driver.create(1)[0]
+        scene.driver.release([released])
         for what, page in (("never created", NO_PAGE), ("released", released)):
             scene.refuses(
                 ValueError,
                 f"map of a page {what}",
                 scene.driver.map,
-                scene.address(3),
-                page,
+                {scene.address(3): page},
             )
 
 
@@ -397,7 +402,7 @@ def unmap_refuses_misaligned_addresses(kit: MemoryKit[Any]) -> None:
                 ValueError,
                 f"unmap at slot 0 + {offset} bytes",
                 scene.driver.unmap,
-                scene.start + offset,
+                [scene.start + offset],
             )
 
 
@@ -405,13 +410,13 @@ def unmap_refuses_misaligned_addresses(kit: MemoryKit[Any]) -> None:
 def unmap_refuses_an_address_where_nothing_is_mapped(kit: MemoryKit[Any]) -> None:
     """`unmap` raises ValueError where nothing is mapped: never, no longer, or outside."""
     with unchanged_scene(kit) as scene:
-        scene.driver.map(scene.address(3), scene.page_b)
-        scene.driver.unmap(scene.address(3))
+        scene.driver.map({scene.address(3): scene.page_b})
+        scene.driver.unmap([scene.address(3)])
         for what, address in (
             ("the second unmap of one address", scene.address(3)),
             ("unmap past the range's end", scene.start + scene.num_bytes),
         ):
-            scene.refuses(ValueError, what, scene.driver.unmap, address)
+            scene.refuses(ValueError, what, scene.driver.unmap, [address])
 
 
 @MEMORY.clause
@@ -419,23 +424,23 @@ def release_refuses_a_mapped_page(kit: MemoryKit[Any]) -> None:
     """`release` raises ValueError while the page is mapped, be it at one of its addresses."""
     with unchanged_scene(kit) as scene:
         what = "release of a page mapped at two addresses"
-        scene.refuses(ValueError, what, scene.driver.release, scene.page_a)
+        scene.refuses(ValueError, what, scene.driver.release, [scene.page_a])
         # The latest address first: a driver that remembers only one of them is wrong once.
         for slot in (1, 0):
-            scene.driver.unmap(scene.address(slot))
+            scene.driver.unmap([scene.address(slot)])
             what = f"release of a page mapped at two addresses, after unmap of slot {slot},"
-            refuses(ValueError, what, scene.driver.release, scene.page_a)
-            scene.driver.map(scene.address(slot), scene.page_a)
+            refuses(ValueError, what, scene.driver.release, [scene.page_a])
+            scene.driver.map({scene.address(slot): scene.page_a})
 
 
 @MEMORY.clause
 def release_refuses_unknown_pages(kit: MemoryKit[Any]) -> None:
     """`release` raises ValueError for a page that was not created or has been released."""
     with unchanged_scene(kit) as scene:
-        released = scene.driver.create()
-        scene.driver.release(released)
+        released = scene.driver.create(1)[0]
+        scene.driver.release([released])
         for what, page in (("never created", NO_PAGE), ("released", released)):
-            scene.refuses(ValueError, f"release of a page {what}", scene.driver.release, page)
+            scene.refuses(ValueError, f"release of a page {what}", scene.driver.release, [page])
 
 
 @MEMORY.clause
@@ -485,9 +490,9 @@ def create_out_of_memory_raises_memory_error(kit: MemoryKit[Any]) -> None:
         max_pages = max_pages_of(scene.probe)
         pages = create_all(scene.driver, max_pages)
         for _ in range(2):
-            scene.refuses(MemoryError, "create() when out of memory", scene.driver.create)
+            scene.refuses(MemoryError, "create(1) when out of memory", scene.driver.create, 1)
         for page in pages:
-            scene.driver.release(page)
+            scene.driver.release([page])
         free = count_free(scene.driver, max_pages)
         require(
             free == len(pages), f"after a failed create {free} pages were free, not {len(pages)}."
@@ -502,10 +507,10 @@ def a_released_page_can_be_created_again(kit: MemoryKit[Any]) -> None:
     free = count_free(driver, max_pages)
     start = driver.reserve(driver.granularity_bytes)
     for _ in range(2):
-        page = driver.create()
-        driver.map(start, page)
-        driver.unmap(start)
-        driver.release(page)
+        page = driver.create(1)[0]
+        driver.map({start: page})
+        driver.unmap([start])
+        driver.release([page])
     driver.unreserve(start, driver.granularity_bytes)
     left = count_free(driver, max_pages)
     require(left == free, f"{free} pages were free and, all released, {left}.")
@@ -532,9 +537,9 @@ def refused_calls_take_no_pages(kit: MemoryKit[Any]) -> None:
         free = count_free(driver, max_pages)
         refused: tuple[tuple[str, Callable[..., Any], tuple[Any, ...]], ...] = (
             ("reserve(1)", driver.reserve, (1,)),
-            ("map where a page is mapped", driver.map, (scene.address(0), scene.page_b)),
-            ("unmap of nothing", driver.unmap, (scene.address(3),)),
-            ("release of a mapped page", driver.release, (scene.page_a,)),
+            ("map where a page is mapped", driver.map, ({scene.address(0): scene.page_b},)),
+            ("unmap of nothing", driver.unmap, ([scene.address(3)],)),
+            ("release of a mapped page", driver.release, ([scene.page_a],)),
             ("a wrong unreserve", driver.unreserve, (scene.start, scene.page_bytes)),
         )
         for what, call, args in refused:
@@ -549,14 +554,109 @@ def refused_calls_take_no_pages(kit: MemoryKit[Any]) -> None:
 def a_map_that_the_device_fails_changes_nothing(kit: MemoryKit[Any]) -> None:
     """`map` raises MemoryError when the device fails it half-way, and changes nothing."""
     with unchanged_scene(kit) as scene:
-        if scene.probe.fail_next_map is None:
-            raise UncheckedError("MemoryProbe.fail_next_map is not given")
-        page = scene.driver.create()
-        scene.probe.fail_next_map()
+        fail_map = fail_map_of(scene.probe)
+        page = scene.driver.create(1)[0]
+        fail_map(1)
         what = "map on a device that fails it"
-        scene.refuses(MemoryError, what, scene.driver.map, scene.address(3), page)
-        scene.refuses(ValueError, "unmap after it", scene.driver.unmap, scene.address(3))
-        scene.driver.release(page)
+        scene.refuses(MemoryError, what, scene.driver.map, {scene.address(3): page})
+        scene.refuses(ValueError, "unmap after it", scene.driver.unmap, [scene.address(3)])
+        scene.driver.release([page])
+
+
+# Several at once
+
+
+@MEMORY.clause
+def nothing_may_be_asked(kit: MemoryKit[Any]) -> None:
+    """An empty batch does nothing; a negative number of pages is refused."""
+    with unchanged_scene(kit) as scene:
+        driver = scene.driver
+        require(list(driver.create(0)) == [], "create(0) made pages.")
+        driver.map({})
+        driver.unmap([])
+        driver.release([])
+        scene.refuses(ValueError, "create(-1)", driver.create, -1)
+
+
+@MEMORY.clause
+def a_batch_maps_each_page_at_its_address(kit: MemoryKit[Any]) -> None:
+    """`map` and `unmap` take pages side by side and apart, in any order."""
+    driver: MemoryDriver = kit.make_driver()
+    probe, page_bytes = kit.probe(driver), driver.granularity_bytes
+    start = driver.reserve(6 * page_bytes)
+    pages = driver.create(4)
+    slots = (5, 1, 0, 3)
+    for order in (1, -1):
+        placed = {start + slot * page_bytes: page for slot, page in zip(slots, pages, strict=True)}
+        driver.map(placed)
+        for slot in slots:
+            probe.write(start + slot * page_bytes, pattern(page_bytes, slot))
+        driver.unmap(list(placed)[::order])
+        # Now each alone, in another order: what was written to a page is in that page.
+        driver.map(dict(zip((start + slot * page_bytes for slot in range(4)), pages, strict=True)))
+        for place, slot in enumerate(slots):
+            require(
+                probe.read(start + place * page_bytes, page_bytes) == pattern(page_bytes, slot),
+                f"the page of place {place} of a batch does not show what was written to it.",
+            )
+        driver.unmap([start + slot * page_bytes for slot in range(4)])
+    driver.release(pages)
+    driver.unreserve(start, 6 * page_bytes)
+
+
+@MEMORY.clause
+def create_is_all_or_nothing(kit: MemoryKit[Any]) -> None:
+    """`create` of more pages than are left raises MemoryError and takes none."""
+    with unchanged_scene(kit) as scene:
+        max_pages = max_pages_of(scene.probe)
+        free = count_free(scene.driver, max_pages)
+        what = f"create({free + 1}) with {free} left"
+        scene.refuses(MemoryError, what, scene.driver.create, free + 1)
+        left = count_free(scene.driver, max_pages)
+        require(left == free, f"{free} pages were free before {what} and {left} after.")
+
+
+@MEMORY.clause
+def a_batch_with_one_wrong_item_changes_nothing(kit: MemoryKit[Any]) -> None:
+    """`map`, `unmap` and `release` refuse a batch as a whole."""
+    with unchanged_scene(kit) as scene:
+        driver, free_slot = scene.driver, scene.address(3)
+        for wrong in ({scene.address(0): scene.page_b}, {free_slot + 1: scene.page_b}):
+            scene.refuses(
+                ValueError,
+                "map of a good item and a wrong one",
+                driver.map,
+                {free_slot: scene.page_b} | wrong,
+            )
+        page = driver.create(1)[0]
+        for what, call, batch in (
+            ("unmap of slots 0 and 3", driver.unmap, [scene.address(0), free_slot]),
+            ("unmap of slot 0 twice", driver.unmap, [scene.address(0), scene.address(0)]),
+            ("release of a free page and a mapped one", driver.release, [page, scene.page_a]),
+            ("release of one page twice", driver.release, [page, page]),
+        ):
+            scene.refuses(ValueError, what, call, batch)
+        driver.release([page])
+
+
+@MEMORY.clause
+def a_batch_that_the_device_fails_changes_nothing(kit: MemoryKit[Any]) -> None:
+    """`map` of several pages of which the device fails one raises MemoryError and maps none."""
+    driver: MemoryDriver = kit.make_driver()
+    fail_map, page_bytes = fail_map_of(kit.probe(driver)), driver.granularity_bytes
+    start, pages = driver.reserve(5 * page_bytes), driver.create(3)
+    # Not side by side, so that no driver takes two of them for one.
+    placed = {start + 2 * at * page_bytes: page for at, page in enumerate(reversed(pages))}
+    for at in (1, 2, 3):
+        fail_map(at)
+        what = f"map of three pages on a device that fails number {at}"
+        refuses(MemoryError, what, driver.map, placed)
+        for address in placed:
+            refuses(ValueError, f"unmap after {what}", driver.unmap, [address])
+    driver.map(placed)
+    driver.unmap(list(placed))
+    driver.release(pages)
+    driver.unreserve(start, 5 * page_bytes)
 
 
 # Fences
