@@ -283,6 +283,17 @@ SEAMS: tuple[Seam, ...] = (
         ),
     ),
     Seam(
+        name="cpu-engine-fork",
+        target="vllm.utils.system_utils:get_mp_context",
+        why="vLLM's CPU platform asks for new interpreters in VLLM_WORKER_MULTIPROC_METHOD, which "
+        'is put to "fork" afterwards, for the engine\'s process alone.',
+        versions="0.32",
+        upstream="vllm/platforms/cpu.py, vllm/v1/engine/utils.py",
+        leaves_when="a platform can name the start method of the engine's process.",
+        process=Process.WORKER,
+        fits=_attributes("vllm.utils.system_utils:get_mp_context"),
+    ),
+    Seam(
         name="cpu-gemm-dispatch",
         target="vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
         why="weights are packed for our kernels where vLLM would pack them for oneDNN and drop the "
