@@ -210,6 +210,22 @@ def test_the_setting_switches_native_code_off(platform: Any) -> None:
     assert platform.native_refusal(config) == "graph.mode is off"
 
 
+def test_a_model_s_class_is_looked_at_in_this_process(
+    platform: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.models import registry
+
+    monkeypatch.setattr(registry, "_run_in_subprocess", registry._run_in_subprocess)
+    platform.XllmCpuPlatform.pre_register_and_update()
+    monkeypatch.setattr(
+        registry._LazyRegisteredModel, "_load_modelinfo_from_cache", lambda *_: None
+    )
+    monkeypatch.setattr(registry._LazyRegisteredModel, "_save_modelinfo_to_cache", lambda *_: None)
+    monkeypatch.setattr(registry, "_SUBPROCESS_COMMAND", ["false"])
+    model = registry._LazyRegisteredModel("vllm.model_executor.models.llama", "LlamaForCausalLM")
+    assert model.inspect_model_cls().is_text_generation_model
+
+
 @pytest.fixture
 def armed(platform: Any, monkeypatch: pytest.MonkeyPatch) -> list[ThreadPlan]:
     """The plans for which a fork was prepared, by a platform whose rank computes alone."""

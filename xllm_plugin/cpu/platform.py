@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from vllm.platforms.cpu import CpuPlatform
 
@@ -38,6 +39,12 @@ class XllmCpuPlatform(XllmPlatformMixin, CpuPlatform):
     xllm_worker_cls = "xllm_plugin.cpu.worker.XllmCpuWorker"
 
     @classmethod
+    def pre_register_and_update(cls, parser: Any = None) -> None:
+        """Show our options, and look at models without a process for it."""
+        super().pre_register_and_update(parser)
+        inspect_models_here()
+
+    @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Choose classes; keep MLA models off the rotary operator that is wrong for them."""
         # vLLM replaces "uni" by "mp", so what was asked for is read before.
@@ -58,6 +65,22 @@ class XllmCpuPlatform(XllmPlatformMixin, CpuPlatform):
             )
         if vllm_config.model_config is not None and vllm_config.model_config.use_mla:
             disable_rotary_operator(vllm_config.compilation_config.custom_ops)
+
+
+def inspect_models_here() -> None:
+    """Have vLLM import a model's class in this process, where its cache does not know the model.
+
+    vLLM starts an interpreter for it, which imports for as long as this one has, so that no GPU is
+    initialised here (seam "model-inspection").  A CPU needs no such care, and a forked engine
+    inherits the import.
+    """
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = _call  # noqa: SLF001  there is no setting for it
+
+
+def _call(function: Callable[[], Any]) -> Any:
+    return function()
 
 
 def computes_alone(vllm_config: VllmConfig, num_memory_nodes: int) -> bool:
