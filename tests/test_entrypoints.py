@@ -233,6 +233,24 @@ def test_an_unforeseen_error_does_not_start_stock_vllm_either(run_python: Any, s
     assert ask(run_python, [*COMMAND, "--platform=native"]).stdout == "None\n"
 
 
+@needs_vllm
+@pytest.mark.parametrize(
+    ("argv", "is_collecting"),
+    [
+        (COMMAND, "False"),
+        (["vllm", "bench", "latency"], "True"),
+        ([*COMMAND, "--platform", "native"], "True"),
+    ],
+)
+def test_a_server_s_imports_are_not_interrupted(
+    run_python: Any, argv: list[str], is_collecting: str
+) -> None:
+    what = "platform() and 0, __import__('gc').isenabled()"
+    done = ask(run_python, argv, what=what)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == is_collecting
+
+
 def test_endpoints_and_seams_under_native(run_python: Any) -> None:
     """Neither adds nor imports anything, and both can be called without a platform before them."""
     done = run_python(

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xllm_plugin.errors import ConfigError, PlatformError
-from xllm_plugin.selection import CONFIG_ENV, PLATFORM_ENV, Selection, is_vllm_command, select
+from xllm_plugin.selection import (
+    CONFIG_ENV,
+    PLATFORM_ENV,
+    Selection,
+    is_server_command,
+    is_vllm_command,
+    select,
+)
 
 VLLM = "/usr/bin/vllm"
 
@@ -166,3 +173,22 @@ def test_our_options_can_stand_anywhere(arguments: list[str], data: st.DataObjec
     argv = [VLLM, *arguments[:at], *options, *arguments[at:]]
     assert chosen(argv).is_native
     assert argv == [VLLM, *arguments]
+
+
+@pytest.mark.parametrize(
+    ("argv", "orig_argv", "expected"),
+    [
+        (["/bin/vllm", "serve", "m"], ["python", "/bin/vllm", "serve", "m"], True),
+        (["vllm", "bench", "serve"], ["python", "/bin/vllm", "bench", "serve"], False),
+        (["vllm"], ["python", "/bin/vllm"], False),
+        (["mine.py", "serve"], ["python", "mine.py", "serve"], False),
+        (
+            ["/site/api_server.py", "--model", "m"],
+            ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", "m"],
+            True,
+        ),
+        (["run.py"], ["python", "-m", "mine.api_server"], False),
+    ],
+)
+def test_which_commands_serve(argv: list[str], orig_argv: list[str], expected: bool) -> None:
+    assert is_server_command(argv, orig_argv) is expected

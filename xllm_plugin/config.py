@@ -29,6 +29,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from xllm_plugin.accelerator.config import EngineConfig
 from xllm_plugin.channel.config import ChannelConfig
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.graph.config import GraphConfig
@@ -72,6 +73,9 @@ class XllmConfig(BaseSettings):
 
     channel: ChannelConfig = Field(
         default_factory=ChannelConfig, description="The engine's control socket."
+    )
+    engine: EngineConfig = Field(
+        default_factory=EngineConfig, description="The start of the engine's process."
     )
     graph: GraphConfig = Field(default_factory=GraphConfig, description="Graph mode.")
 

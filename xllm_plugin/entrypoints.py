@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from xllm_plugin import shims
 from xllm_plugin.errors import InternalError, XllmError
-from xllm_plugin.selection import Selection, is_vllm_command, select_here
+from xllm_plugin.selection import Selection, is_server_command, is_vllm_command, select_here
 
 __all__ = ["RefusedPlatform", "endpoints", "platform", "register"]
 
@@ -65,6 +65,11 @@ def _resolved(selection: Selection) -> tuple[str | None, str]:
         from xllm_plugin.cli.explain import install
 
         install()
+    if is_server_command(sys.argv, sys.orig_argv):
+        # vLLM asks in the middle of its imports, and calls `register` when they are done.
+        from xllm_plugin.collection import import_pause
+
+        import_pause.begin()
     return choice.family.platform_class, f", device {choice.family.name} ({choice.reason})"
 
 
@@ -78,6 +83,7 @@ def register() -> None:
     shims.install()
     if select_here().is_native:
         return
+    from xllm_plugin.collection import import_pause
     from xllm_plugin.seams import check_all
     from xllm_plugin.startup import check_platform_is_ours
 
@@ -87,6 +93,7 @@ def register() -> None:
     except XllmError as error:
         _stop_vllm_command(error)
         raise
+    import_pause.end()
 
 
 def endpoints() -> object:

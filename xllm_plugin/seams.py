@@ -283,6 +283,28 @@ SEAMS: tuple[Seam, ...] = (
         ),
     ),
     Seam(
+        name="cpu-engine-fork",
+        target="vllm.utils.system_utils:get_mp_context",
+        why="vLLM's CPU platform asks for new interpreters in VLLM_WORKER_MULTIPROC_METHOD, which "
+        'is put to "fork" afterwards, for the engine\'s process alone.',
+        versions="0.32",
+        upstream="vllm/platforms/cpu.py, vllm/v1/engine/utils.py",
+        leaves_when="a platform can name the start method of the engine's process.",
+        process=Process.WORKER,
+        fits=_attributes("vllm.utils.system_utils:get_mp_context"),
+    ),
+    Seam(
+        name="model-inspection",
+        target="vllm.model_executor.models.registry:_run_in_subprocess",
+        why="a first start would import everything once more in a process of its own, to look at "
+        "the model's class without initialising a GPU.",
+        versions="0.32",
+        upstream="vllm/model_executor/models/registry.py, inspect_model_cls",
+        leaves_when="vLLM inspects models in its own process where there is no GPU.",
+        process=Process.WORKER,
+        fits=_attributes("vllm.model_executor.models.registry:_run_in_subprocess"),
+    ),
+    Seam(
         name="cpu-gemm-dispatch",
         target="vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
         why="weights are packed for our kernels where vLLM would pack them for oneDNN and drop the "

@@ -29,6 +29,7 @@ __all__ = [
     "PLATFORMS",
     "PLATFORM_ENV",
     "Selection",
+    "is_server_command",
     "is_vllm_command",
     "select",
 ]
@@ -103,6 +104,13 @@ def is_vllm_command(argv: list[str], orig_argv: list[str]) -> bool:
     if argv and Path(argv[0]).name in {"vllm", "xllm"}:
         return True
     return _module_run(orig_argv).split(".")[0] in {"vllm", "xllm_plugin"}
+
+
+def is_server_command(argv: list[str], orig_argv: list[str]) -> bool:
+    """Say whether the command line is `vllm serve`, `xllm serve` or vLLM's API server module."""
+    return is_vllm_command(argv, orig_argv) and (
+        argv[1:2] == ["serve"] or _module_run(orig_argv).endswith(".api_server")
+    )
 
 
 def _module_run(orig_argv: list[str]) -> str:

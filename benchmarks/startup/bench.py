@@ -38,9 +38,14 @@ NAME = "startup"
 QUESTION = "How long does each peer take from process start to the first token?"
 REFERENCE = "stock-best"
 EAGER = "stock-best-eager"
+REFERENCES = (REFERENCE, EAGER)
+"""The fastest stock form once it has started, and the one that starts fastest."""
 PEERS = (*PEER_NAMES[: PEER_NAMES.index(REFERENCE) + 1], EAGER, "xllm")
-QUICK_PEERS = (REFERENCE, "xllm")
+QUICK_PEERS = (EAGER, "xllm")
 COLD, WARM = "cold", "warm"
+
+FAST_PEERS = (EAGER, "xllm")
+"""Start in seconds, so they are repeated; the others compile for minutes and start once."""
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 32, 64
 SECOND_AT_S = 15.0
@@ -54,6 +59,13 @@ CACHES: Final[Mapping[str, str]] = {
 }
 """Variable -> subfolder: everything that an earlier start may have compiled.  Not the model, which
 every peer gets by its absolute path, and not the hub's folder."""
+
+MARKS: Final[Mapping[str, str]] = {
+    "server's imports": "non-default args:",
+    "engine's start": "Initializing a V1 LLM engine",
+    "loading": "init engine (profile",
+}
+"""Phase -> what vLLM's log says at its end, in this order."""
 
 _COMPILED_AGAIN = "Compiling model again due to a load failure"
 
@@ -72,8 +84,26 @@ class Start(BaseModel):
     second_tpot_ms: float
     rss_bytes: int
     """Of all its processes, after the first answer."""
+    marks_s: dict[str, float]
+    """Phase -> when the log told its end, for those it told of."""
     compiled_again: bool
     """Whether vLLM found a compiled model in its cache and could not load it."""
+
+
+class LogWatch:
+    """Notes when a server's log says that a phase of its start has ended."""
+
+    def __init__(self, log: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.marks_at_s: dict[str, float] = {}
+        self._log = log
+        self._clock = clock
+
+    def look(self) -> None:
+        """Read the log; to be called often while the server starts."""
+        text = self._log.read_text(errors="replace") if self._log.exists() else ""
+        for phase, mark in MARKS.items():
+            if phase not in self.marks_at_s and mark in text:
+                self.marks_at_s[phase] = self._clock()
 
 
 @dataclass(slots=True)
@@ -150,13 +180,20 @@ def cache_folder(conditions: Sequence[str]) -> Iterator[Path | None]:
 
 
 def measure(plan: Plan, peers: Sequence[PeerServer], console: Console) -> list[Measured]:
-    """Interleave the peers: every repeat starts each of them, beginning with another one."""
+    """Interleave the peers: every repeat starts each of them, beginning with another one.
+
+    Those that compile take part in the first repeat alone.
+    """
     measured = [Measured(peer) for peer in peers]
-    total = plan.repeats * len(peers) * len(plan.conditions)
+    rounds = [
+        [one for one in measured if repeat == 0 or one.peer.name in FAST_PEERS]
+        for repeat in range(plan.repeats)
+    ]
+    total = sum(map(len, rounds)) * len(plan.conditions)
     with Reporter(console, total, first="starting") as reporter:
-        for repeat in range(plan.repeats):
-            turn = repeat % len(measured)
-            for one in measured[turn:] + measured[:turn]:
+        for repeat, taking_part in enumerate(rounds):
+            turn = repeat % max(1, len(taking_part))
+            for one in taking_part[turn:] + taking_part[:turn]:
                 measure_repeat(plan, one, repeat, reporter, is_reference=one is measured[0])
     return measured
 
@@ -169,8 +206,9 @@ def measure_repeat(
         for condition in plan.conditions:
             reporter.peer(f"{one.peer.name}, {condition}", repeat, plan.repeats)
             log = plan.log_folder / f"{one.peer.name}.{condition}.{repeat + 1}.log"
-            server = server_of(one.peer, caches, log, reporter.waiting)
-            start = measure_start(plan, one, server, reporter, is_reference=is_reference)
+            watch = LogWatch(log)
+            server = server_of(one.peer, caches, log, while_waiting(watch, reporter))
+            start = measure_start(plan, one, server, watch, reporter, is_reference=is_reference)
             one.starts.setdefault(condition, []).append(start)
             reporter.line(_line(start))
             reporter.done()
@@ -184,13 +222,30 @@ def _line(start: Start) -> str:
     )
 
 
+def while_waiting(watch: LogWatch, reporter: Reporter) -> Callable[[Waiting], None]:
+    """What to do each time that a server was not ready."""
+
+    def look(waiting: Waiting) -> None:
+        watch.look()
+        reporter.waiting(waiting)
+
+    return look
+
+
 def measure_start(
-    plan: Plan, one: Measured, server: Server, reporter: Reporter, *, is_reference: bool
+    plan: Plan,
+    one: Measured,
+    server: Server,
+    watch: LogWatch,
+    reporter: Reporter,
+    *,
+    is_reference: bool,
 ) -> Start:
     """Start a peer's server, ask it twice, and stop it; the first time also collect outputs."""
     started_s = time.monotonic()
     with server:
         ready_s = time.monotonic() - started_s
+        watch.look()
         reporter.doing("first request")
         first = ask(server, plan, 1)
         rss_bytes = tree_rss_bytes(server)
@@ -208,6 +263,7 @@ def measure_start(
         second_at_s=second_at_s,
         second_tpot_ms=second.tpot_ms,
         rss_bytes=rss_bytes,
+        marks_s={phase: at_s - started_s for phase, at_s in watch.marks_at_s.items()},
         compiled_again=_COMPILED_AGAIN in server.log_path.read_text(errors="replace"),
     )
 
@@ -258,38 +314,71 @@ def collect_outputs(plan: Plan, one: Measured, url: str, *, is_reference: bool) 
 
 
 def rows(measured: Sequence[Measured], conditions: Sequence[str]) -> list[Row]:
-    """One table a condition, one line a peer; ratios are taken within a repeat."""
-    reference = next((one for one in measured if one.peer.name == REFERENCE), None)
+    """Two tables a condition, one line a peer; ratios are taken within a repeat."""
+    references = {one.peer.name: one.starts for one in measured if one.peer.name in REFERENCES}
     return [
-        Row(
-            table=f"{condition.capitalize()} start",
-            labels={"peer": one.peer.name},
-            figures=figures(
-                one.starts[condition], reference.starts[condition] if reference else ()
+        Row(table=table, labels={"peer": one.peer.name}, figures=columns)
+        for condition in conditions
+        for table, tabulated in (
+            (f"{condition.capitalize()} start", figures),
+            (f"{condition.capitalize()} start, phase by phase", phases),
+        )
+        for one in measured
+        for columns in (
+            tabulated(
+                one.starts[condition],
+                {name: starts[condition] for name, starts in references.items()},
             ),
         )
-        for condition in conditions
-        for one in measured
+        if columns
     ]
 
 
-def figures(starts: Sequence[Start], reference: Sequence[Start]) -> tuple[Figure, ...]:
-    """The columns; those with ratios only if the reference peer was measured."""
+def phases(
+    starts: Sequence[Start], references: Mapping[str, Sequence[Start]]
+) -> tuple[Figure, ...]:
+    """How long each phase took; none if a log did not tell of all."""
+    del references
+    if not all(set(start.marks_s) == set(MARKS) for start in starts):
+        return ()
+    ends = [
+        (0.0, *(start.marks_s[phase] for phase in MARKS), start.ready_s, start.first_token_s)
+        for start in starts
+    ]
+    names = (*MARKS, "serving", "first request")
+    return tuple(
+        Figure.of(name, "s", [end[index + 1] - end[index] for end in ends])
+        for index, name in enumerate(names)
+    )
+
+
+def figures(
+    starts: Sequence[Start], references: Mapping[str, Sequence[Start]]
+) -> tuple[Figure, ...]:
+    """The columns; those with ratios for the references that were measured.
+
+    A reference that takes part in the first repeat alone is compared in that one.
+    """
     found = [
         Figure.of("ready", "s", [start.ready_s for start in starts]),
         Figure.of("first token", "s", [start.first_token_s for start in starts]),
     ]
-    pairs = list(zip(starts, reference, strict=True)) if reference else []
-    if pairs:
-        ratios = [start.first_token_s / base.first_token_s for start, base in pairs]
-        found.append(Figure.of(f"times {REFERENCE}", "", ratios))
+    for name, bases in references.items():
+        ratios = [
+            start.first_token_s / base.first_token_s
+            for start, base in zip(starts, bases, strict=False)
+        ]
+        found.append(Figure.of(f"times {name}", "", ratios))
     found += [
         Figure.of(f"TPOT of the first {OUTPUT_TOKENS}", "ms", [start.tpot_ms for start in starts]),
         Figure.of("second request at", "s", [start.second_at_s for start in starts]),
         Figure.of("its TPOT", "ms", [start.second_tpot_ms for start in starts]),
     ]
-    if pairs:
-        ratios = [start.second_tpot_ms / base.second_tpot_ms for start, base in pairs]
+    if REFERENCE in references:
+        ratios = [
+            start.second_tpot_ms / base.second_tpot_ms
+            for start, base in zip(starts, references[REFERENCE], strict=False)
+        ]
         found.append(Figure.of(f"its TPOT, times {REFERENCE}", "", ratios))
     rss_gib = [start.rss_bytes / 2**30 for start in starts]
     return (*found, Figure.of("memory (RSS)", "GiB", rss_gib))
@@ -324,6 +413,14 @@ def notes(plan: Plan, measured: Sequence[Measured]) -> tuple[str, ...]:
             "that processes share count in each."
         ),
     ]
+    found.append(
+        "Phase by phase: server's imports, until vLLM has read its arguments; engine's start, "
+        "until its process begins to build the engine; loading, until the model is loaded and, "
+        "where it is, compiled; serving, until `/health` answers. Read off the log every "
+        f"{POLL_S * 1e3:g} ms."
+    )
+    if plan.repeats > 1:
+        found.append(f"Peers other than {', '.join(FAST_PEERS)} compile, and start once.")
     if len(measured) > 1:
         found.append(
             f"Outputs compared: {outputs.NUM_OUTPUT_PROMPTS} prompts of "
@@ -379,7 +476,11 @@ NOT_SHOWN = (
 @click.option("--peers", help=f"In this order.  [default: {','.join(PEERS)}]")
 @click.option("--model", default="smollm2", show_default=True, help="Folder, or `xllm model` name.")
 @click.option("--conditions", help=f"cold, warm or both.  [default: {COLD},{WARM}]")
-@click.option("--repeats", type=click.IntRange(min=1), help="[default: 3]")
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    help="Of the peers that do not compile; the others start once.  [default: 3]",
+)
 @click.option(
     "--vllm-args",
     default="--max-model-len 2048 --kv-cache-memory-bytes 4294967296",
@@ -404,8 +505,8 @@ def command(
 ) -> None:
     """How long from process start to the first token, with empty caches and with full ones?
 
-    Starts each peer in turn and asks it for a streamed completion.  Takes about an hour; with
-    --quick (two peers, warm) a few minutes.
+    Starts each peer in turn and asks it for a streamed completion.  Takes about 20 minutes on two
+    cores; with --quick (two peers, warm) two.
     """
     wanted = chosen_conditions(conditions or (WARM if quick else f"{COLD},{WARM}"))
     names = names_in(peers) if peers is not None else (QUICK_PEERS if quick else PEERS)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from xllm_plugin.bench import readme, schema
 from xllm_plugin.bench.commands import model_folder, names_in
@@ -43,6 +44,7 @@ def start(bench: ModuleType, first_token_s: float, **changes: Any) -> Any:
         "second_at_s": 15.0,
         "second_tpot_ms": 10.0,
         "rss_bytes": 3 * 2**30,
+        "marks_s": {},
         "compiled_again": False,
     }
     return bench.Start(**values | changes)
@@ -179,6 +181,46 @@ def test_without_the_reference_there_are_no_ratios(bench: ModuleType) -> None:
     (row,) = bench.rows(measured(bench, {"xllm": [start(bench, 9.0)]}, "cold"), ("cold",))
     assert row.table == "Cold start"
     assert row.figure("times stock-best") is None
+
+
+def test_a_peer_that_compiles_is_compared_in_the_repeat_it_took_part_in(bench: ModuleType) -> None:
+    starts = {
+        "stock-best": [start(bench, 60.0)],
+        "stock-best-eager": [start(bench, 30.0), start(bench, 40.0)],
+        "xllm": [start(bench, 15.0), start(bench, 10.0)],
+    }
+    *_, xllm = bench.rows(measured(bench, starts, "warm"), ("warm",))
+    ratio = xllm.figure("times stock-best")
+    assert (ratio.n, ratio.median) == (1, 0.25)
+    ratio = xllm.figure("times stock-best-eager")
+    assert (ratio.n, ratio.minimum, ratio.maximum) == (2, 0.25, 0.5)
+
+
+def test_peers_that_compile_start_once(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr(
+        bench, "measure_repeat", lambda plan, one, *_, **__: started.append(one.peer.name)
+    )
+    plan = bench.Plan(Path("/m"), Vocabulary(10), ("warm",), 3, Path("/logs"))
+    bench.measure(plan, peers(bench, bench.PEERS), Console(quiet=True))
+    assert [started.count(name) for name in bench.PEERS] == [1, 1, 1, 3, 3]
+    assert started[5:7] != started[7:9]  # each repeat begins with another one
+
+
+def test_phases_are_read_off_the_log(bench: ModuleType, tmp_path: Path) -> None:
+    log, now = tmp_path / "log", iter([2.0, 5.0, 9.0])
+    watch = bench.LogWatch(log, lambda: next(now))
+    watch.look()
+    for mark in bench.MARKS.values():
+        log.open("a").write(f"INFO (EngineCore pid=7) {mark} x\n")
+        watch.look()
+        watch.look()
+    assert list(watch.marks_at_s.values()) == [2.0, 5.0, 9.0]
+    told = start(bench, 12.0, marks_s=watch.marks_at_s)
+    untold = start(bench, 12.0, marks_s={"loading": 9.0})
+    durations = [figure.median for figure in bench.phases([told], {})]
+    assert durations == [2.0, 3.0, 4.0, 2.5, 0.5]
+    assert bench.phases([told, untold], {}) == ()
 
 
 def test_warm_starts_that_compiled_are_told(bench: ModuleType) -> None:

@@ -208,3 +208,72 @@ def test_kernels_that_cannot_be_built_leave_vllm_s_compilation(
 def test_the_setting_switches_native_code_off(platform: Any) -> None:
     config = SimpleNamespace(additional_config={"xllm": {"graph": {"mode": "off"}}})
     assert platform.native_refusal(config) == "graph.mode is off"
+
+
+def test_a_model_s_class_is_looked_at_in_this_process(
+    platform: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.models import registry
+
+    monkeypatch.setattr(registry, "_run_in_subprocess", registry._run_in_subprocess)
+    platform.XllmCpuPlatform.pre_register_and_update()
+    monkeypatch.setattr(
+        registry._LazyRegisteredModel, "_load_modelinfo_from_cache", lambda *_: None
+    )
+    monkeypatch.setattr(registry._LazyRegisteredModel, "_save_modelinfo_to_cache", lambda *_: None)
+    monkeypatch.setattr(registry, "_SUBPROCESS_COMMAND", ["false"])
+    model = registry._LazyRegisteredModel("vllm.model_executor.models.llama", "LlamaForCausalLM")
+    assert model.inspect_model_cls().is_text_generation_model
+
+
+@pytest.fixture
+def armed(platform: Any, monkeypatch: pytest.MonkeyPatch) -> list[ThreadPlan]:
+    """The plans for which a fork was prepared, by a platform whose rank computes alone."""
+    found: list[ThreadPlan] = []
+    monkeypatch.setattr(platform, "engine_fork", SimpleNamespace(arm=found.append))
+    monkeypatch.setattr(platform, "computes_alone", lambda *_: True)
+    monkeypatch.setattr(platform, "plan_here", lambda: ThreadPlan(2, (0, 1)))
+    monkeypatch.setattr(platform, "openmp", OpenMPEnvironment({}))
+    monkeypatch.setattr(platform, "choose_graphs", lambda _: None)
+    monkeypatch.setattr(platform.fork, "refusal", lambda *_: None)
+    monkeypatch.setattr(platform.XllmPlatformMixin, "check_and_update_config", lambda *_: None)
+    return found
+
+
+def check(platform: Any, backend: str) -> None:
+    config = alone(distributed_executor_backend=backend)
+    config.use_v2_model_runner, config.model_config = False, None
+    platform.XllmCpuPlatform.check_and_update_config(config)
+
+
+def test_a_server_forks_its_engine(
+    platform: Any, armed: list[ThreadPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["vllm", "serve", "m"])
+    check(platform, "mp")
+    assert armed == [ThreadPlan(2, (0, 1))]
+    check(platform, platform.EXECUTORS["uni"])  # vLLM asks again in the engine's process
+    assert len(armed) == 1
+
+
+def test_another_program_s_engine_is_a_new_process(
+    platform: Any, armed: list[ThreadPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["vllm", "bench", "latency"])
+    check(platform, "mp")
+    assert armed == []
+
+
+def test_a_server_says_why_it_does_not_fork(
+    platform: Any,
+    armed: list[ThreadPlan],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["vllm", "serve", "m"])
+    monkeypatch.setattr(platform.fork, "refusal", lambda *_: "engine.fork is off")
+    monkeypatch.setattr(platform.logger, "propagate", True)
+    with caplog.at_level(logging.INFO, platform.logger.name):
+        check(platform, "mp")
+    assert armed == []
+    assert "not forked: engine.fork is off" in caplog.text

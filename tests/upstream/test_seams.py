@@ -150,6 +150,25 @@ def test_attention_is_called_through_an_operator_by_name() -> None:
     assert "torch.ops.vllm.unified_kv_cache_update" in source
 
 
+def test_cpu_engine_is_started_by_a_variable() -> None:
+    """vLLM's CPU platform asks for "spawn"; the start method is read again with each engine."""
+    assert 'os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"' in vllm_source(
+        "platforms", "cpu.py"
+    )
+    assert "mp_method = envs.VLLM_WORKER_MULTIPROC_METHOD" in vllm_source(
+        "utils", "system_utils.py"
+    )
+    assert "context = get_mp_context()" in vllm_source("v1", "engine", "utils.py")
+
+
+def test_models_are_inspected_in_another_process() -> None:
+    """On every platform, and through this one function."""
+    source = vllm_source("model_executor", "models", "registry.py")
+    inspecting = source.partition("def inspect_model_cls(")[2].partition("def load_model_cls")[0]
+    assert "mi = _run_in_subprocess(" in source
+    assert "current_platform" not in inspecting
+
+
 def test_kv_cache_is_one_tensor_of_zeros() -> None:
     source = vllm_source("v1", "worker", "utils.py")
     assert "buf = torch.zeros(buf_size, dtype=torch.int8, device=device)" in source
@@ -219,6 +238,8 @@ TESTS = {
     "step-attributes": "test_outputs_have_no_field_for_extensions",
     "cpu-runner-class": "test_cpu_worker_names_its_runner",
     "cpu-executor": "test_cpu_platform_replaces_the_executor_in_process",
+    "cpu-engine-fork": "test_cpu_engine_is_started_by_a_variable",
+    "model-inspection": "test_models_are_inspected_in_another_process",
     "cpu-gemm-dispatch": "test_cpu_weights_are_packed_by_one_function",
     "cpu-decoder-layer": "test_attention_is_called_through_an_operator_by_name",
     "kv-cache-zeros": "test_kv_cache_is_one_tensor_of_zeros",

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from vllm.platforms.cpu import CpuPlatform
 
 from xllm_plugin.accelerator.platform import EXECUTORS, XllmPlatformMixin
 from xllm_plugin.config import load_config
+from xllm_plugin.cpu import fork
 from xllm_plugin.cpu.native.build import NativeBuildError, built_library
 from xllm_plugin.cpu.native.choice import refusal
-from xllm_plugin.cpu.threads import OpenMPEnvironment, allowed_cpus, plan_here
+from xllm_plugin.cpu.threads import OpenMPEnvironment, ThreadPlan, allowed_cpus, plan_here
 from xllm_plugin.errors import PlatformError
+from xllm_plugin.selection import is_server_command
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -24,6 +28,7 @@ logger = logging.getLogger("vllm.xllm_plugin")
 
 # Of this process; vLLM's hooks are class methods.
 openmp = OpenMPEnvironment(os.environ)
+engine_fork = fork.EngineFork()
 
 ROTARY = "rotary_embedding"
 
@@ -34,13 +39,21 @@ class XllmCpuPlatform(XllmPlatformMixin, CpuPlatform):
     xllm_worker_cls = "xllm_plugin.cpu.worker.XllmCpuWorker"
 
     @classmethod
+    def pre_register_and_update(cls, parser: Any = None) -> None:
+        """Show our options, and look at models without a process for it."""
+        super().pre_register_and_update(parser)
+        inspect_models_here()
+
+    @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Choose classes; keep MLA models off the rotary operator that is wrong for them."""
         # vLLM replaces "uni" by "mp", so what was asked for is read before.
         is_alone = computes_alone(vllm_config, len({cpu.numa_node for cpu in allowed_cpus()}))
         super().check_and_update_config(vllm_config)
         if is_alone:
-            compute_in_the_engine(vllm_config, openmp)
+            plan = compute_in_the_engine(vllm_config, openmp)
+            if plan is not None and is_server_command(sys.argv, sys.orig_argv):
+                choose_start(vllm_config, plan, engine_fork)
         else:
             openmp.release()
         choose_graphs(vllm_config)
@@ -52,6 +65,22 @@ class XllmCpuPlatform(XllmPlatformMixin, CpuPlatform):
             )
         if vllm_config.model_config is not None and vllm_config.model_config.use_mla:
             disable_rotary_operator(vllm_config.compilation_config.custom_ops)
+
+
+def inspect_models_here() -> None:
+    """Have vLLM import a model's class in this process, where its cache does not know the model.
+
+    vLLM starts an interpreter for it, which imports for as long as this one has, so that no GPU is
+    initialised here (seam "model-inspection").  A CPU needs no such care, and a forked engine
+    inherits the import.
+    """
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = _call  # noqa: SLF001  there is no setting for it
+
+
+def _call(function: Callable[[], Any]) -> Any:
+    return function()
 
 
 def computes_alone(vllm_config: VllmConfig, num_memory_nodes: int) -> bool:
@@ -72,18 +101,32 @@ def computes_alone(vllm_config: VllmConfig, num_memory_nodes: int) -> bool:
     )
 
 
-def compute_in_the_engine(vllm_config: VllmConfig, openmp: OpenMPEnvironment) -> None:
+def compute_in_the_engine(vllm_config: VllmConfig, openmp: OpenMPEnvironment) -> ThreadPlan | None:
     """Take the executor without a process of its own; bind OpenMP for the engine's process.
 
     The process that is starting now has its OpenMP library loaded; the engine's, its child, will
     find the environment.
+
+    Returns:
+        The threads of the engine's process, or None in that process itself.
     """
     parallel = vllm_config.parallel_config
     if parallel.distributed_executor_backend == EXECUTORS["uni"]:
         # This process is the engine: a program that is its own, or the child, which is bound.
-        return
+        return None
     parallel.distributed_executor_backend = EXECUTORS["uni"]
-    openmp.bind(plan_here())
+    plan = plan_here()
+    openmp.bind(plan)
+    return plan
+
+
+def choose_start(vllm_config: VllmConfig, plan: ThreadPlan, engine_fork: fork.EngineFork) -> None:
+    """Fork the engine's process from this server's, or leave it to vLLM to start a new one."""
+    reason = fork.refusal(vllm_config, sys.argv, os.environ)
+    if reason is None:
+        engine_fork.arm(plan)
+    else:
+        logger.info("xllm-plugin: the engine's process is started anew, not forked: %s.", reason)
 
 
 def choose_graphs(vllm_config: VllmConfig) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from xllm_plugin.accelerator.platform import EXECUTORS
 from xllm_plugin.cpu.model_runner import XllmCpuModelRunner
+from xllm_plugin.cpu.platform import engine_fork
 from xllm_plugin.cpu.threads import plan_here
 from xllm_plugin.seams import Process, check_all
 from xllm_plugin.worker.model_runner import adopt_runner
@@ -19,6 +21,10 @@ __all__ = ["XllmCpuWorker"]
 
 class XllmCpuWorker(XllmWorkerMixin, CPUWorker):
     """vLLM's CPU worker with ours in front."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        engine_fork.enter()
+        super().__init__(*args, **kwargs)
 
     def init_device(self) -> None:
         """Bind the device, then build the runner."""
