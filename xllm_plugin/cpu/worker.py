@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -27,6 +28,12 @@ class XllmCpuWorker(XllmWorkerMixin, CPUWorker):
         set_threads(self.parallel_config.distributed_executor_backend)
         super().init_device()
         adopt_runner(self, XllmCpuModelRunner)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """The last thing before the first answer."""
+        times = super().compile_or_warm_up_model()
+        self.model_runner.start_background_work()
+        return times
 
 
 def set_threads(executor_backend: object) -> None:
