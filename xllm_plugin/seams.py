@@ -132,6 +132,17 @@ def _attention_takes_our_call() -> None:
             raise TypeError(f"{name} takes {', '.join(found)}")
 
 
+def _functions_are_swapped_in() -> None:
+    source = inspect.getsource(importlib.import_module("vllm.compilation.decorators"))
+    for wanted in (
+        "if self.do_not_compile or",
+        "return self.aot_compiled_fn(self, *args, **kwargs)",
+        "self.save_aot_compiled_function()",
+    ):
+        if wanted not in source:
+            raise AttributeError(f"its wrapper has no {wanted!r}")
+
+
 def _always() -> None:
     """Nothing of vLLM to look at: the repair checks for its own need when it is applied."""
 
@@ -325,6 +336,18 @@ SEAMS: tuple[Seam, ...] = (
         leaves_when="attention can be called without vLLM's operator registry.",
         process=Process.WORKER,
         fits=_attention_takes_our_call,
+    ),
+    Seam(
+        name="aot-function",
+        target="vllm.compilation.decorators:support_torch_compile",
+        why="vLLM compiles before the first answer, and on the CPU rejects what it has kept; so a "
+        "model starts eager, its ahead-of-time path runs in another process, and the function is "
+        "set where vLLM's wrapper looks for it.",
+        versions="0.32",
+        upstream="vllm/compilation/decorators.py, _try_load_aot_compiled_fn",
+        leaves_when="vLLM compiles in the background, and reads its own artefacts on the CPU.",
+        process=Process.WORKER,
+        fits=_functions_are_swapped_in,
     ),
     Seam(
         name="kv-cache-zeros",

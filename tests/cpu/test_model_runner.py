@@ -33,6 +33,7 @@ def runner(module: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
             module.CPUModelRunner, name, lambda self, *_, _name=name: asked.append(_name)
         )
     monkeypatch.setattr(module, "native_refusal", lambda _: None)
+    monkeypatch.setattr(module, "compiles_later", lambda _: False)
     monkeypatch.setattr(module, "built_library", lambda: "library")
     monkeypatch.setattr(module, "Kernels", lambda path: f"kernels of {path}")
     monkeypatch.setattr(module, "packing", Noted("packing", asked))
@@ -140,3 +141,40 @@ def test_attention_stays_vllm_s_when_asked_or_needed(
         runner.load_model()
     assert runner.asked[-1] == "take over, False"
     assert f"around vLLM's attention: {refusal or 'graph.mode is partial'}" in caplog.text
+
+
+def test_a_model_to_be_compiled_later_serves_eager_meanwhile(
+    runner: Any, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Graph:
+        def __init__(self, vllm_config: object) -> None:
+            runner.asked.append("graph for the configuration as it was")
+
+        def load(self, model: object) -> None:
+            runner.asked.append(f"graph from disk for the {model}")
+
+        def start(self) -> None:
+            runner.asked.append("start")
+
+        def between_steps(self) -> None:
+            runner.asked.append("between steps")
+
+    monkeypatch.setattr(module, "native_refusal", lambda _: "it is no Llama")
+    monkeypatch.setattr(module, "compiles_later", lambda _: True)
+    monkeypatch.setattr(module, "BackgroundGraph", Graph)
+    monkeypatch.setattr(
+        module.CPUModelRunner, "execute_model", lambda self, _: self.asked.append("step")
+    )
+    runner.load_model()
+    runner.warming_up_model()
+    runner.start_background_work()
+    runner.execute_model("batch")
+    assert runner.asked == [
+        "graph for the configuration as it was",
+        "load_model",
+        "graph from disk for the model",
+        "profile run",
+        "start",
+        "between steps",
+        "step",
+    ]

@@ -180,6 +180,7 @@ def compiles(platform: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     from vllm.config import CompilationMode
 
     monkeypatch.setattr(platform, "native_refusal", lambda _: None)
+    monkeypatch.setattr(platform.background, "refusal", lambda _: "it is quantised")
     mode = CompilationMode.DYNAMO_TRACE_ONCE
     return SimpleNamespace(compilation_config=SimpleNamespace(mode=mode))
 
@@ -205,9 +206,29 @@ def test_kernels_that_cannot_be_built_leave_vllm_s_compilation(
     assert "no C++ compiler was found" in caplog.text
 
 
-def test_the_setting_switches_native_code_off(platform: Any) -> None:
-    config = SimpleNamespace(additional_config={"xllm": {"graph": {"mode": "off"}}})
-    assert platform.native_refusal(config) == "graph.mode is off"
+def test_a_model_without_native_layers_starts_eager(
+    platform: Any, compiles: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "native_refusal", lambda _: "it is no Llama")
+    monkeypatch.setattr(platform.background, "refusal", lambda _: None)
+    compiles.compilation_config.custom_ops = ["none"]
+    platform.choose_graphs(compiles)
+    assert compiles.compilation_config.mode.name == "NONE"
+    assert compiles.compilation_config.custom_ops == ["all"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"mode": "off"}, "graph.mode is off"),
+        ({"native_layers": False}, "graph.native_layers is off"),
+    ],
+)
+def test_a_setting_switches_native_code_off(
+    platform: Any, settings: dict[str, Any], reason: str
+) -> None:
+    config = SimpleNamespace(additional_config={"xllm": {"graph": settings}})
+    assert platform.native_refusal(config) == reason
 
 
 def test_a_model_s_class_is_looked_at_in_this_process(

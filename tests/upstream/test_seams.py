@@ -169,6 +169,14 @@ def test_models_are_inspected_in_another_process() -> None:
     assert "current_platform" not in inspecting
 
 
+def test_vllm_rejects_what_it_compiled_for_the_cpu() -> None:
+    """Its loader asks every artefact to finish loading; the one that it saves on the CPU cannot."""
+    from torch._dynamo.aot_compile import BundledAOTAutogradSerializableCallable
+
+    assert ".finalize_loading(" in vllm_source("compilation", "decorators.py")
+    assert not hasattr(BundledAOTAutogradSerializableCallable, "finalize_loading")
+
+
 def test_kv_cache_is_one_tensor_of_zeros() -> None:
     source = vllm_source("v1", "worker", "utils.py")
     assert "buf = torch.zeros(buf_size, dtype=torch.int8, device=device)" in source
@@ -242,6 +250,7 @@ TESTS = {
     "model-inspection": "test_models_are_inspected_in_another_process",
     "cpu-gemm-dispatch": "test_cpu_weights_are_packed_by_one_function",
     "cpu-decoder-layer": "test_attention_is_called_through_an_operator_by_name",
+    "aot-function": "test_vllm_rejects_what_it_compiled_for_the_cpu",
     "kv-cache-zeros": "test_kv_cache_is_one_tensor_of_zeros",
     "amx-init": "test_cpu_worker_does_not_ask_for_amx",
     "cpu-rotary-3d": "test_rotary_operator_is_wrong_for_three_dimensions",

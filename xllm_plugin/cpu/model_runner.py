@@ -11,6 +11,8 @@ from vllm.config import CompilationMode
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from xllm_plugin.config import load_config
+from xllm_plugin.cpu.graphs.background import BackgroundGraph
+from xllm_plugin.cpu.graphs.choice import compiles_later
 from xllm_plugin.cpu.kv_cache import ZeroOnFirstUse
 from xllm_plugin.cpu.native.build import NativeBuildError, built_library
 from xllm_plugin.cpu.native.layers import UnsupportedLayerError
@@ -32,6 +34,7 @@ class XllmCpuModelRunner(XllmModelRunnerMixin, CPUModelRunner):
     """vLLM's V1 CPU runner with ours in front."""
 
     _kernels: Kernels | None = None
+    _graph: BackgroundGraph | None = None
 
     def initialize_kv_cache_tensors(
         self,
@@ -49,7 +52,11 @@ class XllmCpuModelRunner(XllmModelRunnerMixin, CPUModelRunner):
         """Load as vLLM does, and let native code run the layers it knows."""
         self._kernels = self._native_kernels()
         if self._kernels is None:
+            if compiles_later(self.vllm_config):
+                self._graph = BackgroundGraph(self.vllm_config)
             super().load_model(load_dummy_weights)
+            if self._graph is not None:
+                self._graph.load(self.model)
             return
         with packing(self._kernels):
             super().load_model(load_dummy_weights)
@@ -69,16 +76,27 @@ class XllmCpuModelRunner(XllmModelRunnerMixin, CPUModelRunner):
 
         vLLM does so only to compile.
         """
-        if self._kernels is None:
+        if self._kernels is None and self._graph is None:
             super().warming_up_model()
         else:
             self.profile_run()
+
+    def start_background_work(self) -> None:
+        """Begin what is better done while the engine answers; it is ready to."""
+        if self._graph is not None:
+            self._graph.start()
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one step; see vLLM's GPUModelRunner."""
+        if self._graph is not None:
+            self._graph.between_steps()
+        return super().execute_model(*args, **kwargs)
 
     def _native_kernels(self) -> Kernels | None:
         reason = native_refusal(self.vllm_config)
         if reason is None and self.compilation_config.mode != CompilationMode.NONE:
             # `choose_graphs` has said why.
-            reason = "it is compiled"
+            reason = "it is compiled before the first answer"
         try:
             kernels = None if reason else Kernels(built_library())
         except NativeBuildError as error:

@@ -13,6 +13,7 @@ from vllm.platforms.cpu import CpuPlatform
 from xllm_plugin.accelerator.platform import EXECUTORS, XllmPlatformMixin
 from xllm_plugin.config import load_config
 from xllm_plugin.cpu import fork
+from xllm_plugin.cpu.graphs import choice as background
 from xllm_plugin.cpu.native.build import NativeBuildError, built_library
 from xllm_plugin.cpu.native.choice import refusal
 from xllm_plugin.cpu.threads import OpenMPEnvironment, ThreadPlan, allowed_cpus, plan_here
@@ -130,28 +131,32 @@ def choose_start(vllm_config: VllmConfig, plan: ThreadPlan, engine_fork: fork.En
 
 
 def choose_graphs(vllm_config: VllmConfig) -> None:
-    """Leave out vLLM's compilation for a model whose layers will run as native code.
+    """Leave out vLLM's compilation for a model that runs as native code or is compiled later.
 
-    The kernels are built here if they have to be, so that a machine that cannot build them compiles
-    as vLLM does.
+    The kernels are built here if they have to be: a machine that cannot build them compiles.
     """
     # vLLM's configuration chooses its platform while it is being imported.
     from vllm.config import CompilationMode
 
-    if native_refusal(vllm_config) is not None:
-        return
-    try:
-        built_library()
-    except NativeBuildError as error:
-        logger.warning("xllm-plugin: vLLM's own compilation is used, for %s", error)
-        return
-    vllm_config.compilation_config.mode = CompilationMode.NONE
+    if native_refusal(vllm_config) is None:
+        try:
+            built_library()
+        except NativeBuildError as error:
+            logger.warning("xllm-plugin: the model's layers are compiled, for %s", error)
+        else:
+            vllm_config.compilation_config.mode = CompilationMode.NONE
+            return
+    if background.refusal(vllm_config) is None:
+        background.compile_later(vllm_config)
 
 
 def native_refusal(vllm_config: VllmConfig) -> str | None:
     """Why vLLM's own code runs the model's layers, or None when native code does."""
-    if load_config(vllm_config.additional_config).graph.mode == "off":
+    graph = load_config(vllm_config.additional_config).graph
+    if graph.mode == "off":
         return "graph.mode is off"
+    if not graph.native_layers:
+        return "graph.native_layers is off"
     return refusal(vllm_config)
 
 

@@ -34,6 +34,12 @@ class XllmCpuWorker(XllmWorkerMixin, CPUWorker):
         super().init_device()
         adopt_runner(self, XllmCpuModelRunner)
 
+    def compile_or_warm_up_model(self) -> Any:
+        """The last thing before the first answer."""
+        times = super().compile_or_warm_up_model()
+        self.model_runner.start_background_work()
+        return times
+
 
 def set_threads(executor_backend: object) -> None:
     """Compute on the planned cores in a program that loaded OpenMP before vLLM could bind it.
