@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from typing import TYPE_CHECKING, Any
@@ -122,10 +121,9 @@ def default_to_synchronous(scheduler_config: type[SchedulerConfig]) -> None:
     ARCHITECTURE.md.
     """
     post_init = scheduler_config.__post_init__
-    if hasattr(post_init, "__wrapped__"):
+    if post_init.__module__ == __name__:
         return
 
-    @functools.wraps(post_init)
     def decided(self: SchedulerConfig, *args: Any, **kwargs: Any) -> None:
         if self.async_scheduling is None:
             self.async_scheduling = False
