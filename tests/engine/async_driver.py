@@ -202,7 +202,7 @@ def main() -> None:
         driver.sampling()
     except ArithmeticError as error:
         found["failure"] = str(error)
-    core.model_executor.shutdown()
+    driver._llm.llm_engine.engine_core.shutdown()
     found["threads_after"] = {
         "num_threads": torch.get_num_threads(),
         "names": sorted(thread.name for thread in threading.enumerate()),
