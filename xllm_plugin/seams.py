@@ -111,6 +111,16 @@ def _runner_is_named() -> None:
         raise AttributeError("CPUWorker.init_device no longer builds CPUModelRunner itself")
 
 
+def _a_worker_can_run_on_a_thread() -> None:
+    executor = _attribute("vllm.v1.executor.uniproc_executor:UniProcExecutor")
+    for method in ("execute_model", "sample_tokens"):
+        if "collective_rpc" not in getattr(executor, method).__code__.co_names:
+            raise AttributeError(f"UniProcExecutor.{method} no longer calls collective_rpc")
+    runner = _attribute("vllm.v1.worker.gpu_model_runner:GPUModelRunner")
+    if "async_scheduling" not in inspect.unwrap(runner.__init__).__code__.co_names:
+        raise AttributeError("GPUModelRunner no longer decides by async_scheduling when it is made")
+
+
 def _packing_is_looked_up_late() -> None:
     linear = _attribute("vllm.model_executor.layers.linear:UnquantizedLinearMethod")
     called = linear.process_weights_after_loading.__code__.co_names
@@ -314,6 +324,31 @@ SEAMS: tuple[Seam, ...] = (
         leaves_when="vLLM inspects models in its own process where there is no GPU.",
         process=Process.WORKER,
         fits=_attributes("vllm.model_executor.models.registry:_run_in_subprocess"),
+    ),
+    Seam(
+        name="cpu-async-scheduling",
+        target="vllm.platforms.cpu:CpuPlatform.check_and_update_config, "
+        "vllm.v1.executor.uniproc_executor:UniProcExecutor.collective_rpc",
+        why="the first switches asynchronous scheduling off, the second runs a step inside the "
+        "call that should only start it; what was asked is put back, and an executor of ours "
+        "runs the worker on a thread beside the engine's, with vLLM's synchronous runner.",
+        versions="0.32",
+        upstream="vllm/platforms/cpu.py, vllm/v1/executor/uniproc_executor.py, "
+        "vllm/v1/worker/gpu_model_runner.py (use_async_scheduling)",
+        leaves_when="vLLM schedules ahead on a CPU itself.",
+        process=Process.WORKER,
+        fits=_a_worker_can_run_on_a_thread,
+    ),
+    Seam(
+        name="async-scheduling-default",
+        target="vllm.config.scheduler:SchedulerConfig.__post_init__",
+        why="vLLM takes async_scheduling=None for True before a platform is asked, so None is "
+        "made False while it can still be told from --async-scheduling.",
+        versions="0.32",
+        upstream="vllm/config/vllm.py, VllmConfig.__post_init__",
+        leaves_when="a platform can decide what None means.",
+        process=Process.WORKER,
+        fits=_attributes("vllm.config.scheduler:SchedulerConfig.__post_init__"),
     ),
     Seam(
         name="cpu-gemm-dispatch",

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from xllm_plugin import shims
 from xllm_plugin.cpu.threads import OpenMPEnvironment, ThreadPlan
+from xllm_plugin.errors import PlatformError
 
 pytestmark = pytest.mark.engine  # imports vLLM, some seconds
 
@@ -136,6 +137,75 @@ def test_otherwise_each_rank_has_a_process(platform: Any, changes: dict[str, Any
     assert not platform.computes_alone(alone(**changes), 1)
 
 
+def engine_config(backend: str, *, is_async: bool, **changes: Any) -> SimpleNamespace:
+    config = alone(distributed_executor_backend=backend, pipeline_parallel_size=1)
+    config.scheduler_config = SimpleNamespace(async_scheduling=is_async)
+    config.speculative_config = None
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_executor_is_the_one_for_the_scheduling(platform: Any, is_async: bool) -> None:
+    expected = platform.ASYNC_EXECUTOR if is_async else platform.EXECUTORS["uni"]
+    # As a program that is its own engine has it, and as the hook finds it when it runs again.
+    for backend in (platform.EXECUTORS["uni"], expected):
+        config = engine_config(backend, is_async=is_async)
+        assert platform.computes_alone(config, 1)
+        environ: dict[str, str] = {}
+        platform.compute_in_the_engine(config, OpenMPEnvironment(environ))
+        assert config.parallel_config.distributed_executor_backend == expected
+        assert environ == {}
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(True, True), (False, False), (None, False)])
+def test_scheduling_ahead_is_what_was_asked(
+    platform: Any, asked: bool | None, expected: bool
+) -> None:
+    config = engine_config("mp", is_async=False)  # as vLLM's own hook leaves it
+    platform.XllmCpuPlatform.choose_async_scheduling(config, asked)
+    assert config.scheduler_config.async_scheduling is expected
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("is_drafting", [True, False])
+def test_what_does_not_go_with_scheduling_ahead_is_refused_if_asked(
+    platform: Any, asked: bool, is_drafting: bool
+) -> None:
+    config = engine_config("mp", is_async=False)
+    if is_drafting:
+        config.speculative_config, name = object(), "speculative decoding"
+    else:
+        config.parallel_config.pipeline_parallel_size, name = 2, "pipeline parallelism"
+    if asked:
+        with pytest.raises(PlatformError, match=f"{name} on the CPU.*--no-async-scheduling"):
+            platform.XllmCpuPlatform.choose_async_scheduling(config, asked)
+    else:
+        platform.XllmCpuPlatform.choose_async_scheduling(config, asked)
+        assert config.scheduler_config.async_scheduling is False
+
+
+def test_nothing_asked_is_a_no_and_a_yes_is_still_told_from_it(platform: Any) -> None:
+    from vllm.config import SchedulerConfig
+
+    class Config(SchedulerConfig):
+        """Its own, so that the class all tests share keeps its hook."""
+
+    platform.default_to_synchronous(Config)
+    platform.default_to_synchronous(Config)
+    decided = {
+        asked: Config(max_model_len=64, is_encoder_decoder=False, async_scheduling=asked)
+        for asked in (None, True, False)
+    }
+    assert {asked: made.async_scheduling for asked, made in decided.items()} == {
+        None: False,
+        True: True,
+        False: False,
+    }
+    assert decided[None].max_num_encoder_input_tokens == decided[None].max_num_batched_tokens
+
+
 def test_several_memory_nodes_keep_one_process_a_rank(platform: Any) -> None:
     assert not platform.computes_alone(alone(), 2)
 
@@ -146,7 +216,7 @@ def test_openmp_is_bound_once_for_a_process_that_starts_later(
     monkeypatch.setattr(platform, "plan_here", lambda: ThreadPlan(2, (0, 1)))
     environ: dict[str, str] = {}
     openmp = OpenMPEnvironment(environ)
-    config = alone(distributed_executor_backend="mp")  # as vLLM's own hook leaves it
+    config = engine_config("mp", is_async=False)  # as vLLM's own hook leaves it
     platform.compute_in_the_engine(config, openmp)
     assert config.parallel_config.distributed_executor_backend == platform.EXECUTORS["uni"]
     assert environ["OMP_NUM_THREADS"] == "2"

@@ -143,6 +143,21 @@ def test_cpu_weights_are_packed_by_one_function() -> None:
         )
 
 
+def test_cpu_steps_are_never_scheduled_ahead() -> None:
+    """The platform takes it back, and the executor runs the step inside the call."""
+    platform = vllm_source("platforms", "cpu.py")
+    assert "        scheduler_config.async_scheduling = False\n" in platform
+    executor = vllm_source("v1", "executor", "uniproc_executor.py")
+    assert executor.count("result = run_method(self.driver_worker, method, args, kwargs)") == 2
+
+
+def test_no_answer_becomes_a_yes_before_a_platform_is_asked() -> None:
+    source = vllm_source("config", "vllm.py")
+    decided = source.index("self.scheduler_config.async_scheduling = True")
+    assert decided < source.index("current_platform.apply_config_platform_defaults(self)")
+    assert decided < source.index("current_platform.check_and_update_config(self)")
+
+
 def test_attention_is_called_through_an_operator_by_name() -> None:
     """Each call of a layer's attention resolves its name and context anew."""
     source = vllm_source("model_executor", "layers", "attention", "attention.py")
@@ -248,6 +263,8 @@ TESTS = {
     "cpu-executor": "test_cpu_platform_replaces_the_executor_in_process",
     "cpu-engine-fork": "test_cpu_engine_is_started_by_a_variable",
     "model-inspection": "test_models_are_inspected_in_another_process",
+    "cpu-async-scheduling": "test_cpu_steps_are_never_scheduled_ahead",
+    "async-scheduling-default": "test_no_answer_becomes_a_yes_before_a_platform_is_asked",
     "cpu-gemm-dispatch": "test_cpu_weights_are_packed_by_one_function",
     "cpu-decoder-layer": "test_attention_is_called_through_an_operator_by_name",
     "aot-function": "test_vllm_rejects_what_it_compiled_for_the_cpu",

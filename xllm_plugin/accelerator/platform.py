@@ -62,9 +62,15 @@ class XllmPlatformMixin:
         parallel = vllm_config.parallel_config
         if parallel.worker_cls == "auto":
             parallel.worker_cls = cls.xllm_worker_cls
+        asked = vllm_config.scheduler_config.async_scheduling
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
+        cls.choose_async_scheduling(vllm_config, asked)
         choose_executor(vllm_config)
         choose_scheduler(vllm_config)
+
+    @classmethod
+    def choose_async_scheduling(cls, vllm_config: VllmConfig, asked: bool | None) -> None:
+        """Decide on asynchronous scheduling; `asked` is what stood there before vLLM decided."""
 
 
 def check_settings(vllm_config: Any) -> None:

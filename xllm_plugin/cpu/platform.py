@@ -21,11 +21,14 @@ from xllm_plugin.errors import PlatformError
 from xllm_plugin.selection import is_server_command
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import SchedulerConfig, VllmConfig
 
 __all__ = ["XllmCpuPlatform"]
 
 logger = logging.getLogger("vllm.xllm_plugin")
+
+ASYNC_EXECUTOR = "xllm_plugin.cpu.executor.XllmCpuAsyncExecutor"
+IN_THE_ENGINE = frozenset({EXECUTORS["uni"], ASYNC_EXECUTOR})
 
 # Of this process; vLLM's hooks are class methods.
 openmp = OpenMPEnvironment(os.environ)
@@ -41,9 +44,27 @@ class XllmCpuPlatform(XllmPlatformMixin, CpuPlatform):
 
     @classmethod
     def pre_register_and_update(cls, parser: Any = None) -> None:
-        """Show our options, and look at models without a process for it."""
+        """Show our options; look at models without a process for it; schedule step by step."""
         super().pre_register_and_update(parser)
+        from vllm.config import SchedulerConfig
+
+        default_to_synchronous(SchedulerConfig)
         inspect_models_here()
+
+    @classmethod
+    def choose_async_scheduling(cls, vllm_config: VllmConfig, asked: bool | None) -> None:
+        """Give back what vLLM's CPU class always takes.
+
+        Raises:
+            PlatformError: it was asked for, and cannot be had with the rest of the configuration.
+        """
+        refusal = async_refusal(vllm_config) if asked else None
+        if refusal is not None:
+            raise PlatformError(
+                f"--async-scheduling was asked for, and {refusal} on the CPU. "
+                "Leave it out, or give --no-async-scheduling."
+            )
+        vllm_config.scheduler_config.async_scheduling = bool(asked)
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
@@ -94,7 +115,7 @@ def computes_alone(vllm_config: VllmConfig, num_memory_nodes: int) -> bool:
     """
     parallel = vllm_config.parallel_config
     return (
-        parallel.distributed_executor_backend in {"uni", EXECUTORS["uni"]}
+        parallel.distributed_executor_backend in {"uni", *IN_THE_ENGINE}
         and parallel.world_size == parallel.data_parallel_size == parallel.nnodes == 1
         and num_memory_nodes == 1
         and vllm_config.kv_transfer_config is None
@@ -112,10 +133,12 @@ def compute_in_the_engine(vllm_config: VllmConfig, openmp: OpenMPEnvironment) ->
         The threads of the engine's process, or None in that process itself.
     """
     parallel = vllm_config.parallel_config
-    if parallel.distributed_executor_backend == EXECUTORS["uni"]:
-        # This process is the engine: a program that is its own, or the child, which is bound.
+    # This process is the engine: a program that is its own, or the child, which is bound.
+    is_engine = parallel.distributed_executor_backend in IN_THE_ENGINE
+    is_async = vllm_config.scheduler_config.async_scheduling
+    parallel.distributed_executor_backend = ASYNC_EXECUTOR if is_async else EXECUTORS["uni"]
+    if is_engine:
         return None
-    parallel.distributed_executor_backend = EXECUTORS["uni"]
     plan = plan_here()
     openmp.bind(plan)
     return plan
@@ -128,6 +151,39 @@ def choose_start(vllm_config: VllmConfig, plan: ThreadPlan, engine_fork: fork.En
         engine_fork.arm(plan)
     else:
         logger.info("xllm-plugin: the engine's process is started anew, not forked: %s.", reason)
+
+
+def default_to_synchronous(scheduler_config: type[SchedulerConfig]) -> None:
+    """Let `async_scheduling=None` mean False (seam "async-scheduling-default").
+
+    vLLM takes it for True wherever it can, so that nobody can tell later what was asked.  On a CPU
+    scheduling ahead takes its time from the cores that compute; what it was measured to gain is in
+    ARCHITECTURE.md.
+    """
+    post_init = scheduler_config.__post_init__
+    if post_init.__module__ == __name__:
+        return
+
+    def decided(self: SchedulerConfig, *args: Any, **kwargs: Any) -> None:
+        if self.async_scheduling is None:
+            self.async_scheduling = False
+        post_init(self, *args, **kwargs)
+
+    scheduler_config.__post_init__ = decided
+
+
+def async_refusal(vllm_config: VllmConfig) -> str | None:
+    """Why steps cannot be scheduled ahead, or None.
+
+    The scheduler leaves placeholders where it does not know a token yet.  The CPU runner, which
+    runs one step after the other on one thread, knows what it has sampled itself; drafts, and what
+    the last stage of a pipeline sampled, it waits to be told.
+    """
+    if vllm_config.speculative_config is not None:
+        return "it does not go with speculative decoding"
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return "it does not go with pipeline parallelism"
+    return None
 
 
 def choose_graphs(vllm_config: VllmConfig) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from xllm_plugin.accelerator.platform import EXECUTORS
 from xllm_plugin.cpu.model_runner import XllmCpuModelRunner
-from xllm_plugin.cpu.platform import engine_fork
+from xllm_plugin.cpu.platform import IN_THE_ENGINE, engine_fork
 from xllm_plugin.cpu.threads import plan_here
 from xllm_plugin.seams import Process, check_all
 from xllm_plugin.worker.model_runner import adopt_runner
 from xllm_plugin.worker.worker import XllmWorkerMixin
+
+if TYPE_CHECKING:
+    from vllm.config import SchedulerConfig
 
 __all__ = ["XllmCpuWorker"]
 
@@ -31,7 +35,8 @@ class XllmCpuWorker(XllmWorkerMixin, CPUWorker):
         check_all(Process.WORKER)
         init_amx()
         set_threads(self.parallel_config.distributed_executor_backend)
-        super().init_device()
+        with synchronous_runner(self.scheduler_config):
+            super().init_device()
         adopt_runner(self, XllmCpuModelRunner)
 
     def compile_or_warm_up_model(self) -> Any:
@@ -41,13 +46,29 @@ class XllmCpuWorker(XllmWorkerMixin, CPUWorker):
         return times
 
 
+@contextmanager
+def synchronous_runner(config: SchedulerConfig) -> Iterator[None]:
+    """Let vLLM build the runner that knows a step's tokens when the step ends.
+
+    With `async_scheduling` its runner leaves them on the device (streams, events) and fills the
+    next step's placeholders there.  On a CPU the steps run one after the other on one thread: when
+    the next one reads its inputs, the tokens stand where the scheduler has left placeholders.
+    """
+    asked = config.async_scheduling
+    config.async_scheduling = False
+    try:
+        yield
+    finally:
+        config.async_scheduling = asked
+
+
 def set_threads(executor_backend: object) -> None:
     """Compute on the planned cores in a program that loaded OpenMP before vLLM could bind it.
 
     An engine in a process of its own has found OMP_NUM_THREADS when it loaded OpenMP; a program
     that is its own engine has it only where the user decided, and then the user's word stands.
     """
-    if executor_backend != EXECUTORS["uni"] or "OMP_NUM_THREADS" in os.environ:
+    if executor_backend not in IN_THE_ENGINE or "OMP_NUM_THREADS" in os.environ:
         return
     plan = plan_here()
     if plan.cores:
