@@ -6,6 +6,7 @@ Everything it does can be done by hand: `xllm serve "$(xllm model smollm2)"`.
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def announce(server: subprocess.Popen[bytes], url: str, name: str) -> None:
             last_s = time.monotonic()
             say(
                 f"still starting, {last_s - started_s:.0f} s "
-                "(about half a minute; minutes for a model that vLLM has to compile)"
+                "(about a quarter of a minute; minutes for a model that vLLM has to compile)"
             )
         time.sleep(POLL_INTERVAL_S)
 
@@ -102,7 +103,8 @@ def is_healthy(url: str) -> bool:
 
 def curl_line(url: str, name: str) -> str:
     """Return a command that asks the model something."""
-    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is 7 + 5?"}}]}}'
+    question = [{"role": "user", "content": "What is 7 + 5?"}]
+    body = json.dumps({"model": name, "messages": question, "temperature": 0})
     return (
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{body}'"
     )
