@@ -158,7 +158,9 @@ POLICY_MODULE = """
 
 def test_a_plugin_brings_a_routing_policy(site_here: Any) -> None:
     site_here.add_module("vendor_policies", POLICY_MODULE.format(name="first"))
-    site_here.add_distribution("vendor-dist", entry_points={"xllm_plugin": {"v": "vendor_policies"}})
+    site_here.add_distribution(
+        "vendor-dist", entry_points={"xllm_plugin": {"v": "vendor_policies"}}
+    )
     policies = routing_policies(build_manager())
     assert {"first", "least-loaded"} <= set(policies)
     assert policies["first"].choose(None, [None]).index == 0  # type: ignore[arg-type, list-item]
@@ -166,6 +168,8 @@ def test_a_plugin_brings_a_routing_policy(site_here: Any) -> None:
 
 def test_two_policies_of_one_name(site_here: Any) -> None:
     site_here.add_module("vendor_policies", POLICY_MODULE.format(name="session"))
-    site_here.add_distribution("vendor-dist", entry_points={"xllm_plugin": {"v": "vendor_policies"}})
+    site_here.add_distribution(
+        "vendor-dist", entry_points={"xllm_plugin": {"v": "vendor_policies"}}
+    )
     with pytest.raises(ConfigError, match="two plugins register a routing policy named 'session'"):
         routing_policies(build_manager())

@@ -233,7 +233,7 @@ def test_more_than_an_answer_reaches_nobody(run: Any, raw: bytes) -> None:
     async def check() -> None:
         async with serving(FakeInstance(script=answer_raw(raw))) as harness:
             client = await harness.connect()
-            client.send(request() + request())
+            client.send(request() + request(headers=b"Connection: close\r\n"))
             try:
                 everything = await client.read_all()
             except ConnectionError:

@@ -312,6 +312,22 @@ def test_a_large_body_goes_both_ways(run: Any) -> None:
     run(check())
 
 
+def test_large_bodies_one_after_the_other_are_kept_apart(run: Any) -> None:
+    """The second begins in the read that ends the first, and both are too large to be parsed."""
+    bodies = [b'{"model":"fake","n":%d,"x":"%b"}' % (n, b"x" * (300_000 + n)) for n in range(4)]
+
+    async def check() -> None:
+        async with serving(FakeInstance()) as harness:
+            client = await harness.connect()
+            client.send(b"".join(map(request, bodies)))
+            for _ in bodies:
+                await client.read_answer()
+            assert [one.body for one in harness.instances[0].requests] == bodies
+            await harness.settle()
+
+    run(check())
+
+
 def test_models_are_those_of_all_instances(run: Any) -> None:
     async def check() -> None:
         instances = FakeInstance(models=["a", "b"]), FakeInstance(models=["b", "c"])

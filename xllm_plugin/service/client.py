@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 EXPLAIN_HEADER = b"x-xllm-explain"
 _NEVER = float("inf")
 _LINGER_S = 2.0
+_PARSE_BELOW_BYTES = 64 * 1024
 _MAX_EARLY_BYTES = 64 * 1024
 _CONNECTION_HEADERS = frozenset(
     {
@@ -65,6 +66,7 @@ class ClientConnection(asyncio.Protocol):
         "_overhead_bytes",
         "_parser",
         "_read_headers",
+        "_remaining_bytes",
         "_target",
         "_tunnel",
         "_upgrading",
@@ -93,6 +95,7 @@ class ClientConnection(asyncio.Protocol):
         self._body: list[bytes] = []
         self._body_bytes = 0
         self._overhead_bytes = 0
+        self._remaining_bytes = 0
         self._ignores_input = False
         self._is_lingering = False
         self._is_reading_paused = False
@@ -124,7 +127,10 @@ class ClientConnection(asyncio.Protocol):
         if self._upgrading is not None:
             self._keep_early(self._upgrading, data)
             return
-        self._feed(data)
+        if self._remaining_bytes:
+            self._take_body(data)
+        else:
+            self._feed(data)
         if self._head_bytes >= 0 and not self._ignores_input:
             self._in_mid_request(len(data))
 
@@ -192,8 +198,6 @@ class ClientConnection(asyncio.Protocol):
         body = self._body
         exchange.body = body[0] if len(body) == 1 else b"".join(body)
         self._body = []
-        if not self._parser.should_keep_alive():
-            exchange.keep_alive = False
         if self._parser.should_upgrade():
             if not exchange.upgrades:
                 return  # `_upgrade` reads it again
@@ -339,6 +343,7 @@ class ClientConnection(asyncio.Protocol):
     def _in_mid_request(self, num_bytes: int) -> None:
         """Part of a request has come: bound its size and its time."""
         if self._incoming is not None:
+            self._expect_body(self._incoming)
             # Chunk extensions and trailers are not body, and not free either.
             self._overhead_bytes += num_bytes
             if self._overhead_bytes > self.proxy.config.limits.max_body_bytes:
@@ -349,6 +354,26 @@ class ClientConnection(asyncio.Protocol):
             self._refuse(self._head_too_large())
         elif self._head_bytes == num_bytes and self.exchange is None:
             self.deadline_s = self.proxy.loop.time() + self.proxy.config.timeouts.header_s
+
+    def _expect_body(self, exchange: Exchange) -> None:
+        """Take the rest of a large body of known length past the parser, which would copy it."""
+        remaining = exchange.body_bytes - self._body_bytes
+        if remaining > _PARSE_BELOW_BYTES and not self._remaining_bytes:
+            self._remaining_bytes = remaining
+            self._parser = httptools.HttpRequestParser(self)
+
+    def _take_body(self, data: bytes) -> None:
+        rest = b""
+        if len(data) > self._remaining_bytes:
+            data, rest = data[: self._remaining_bytes], data[self._remaining_bytes :]
+        self._remaining_bytes -= len(data)
+        self._body_bytes += len(data)
+        self._overhead_bytes -= len(data)
+        self._body.append(data)
+        if not self._remaining_bytes:
+            self.on_message_complete()
+            if rest:
+                self._feed(rest)
 
     def _understand(self) -> Exchange:
         """Turn a parsed head into an exchange.
@@ -372,6 +397,7 @@ class ClientConnection(asyncio.Protocol):
             )
         exchange = Exchange(self, method, route)
         exchange.unframes = version == "1.0"
+        exchange.keep_alive = parser.should_keep_alive()
         lines = [method, b" ", route.target, b" HTTP/1.1\r\n"]
         special = self._sort(lines)
         self._heed(exchange, special, lines, version)
@@ -424,6 +450,7 @@ class ClientConnection(asyncio.Protocol):
         length = int(special.get(b"content-length", b"0"))
         if length > self.proxy.config.limits.max_body_bytes:
             raise self._body_too_large()
+        exchange.body_bytes = length
         if length or coding is not None:
             self.deadline_s = self.proxy.loop.time() + self.proxy.config.timeouts.body_s
         if special.get(b"expect", b"").lower() == b"100-continue" and self.exchange is None:

@@ -65,7 +65,7 @@ _decode = msgspec.json.Decoder(Peek).decode
 _NOTHING = Peek()
 
 
-def peek(body: bytes | bytearray, content_type: bytes) -> Peek:
+def peek(body: bytes, content_type: bytes) -> Peek:
     """Read what routing needs.  Bodies that are not understood are the instance's to answer."""
     if content_type.startswith(b"multipart/"):
         found = _MODEL_FIELD.search(body)
@@ -91,6 +91,7 @@ class Exchange:
         "_num_bytes",
         "_write",
         "body",
+        "body_bytes",
         "client",
         "content_type",
         "cost_tokens",
@@ -128,7 +129,9 @@ class Exchange:
         self.method = method
         self.route = route
         self.head = b""
-        self.body: bytes | bytearray = b""
+        self.body = b""
+        self.body_bytes = 0
+        """Its length as announced; 0 if it comes in chunks."""
         self.content_type = b""
         self.keep_alive = True
         self.unframes = False
@@ -225,34 +228,37 @@ class Exchange:
 
     # -- the way back ---------------------------------------------------------------------------
 
-    def begin_answer(self, status: int, head: bytes, lower: bytes, *, until_close: bool) -> bool:
-        """Pass the head of an answer on.
+    def begin_answer(self, status: int, head: bytes, lower: bytes, *, until_close: bool) -> bytes:
+        """The head of an answer as the client is to get it.
 
-        Returns False if the answer is not wanted: another instance is asked instead.
+        Empty if the answer is not wanted: another instance is asked instead.
         """
         assert self.instance is not None
         if status == _RETRYABLE_STATUS and self._may_retry() and self._has_alternative():
             self.instance.stats.count_error("unavailable")
             self._retry()
-            return False
+            return b""
         self.status = status
         self.is_answering = True
         self._lower_head = lower
         if until_close or self.upgrades or (self.unframes and b"\r\ntransfer-encoding:" in lower):
             self.keep_alive = False
         if self.wants_reason or not self.keep_alive or self._is_hop_by_hop(lower):
-            head = self._rewritten(head)
+            return self._rewritten(head)
+        return head
+
+    def relay_head(self, head: bytes) -> None:
+        """Pass the head of an answer on by itself."""
         self._num_bytes += len(head)
         self._write(head)
-        return True
 
-    def relay(self, data: bytes) -> None:
-        """Pass bytes of an answer's body on."""
+    def relay(self, data: bytes, head: bytes = b"") -> None:
+        """Pass bytes of an answer's body on, after `head` if it was not sent yet."""
         if self.ttft_s < 0:
             self._first_bytes(data)
-        self._num_bytes += len(data)
+        self._num_bytes += len(head) + len(data)
         self._last_relayed = data
-        self._write(data)
+        self._write(head + data if head else data)
 
     def answered(self, *, close: bool) -> None:
         """The answer is complete."""
@@ -437,6 +443,7 @@ class Exchange:
         assert instance is not None
         instance.stats.retries += 1
         self._leave()
+        self.is_answering = False
         self.tried = (*self.tried, instance)
         self.dispatch()
 

@@ -199,6 +199,22 @@ class UpstreamConnection(asyncio.Protocol):
             self._begin_tunnel(exchange, head, data[end:])
             return
         lower = head.lower()
+        self._frame(exchange, status, lower)
+        head = exchange.begin_answer(status, head, lower, until_close=self._until_close)
+        if not head:
+            self.abandon()
+            return
+        self._reading_head = False
+        if len(data) == end or exchange.unframes:
+            exchange.relay_head(head)
+            head = b""
+        if len(data) > end:
+            self._relay(exchange, data[end:], head)
+        elif self.complete:
+            self._finish(exchange)
+
+    def _frame(self, exchange: Exchange, status: int, lower: bytes) -> None:
+        """Find out what ends the answer, and whether the connection lives on."""
         has_no_body = status in (204, 304) or exchange.method == b"HEAD"
         is_framed = b"\r\ntransfer-encoding:" in lower or b"\r\ncontent-length:" in lower
         self._until_close = not is_framed and not has_no_body
@@ -207,29 +223,28 @@ class UpstreamConnection(asyncio.Protocol):
         if exchange.method == b"HEAD":
             self._reusable = False  # the parser waits for a body that does not come
             self.complete = True
-        if not exchange.begin_answer(status, head, lower, until_close=self._until_close):
-            self.abandon()
-            return
-        self._reading_head = False
-        if len(data) > end:
-            self._relay(exchange, data[end:])
-        elif self.complete:
-            self._finish(exchange)
 
-    def _relay(self, exchange: Exchange, data: bytes) -> None:
-        if not self._tunnel:
-            try:
-                self._parser.feed_data(data)
-            except httptools.HttpParserError as error:
-                exchange.broken(self, f"the instance's answer is not HTTP: {error}")
-                return
-            if self._excess:
-                exchange.broken(self, "the instance sent more than its answer")
-                return
+    def _relay(self, exchange: Exchange, data: bytes, head: bytes = b"") -> None:
+        """Pass `data` on, with `head` if that was not sent yet: one system call, not two."""
+        why = "" if self._tunnel else self._parse(data)
+        if why and head:
+            self._fail(exchange, f"sent what is no answer: {why}")
+            return
+        if why:
+            exchange.broken(self, f"the instance sent what is no answer: {why}")
+            return
         if not exchange.unframes:
-            exchange.relay(data)
+            exchange.relay(data, head)
         if self.complete:
             self._finish(exchange)
+
+    def _parse(self, data: bytes) -> str:
+        """Follow the answer; returns what is wrong with it, or nothing."""
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            return str(error)
+        return "more than one answer" if self._excess else ""
 
     def _finish(self, exchange: Exchange) -> None:
         self.exchange = None
