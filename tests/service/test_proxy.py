@@ -230,6 +230,21 @@ def test_an_http_1_0_client_gets_no_chunks(run: Any) -> None:
     run(check())
 
 
+def test_the_loop_of_asyncio_serves_as_well() -> None:
+    """Where there is no uvloop."""
+
+    async def check() -> None:
+        async with serving(FakeInstance(script=stream(b"data: a\n\n"))) as harness:
+            client = await harness.connect()
+            for _ in range(2):
+                client.send(request(b'{"model":"fake"}'.ljust(200_000)))
+                assert b"data: a" in (await client.read_answer())[1]
+            await harness.settle()
+
+    with asyncio.Runner() as runner:
+        runner.run(check())
+
+
 def test_a_wish_for_http_2_is_ignored_and_its_body_arrives(run: Any) -> None:
     wish = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
 

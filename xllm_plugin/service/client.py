@@ -195,6 +195,7 @@ class ClientConnection(asyncio.Protocol):
         assert exchange is not None
         self._incoming = None
         self._head_bytes = -1
+        self.deadline_s = _NEVER
         body = self._body
         exchange.body = body[0] if len(body) == 1 else b"".join(body)
         self._body = []
@@ -223,7 +224,7 @@ class ClientConnection(asyncio.Protocol):
         self.deadline_s = self.proxy.loop.time() + (
             timeouts.client_idle_s if self._head_bytes < 0 else timeouts.body_s
         )
-        if self._is_reading_paused and len(self._waiting) < self.proxy.config.limits.max_pipelined:
+        if self._is_reading_paused and not self._has_read_ahead():
             self._is_reading_paused = False
             self.transport.resume_reading()
         self._advance()
@@ -296,12 +297,17 @@ class ClientConnection(asyncio.Protocol):
             self.exchange = exchange = self._waiting.popleft()
             self._start(exchange)
         self._is_starting = False
-        if (
-            len(self._waiting) >= self.proxy.config.limits.max_pipelined
-            and not self._is_reading_paused
-        ):
+        if self._has_read_ahead() and not self._is_reading_paused:
             self._is_reading_paused = True
             self.transport.pause_reading()
+
+    def _has_read_ahead(self) -> bool:
+        """Whether enough requests wait, by number or by size."""
+        waiting = self._waiting
+        limit = self.proxy.config.limits.max_pipelined
+        return bool(waiting) and (
+            len(waiting) >= limit or waiting[-1].body_bytes > _PARSE_BELOW_BYTES
+        )
 
     def _start(self, exchange: Exchange) -> None:
         self.deadline_s = _NEVER
@@ -397,7 +403,7 @@ class ClientConnection(asyncio.Protocol):
             )
         exchange = Exchange(self, method, route)
         exchange.unframes = version == "1.0"
-        exchange.keep_alive = parser.should_keep_alive()
+        exchange.keep_alive = version == "1.1" and parser.should_keep_alive()
         lines = [method, b" ", route.target, b" HTTP/1.1\r\n"]
         special = self._sort(lines)
         self._heed(exchange, special, lines, version)

@@ -234,14 +234,19 @@ class Exchange:
         Empty if the answer is not wanted: another instance is asked instead.
         """
         assert self.instance is not None
-        if status == _RETRYABLE_STATUS and self._may_retry() and self._has_alternative():
+        if (
+            status == _RETRYABLE_STATUS
+            and self._may_repeat()
+            and self._may_retry()
+            and self._has_alternative()
+        ):
             self.instance.stats.count_error("unavailable")
             self._retry()
             return b""
         self.status = status
         self.is_answering = True
         self._lower_head = lower
-        if until_close or self.upgrades or (self.unframes and b"\r\ntransfer-encoding:" in lower):
+        if until_close or self.upgrades:
             self.keep_alive = False
         if self.wants_reason or not self.keep_alive or self._is_hop_by_hop(lower):
             return self._rewritten(head)
@@ -465,8 +470,6 @@ class Exchange:
         kept = [line for line in lines if not line.lower().startswith(dropped)]
         if not self.keep_alive:
             kept.append(b"connection: close")
-        elif self.unframes:
-            kept.append(b"connection: keep-alive")
         if self.wants_reason and self.decision is not None:
             kept.append(b"x-xllm-explain: " + json.dumps(self.decision._asdict()).encode())
         return b"\r\n".join((status_line, *kept, b"", b""))

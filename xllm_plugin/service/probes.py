@@ -52,6 +52,9 @@ class Prober:
                     self._running[instance] = asyncio.create_task(self._follow(instance))
                 for instance in self._running.keys() - known:
                     self._running.pop(instance).cancel()
+                for task in self._running.values():
+                    if task.done():
+                        task.result()  # it never ends but by a fault of ours: raise that here
                 await asyncio.sleep(min(0.1, self.config.probe_interval_s))
         finally:
             for task in self._running.values():
