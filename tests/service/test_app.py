@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import shutil
+import ssl
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -305,3 +309,70 @@ def test_a_token_that_was_made_is_left_for_its_user_only(
         assert not path.exists()
 
     run(check())
+
+
+def test_instances_may_speak_https(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their certificate is checked as the machine checks others; SSL_CERT_FILE adds authorities."""
+    if shutil.which("openssl") is None:
+        pytest.skip("makes its certificate with openssl, which is not here")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", str(key), "-out", str(certificate)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    large = {"model": "fake", "prompt": "x" * 500_000}
+
+    async def check() -> None:
+        async with FakeInstance(tls=context) as one:
+            config = settings(instances={"static": [one.url]})
+            async with running(config) as it:
+                async with asyncio.timeout(PATIENCE_S):
+                    while not any(
+                        "CERTIFICATE_VERIFY_FAILED" in one.life.reason for one in it.service.fleet
+                    ):
+                        await asyncio.sleep(0.01)
+                assert (await it.public("POST", "/v1/completions", large))[0] == 503
+            monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+            async with running(config) as it:
+                await it.until(**{p(one): State.READY})
+                for _ in range(2):
+                    assert (await it.public("POST", "/v1/completions", large))[0] == 200
+                assert json.loads(one.requests[-1].body) == large
+
+    run(check())
+
+
+def test_the_access_log_has_a_line_a_request_and_no_secrets(
+    run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def check() -> None:
+        async with FakeInstance() as one:
+            config = settings(instances={"static": [one.url]}, log={"access": True})
+            async with running(config) as it:
+                await it.until(**{p(one): State.READY})
+                await it.public("POST", "/v1/completions", {"model": "fake", "prompt": "hush"})
+                await it.public("POST", "/v1/completions", {"model": "other"})
+
+    with caplog.at_level(logging.INFO, "xllm_plugin.service.access"):
+        run(check())
+    lines = [
+        json.loads(record.message)
+        for record in caplog.records
+        if record.name == "xllm_plugin.service.access"
+    ]
+    assert [(one["path"], one["status"], one["model"]) for one in lines] == [
+        ("/v1/completions", 200, "fake"),
+        ("/v1/completions", 404, "other"),
+    ]
+    assert lines[0]["instance"].startswith("127.0.0.1:")
+    assert lines[1]["instance"] is None
+    assert "hush" not in caplog.text

@@ -73,7 +73,7 @@ class Service:
         check(config)
         self.config = config
         self._load = load or (lambda: config)
-        self._tls: ssl.SSLContext | None = None
+        self._tls = ssl.create_default_context()
         self.fleet = Fleet(config.instances.timings(), self._make_pool)
         self.router = Router(
             self.fleet,
@@ -95,7 +95,7 @@ class Service:
             ConfigError: an address is not one of this machine, or the token cannot be kept.
         """
         session = await self._stack.enter_async_context(
-            aiohttp.ClientSession(auto_decompress=False)
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self._tls, limit=0))
         )
         self._prober = Prober(self.fleet, session, self.config.instances)
         self.admin_port = await self._open_admin(session)
@@ -144,8 +144,6 @@ class Service:
         await self._stack.aclose()
 
     def _make_pool(self, entry: InstanceEntry) -> Pool:
-        if entry.is_tls and self._tls is None:
-            self._tls = ssl.create_default_context()
         return Pool(
             entry.host,
             entry.port,

@@ -56,7 +56,7 @@ class AdminConfig(_Section):
     """The admin port: metrics, instances, decisions, registration, control routes."""
 
     host: str = Field(default="127.0.0.1", description="other machines reach it only if changed")
-    port: int = Field(default=8001, ge=0, le=65535)
+    port: int = Field(default=8001, ge=0, le=65535, description="0 takes a free one")
     token: SecretStr | None = Field(
         default=None, description="None: made at start and left in a file that only its user reads"
     )
@@ -67,7 +67,7 @@ class LimitsConfig(_Section):
     """What one client may ask for."""
 
     max_header_bytes: int = Field(default=32 * 1024, ge=1024, description="request line included")
-    max_body_bytes: int = Field(default=64 * _MIB, ge=1024)
+    max_body_bytes: int = Field(default=64 * _MIB, ge=1024, description="of one request")
     max_pipelined: int = Field(default=16, ge=1, description="requests read ahead a connection")
 
 
@@ -154,8 +154,8 @@ class InstancesConfig(_Section):
         default=None, description="instances register with it; None: nobody can"
     )
     api_key: SecretStr | None = Field(default=None, description="sent with probes (`--api-key`)")
-    probe_interval_s: float = Field(default=1.0, gt=0)
-    probe_timeout_s: float = Field(default=2.0, gt=0)
+    probe_interval_s: float = Field(default=1.0, gt=0, description="between two probes of one")
+    probe_timeout_s: float = Field(default=2.0, gt=0, description="for all parts of a probe")
     failures_to_suspect: int = Field(default=2, ge=1, description="failed probes in a row")
     lease_s: float = Field(default=6.0, gt=0, description="a heartbeat is due within it")
     suspect_s: float = Field(default=30.0, gt=0, description="a lapsed lease is forgotten after it")
@@ -184,7 +184,9 @@ class InstancesConfig(_Section):
 class LogConfig(_Section):
     """What is written to standard error."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least that is written"
+    )
     access: bool = Field(default=False, description="one JSON line a request")
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Self
@@ -96,14 +97,21 @@ class FakeInstance:
         models: names that /v1/models gives.
         script: what to do with a request.
         port: 0 takes a free one.
+        tls: speaks HTTPS with it.
     """
 
     def __init__(
-        self, *, models: Iterable[str] = ("fake",), script: Script | None = None, port: int = 0
+        self,
+        *,
+        models: Iterable[str] = ("fake",),
+        script: Script | None = None,
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.models = tuple(models)
         self.script = script or answer()
         self.port = port
+        self.tls = tls
         self.is_healthy = True
         self.metrics = ""
         self.requests: list[Received] = []
@@ -115,10 +123,12 @@ class FakeInstance:
     @property
     def url(self) -> str:
         """Where it listens."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(
+            self._accept, "127.0.0.1", self.port, ssl=self.tls
+        )
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
