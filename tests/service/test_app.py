@@ -20,7 +20,7 @@ from xllm_plugin.errors import ConfigError, NotNowError
 from xllm_plugin.service.app import Service, token_path
 from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.lifecycle import State
-from xllm_plugin.testing.fake_instance import FakeInstance
+from xllm_plugin.testing.fake_instance import FakeInstance, stream
 from xllm_plugin.testing.service_harness import PATIENCE_S
 
 TOKEN = "a secret"
@@ -361,6 +361,14 @@ def test_the_access_log_has_a_line_a_request_and_no_secrets(
                 await it.until(**{p(one): State.READY})
                 await it.public("POST", "/v1/completions", {"model": "fake", "prompt": "hush"})
                 await it.public("POST", "/v1/completions", {"model": "other"})
+                one.script = stream(*[b"data: x\n\n"] * 10_000, pause_s=0.01)
+                url = f"http://127.0.0.1:{it.service.port}/v1/completions"
+                async with it.session.post(url, json={"model": "fake"}) as reply:
+                    await reply.content.read(5)
+                    reply.close()
+                async with asyncio.timeout(PATIENCE_S):
+                    while next(iter(it.service.fleet)).in_flight:
+                        await asyncio.sleep(0.01)
 
     with caplog.at_level(logging.INFO, "xllm_plugin.service.access"):
         run(check())
@@ -372,7 +380,9 @@ def test_the_access_log_has_a_line_a_request_and_no_secrets(
     assert [(one["path"], one["status"], one["model"]) for one in lines] == [
         ("/v1/completions", 200, "fake"),
         ("/v1/completions", 404, "other"),
+        ("/v1/completions", 200, "fake"),
     ]
+    assert {one["client"] for one in lines} == {"127.0.0.1"}
     assert lines[0]["instance"].startswith("127.0.0.1:")
     assert lines[1]["instance"] is None
     assert "hush" not in caplog.text

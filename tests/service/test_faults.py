@@ -143,6 +143,23 @@ def test_no_instance_is_said_with_a_time_to_come_back(run: Any) -> None:
     run(check())
 
 
+def test_a_policy_that_fails_is_an_error_and_not_the_end(run: Any) -> None:
+    async def check() -> None:
+        def broken(_: Any, candidates: Any) -> Any:
+            return candidates[99]
+
+        async with serving(FakeInstance(), policy=broken) as harness:
+            client = await harness.connect()
+            for _ in range(2):
+                client.send(request())
+                head, body = await client.read_answer()
+                assert head.startswith(b"HTTP/1.1 500")
+                assert "'tested' has failed" in error_of(body)["message"]
+            await harness.settle()
+
+    run(check())
+
+
 def test_an_unknown_path_is_not_sent_twice(run: Any) -> None:
     """Its effects are not known, so an instance that may have seen it was the only one to."""
 

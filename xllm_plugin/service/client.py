@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import httptools
 
@@ -74,6 +74,7 @@ class ClientConnection(asyncio.Protocol):
         "deadline_s",
         "exchange",
         "is_write_paused",
+        "peer",
         "proxy",
         "transport",
     )
@@ -84,6 +85,8 @@ class ClientConnection(asyncio.Protocol):
         self.proxy = proxy
         self.exchange: Exchange | None = None
         self.is_write_paused = False
+        self.peer: Any = None
+        """Address, and port, as the socket gives them."""
         self.deadline_s = _NEVER
         self._parser = httptools.HttpRequestParser(self)
         self._waiting: deque[Exchange] = deque()
@@ -115,6 +118,7 @@ class ClientConnection(asyncio.Protocol):
         """A client has come."""
         self.transport = cast("asyncio.Transport", transport)  # uvloop's derives from nothing
         self.deadline_s = self.proxy.loop.time() + self.proxy.config.timeouts.header_s
+        self.peer = transport.get_extra_info("peername")
         self.proxy.clients.add(self)
 
     def data_received(self, data: bytes) -> None:
@@ -270,11 +274,13 @@ class ClientConnection(asyncio.Protocol):
             self._upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserCallbackError as error:
             cause = error.__context__
-            if not isinstance(cause, _RefusedError):
+            if isinstance(cause, _RefusedError):
+                cause.refusal.close = True
+                self._refuse(cause.refusal)
+            else:
                 logger.exception("a request could not be handled; please report this")
-                cause = _RefusedError(Refusal(500, "The service failed on this request."))
-            cause.refusal.close = True
-            self._refuse(cause.refusal)
+                self._ignores_input = True
+                self.abort()
         except httptools.HttpParserError as error:
             self._refuse(Refusal(400, f"Not a valid HTTP/1.1 request: {error}.", close=True))
 
@@ -293,10 +299,12 @@ class ClientConnection(asyncio.Protocol):
         if self._is_starting:
             return
         self._is_starting = True
-        while self.exchange is None and self._waiting:
-            self.exchange = exchange = self._waiting.popleft()
-            self._start(exchange)
-        self._is_starting = False
+        try:
+            while self.exchange is None and self._waiting:
+                self.exchange = exchange = self._waiting.popleft()
+                self._start(exchange)
+        finally:
+            self._is_starting = False
         if self._has_read_ahead() and not self._is_reading_paused:
             self._is_reading_paused = True
             self.transport.pause_reading()

@@ -96,7 +96,7 @@ class Proxy:
         """Write one line about a finished request, if that is wanted."""
         if not self._logs_access:
             return
-        peer = exchange.client.transport.get_extra_info("peername")
+        peer = exchange.client.peer
         decision = exchange.decision
         access_logger.info(
             json.dumps(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.lifecycle import State
-from xllm_plugin.service.policy import RoutingPolicy
+from xllm_plugin.service.policy import Choice, RoutingPolicy
 from xllm_plugin.service.replies import Refusal, unknown_model
 from xllm_plugin.service.routes import Kind
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from xllm_plugin.service.exchange import Exchange
 
 __all__ = ["Decision", "Router"]
+
+logger = logging.getLogger(__name__)
 
 _MAX_OWNERS = 65536
 
@@ -82,10 +85,8 @@ class Router:
             self._require_one_model()
         request.sequence = self._sequence
         self._sequence += 1
-        choice = self.policy.choose(request, candidates)
-        return self._decided(
-            request, candidates[choice.index], self.policy.name, choice.reason, len(candidates)
-        )
+        choice, instance = self._ask_policy(request, candidates)
+        return self._decided(request, instance, self.policy.name, choice.reason, len(candidates))
 
     def no_instance(self, why: str) -> Refusal:
         """503: the request was right, the moment was not."""
@@ -99,6 +100,16 @@ class Router:
         self._owners.move_to_end(response_id)
         if len(self._owners) > _MAX_OWNERS:
             self._owners.popitem(last=False)
+
+    def _ask_policy(
+        self, request: Exchange, candidates: Sequence[Instance]
+    ) -> tuple[Choice, Instance]:
+        try:
+            choice = self.policy.choose(request, candidates)
+            return choice, candidates[choice.index]
+        except Exception as error:  # a plugin's function may raise anything
+            logger.exception("routing policy %r has failed", self.policy.name)
+            raise Refusal(500, f"Routing policy {self.policy.name!r} has failed.") from error
 
     def _owner(self, response_id: str) -> Instance | None:
         instance = self.fleet.get(self._owners.get(response_id, ""))
