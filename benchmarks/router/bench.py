@@ -304,7 +304,10 @@ def command(
             f"routers {', '.join(unknown) or '(none)'} are not here; installed are "
             f"{', '.join(known)}."
         )
-    run = schema.begin(NAME, question=QUESTION, command=command_line())
+    called = command_line()
+    if peers_bin is not None:  # where they lie is this machine's affair
+        called = called.replace(str(peers_bin), "peers/bin")
+    run = schema.begin(NAME, question=QUESTION, command=called)
     console = Console()
     with contextlib.ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="xllm-bench-")))
