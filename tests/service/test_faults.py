@@ -261,6 +261,23 @@ def test_more_than_an_answer_reaches_nobody(run: Any, raw: bytes) -> None:
     run(check())
 
 
+@pytest.mark.parametrize("rest", [b"zz\r\nevil", b"0\r\n\r\n" + EVIL])
+def test_nonsense_in_mid_stream_is_said(run: Any, rest: bytes) -> None:
+    script = answer_raw(STREAM_HEAD + b"9\r\ndata: a\n\n\r\n", rest, pause_s=0.03)
+
+    async def check() -> None:
+        async with serving(FakeInstance(script=script)) as harness:
+            client = await harness.connect()
+            client.send(request())
+            _, body = await client.read_answer()
+            assert b"data: a\n\n" in body
+            assert b"what is no answer" in body
+            assert b"evil" not in body
+            await harness.settle()
+
+    run(check())
+
+
 def test_an_answer_that_nobody_asked_for_closes_its_connection(run: Any) -> None:
     async def script(received: Received, writer: asyncio.StreamWriter) -> None:
         await answer(b"right")(received, writer)
@@ -404,6 +421,23 @@ def test_a_slow_reader_slows_its_instance_and_nothing_piles_up(run: Any) -> None
             assert connection.transport.get_write_buffer_size() < 2_000_000
             _, body = await client.read_answer()
             assert body.count(b"x") == 400 * 65536
+            await harness.settle()
+
+    run(check())
+
+
+def test_a_slow_reader_of_two_answers(run: Any) -> None:
+    """The second begins while the client is still behind with the first."""
+    body = b"y" * 3_000_000
+
+    async def check() -> None:
+        async with serving(FakeInstance(script=answer(body))) as harness:
+            client = await harness.connect()
+            client.reader._limit = 1024  # type: ignore[attr-defined]
+            client.send(request() * 4)
+            await asyncio.sleep(0.2)
+            for _ in range(4):
+                assert (await client.read_answer())[1] == body
             await harness.settle()
 
     run(check())

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from xllm_plugin.service.policy import Choice
 from xllm_plugin.testing.fake_instance import (
     FakeInstance,
     Received,
@@ -298,6 +299,60 @@ def test_a_websocket_is_relayed_both_ways(run: Any) -> None:
     run(check())
 
 
+SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
+WISH = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+
+
+def test_a_websocket_that_its_instance_closes(run: Any) -> None:
+    async def check() -> None:
+        script = answer_raw(SWITCH, b"bye", close=True, pause_s=0.01)
+        async with serving(FakeInstance(script=script)) as harness:
+            client = await harness.connect()
+            client.send(request(b"", b"/v1/realtime", b"GET", WISH))
+            assert await client.read_all() == SWITCH + b"bye"
+            await harness.settle()
+
+    run(check())
+
+
+def test_a_websocket_passes_pressure_on_to_its_client(run: Any) -> None:
+    """An instance that does not read stops the client, and gets everything when it does."""
+    sent = b"z" * 40_000_000
+    got = bytearray()
+
+    async def check() -> None:
+        reads = asyncio.Event()
+
+        async def watch(reader: asyncio.StreamReader, received: Received) -> None:
+            await reads.wait()
+            while data := await reader.read(2**20):
+                got.extend(data)
+            received.gone.set()
+
+        async def script(received: Received, writer: asyncio.StreamWriter) -> None:
+            writer.write(SWITCH)
+            await received.gone.wait()
+
+        instance = FakeInstance(script=script)
+        instance._watch = watch  # type: ignore[method-assign]
+        async with serving(instance) as harness:
+            client = await harness.connect()
+            client.send(request(b"", b"/v1/realtime", b"GET", WISH))
+            await client.reader.readuntil(b"\r\n\r\n")
+            client.send(sent)
+            await asyncio.sleep(0.3)
+            (connection,) = harness.proxy.clients
+            assert connection._tunnel is not None
+            assert connection._tunnel.get_write_buffer_size() < 2_000_000
+            reads.set()
+            await client.writer.drain()
+            client.writer.close()
+            await instance.requests[0].gone.wait()
+            assert bytes(got) == sent
+
+    run(check())
+
+
 def test_a_refused_websocket_is_an_ordinary_answer(run: Any) -> None:
     wish = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
 
@@ -394,6 +449,26 @@ def test_a_stored_response_stays_with_its_instance(run: Any) -> None:
             again = b'{"model": "fake", "previous_response_id": "resp_17"}'
             await harness.ask(request(again, b"/v1/responses"))
             assert len(maker.requests) == 7
+
+    run(check())
+
+
+def test_a_session_is_named_by_a_header_a_cache_key_or_a_user(run: Any) -> None:
+    async def check() -> None:
+        keys: list[str] = []
+
+        def noted(asked: Any, _: Any) -> Choice:
+            keys.append(asked.session_key)
+            return Choice(0, "noted")
+
+        async with serving(FakeInstance(), policy=noted) as harness:
+            both = b'{"model":"fake","user":"u","prompt_cache_key":"k"}'
+            await harness.ask(request(both, headers=b"X-Session-Id: s\r\n"))
+            assert harness.instances[0].requests[0].headers()["x-session-id"] == "s"
+            await harness.ask(request(both))
+            await harness.ask(request(b'{"model":"fake","user":"u"}'))
+            await harness.ask(request(b'{"model":"fake","user":7}'))
+            assert keys == ["s", "k", "u", ""]
 
     run(check())
 
