@@ -225,3 +225,9 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(ConfigError, match=r"binary: cannot be read .*utf-8"):
         load_config(None, {"XLLM_CONFIG": str(tmp_path / "binary")})
+
+
+def test_settings_of_the_service_are_its_own() -> None:
+    """A pod may run both; the engine's side reads none of the service's and refuses none."""
+    environ = {"XLLM_SERVICE_LISTEN__PORT": "1", "XLLM_SERVICE_ADMIN__TOKEN": "t"}
+    assert load_config(environ=environ) == load_config(environ={})

@@ -15,6 +15,7 @@ from xllm_plugin.plugins import (
     describe,
     device_families,
     manager_here,
+    routing_policies,
 )
 
 FAMILY_MODULE = """
@@ -143,3 +144,32 @@ def test_every_builtin_family_keeps_the_record_s_promises() -> None:
         assert probe.looked_for
         assert probe.found
         assert family.platform_class.startswith(f"xllm_plugin.{family.name}.")
+
+
+POLICY_MODULE = """
+    from xllm_plugin.hookspecs import hookimpl
+    from xllm_plugin.service.policy import Choice, RoutingPolicy
+
+    @hookimpl
+    def register_routing_policies(register):
+        register(RoutingPolicy("{name}", "the first", lambda request, there: Choice(0, "first")))
+"""
+
+
+def test_a_plugin_brings_a_routing_policy(site_here: Any) -> None:
+    site_here.add_module("vendor_policies", POLICY_MODULE.format(name="first"))
+    site_here.add_distribution(
+        "vendor-dist", entry_points={"xllm_plugin": {"v": "vendor_policies"}}
+    )
+    policies = routing_policies(build_manager())
+    assert {"first", "least-loaded"} <= set(policies)
+    assert policies["first"].choose(None, [None]).index == 0  # type: ignore[arg-type, list-item]
+
+
+def test_two_policies_of_one_name(site_here: Any) -> None:
+    site_here.add_module("vendor_policies", POLICY_MODULE.format(name="session"))
+    site_here.add_distribution(
+        "vendor-dist", entry_points={"xllm_plugin": {"v": "vendor_policies"}}
+    )
+    with pytest.raises(ConfigError, match="two plugins register a routing policy named 'session'"):
+        routing_policies(build_manager())

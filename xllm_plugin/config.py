@@ -47,6 +47,7 @@ __all__ = [
 ADDITIONAL_CONFIG_KEY = "xllm"
 
 ENV_PREFIX = "XLLM_"
+SERVICE_ENV_PREFIX = "XLLM_SERVICE_"
 # Read before any configuration exists, or by one command alone; see the module named.
 BOOTSTRAP_ENV = frozenset(
     {
@@ -195,6 +196,8 @@ def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
     for name in environ:
         if not name.startswith(ENV_PREFIX) or name in BOOTSTRAP_ENV:
             continue
+        if name.startswith(SERVICE_ENV_PREFIX):
+            continue  # the service's own, see xllm_plugin.service.config
         if name in sections or name.startswith(tuple(section + "__" for section in sections)):
             continue
         if "__" not in name and not difflib.get_close_matches(name, known, cutoff=0.85):

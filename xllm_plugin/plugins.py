@@ -19,8 +19,17 @@ import xllm_plugin
 from xllm_plugin import hookspecs
 from xllm_plugin.accelerator.family import DeviceFamily
 from xllm_plugin.errors import ConfigError
+from xllm_plugin.service.policy import RoutingPolicy
 
-__all__ = ["LOAD_ENV", "PluginInfo", "build_manager", "describe", "device_families", "manager_here"]
+__all__ = [
+    "LOAD_ENV",
+    "PluginInfo",
+    "build_manager",
+    "describe",
+    "device_families",
+    "manager_here",
+    "routing_policies",
+]
 
 LOAD_ENV = "XLLM_LOAD_PLUGINS"
 
@@ -78,6 +87,26 @@ def device_families(manager: pluggy.PluginManager) -> tuple[DeviceFamily, ...]:
     return tuple(sorted(families.values(), key=lambda family: -family.preference))
 
 
+def routing_policies(manager: pluggy.PluginManager) -> dict[str, RoutingPolicy]:
+    """Collect the policies of every plugin by name.
+
+    Raises:
+        ConfigError: two plugins bring a policy of one name.
+    """
+    policies: dict[str, RoutingPolicy] = {}
+
+    def register(policy: RoutingPolicy) -> None:
+        if policy.name in policies:
+            raise ConfigError(
+                f"two plugins register a routing policy named {policy.name!r}; uninstall one, or "
+                f"name the plugins to load in {LOAD_ENV}."
+            )
+        policies[policy.name] = policy
+
+    manager.hook.register_routing_policies(register=register)
+    return dict(sorted(policies.items()))
+
+
 def describe(manager: pluggy.PluginManager) -> tuple[PluginInfo, ...]:
     """List the registered plugins with the hooks that each fills."""
     distributions = {
@@ -96,7 +125,11 @@ def describe(manager: pluggy.PluginManager) -> tuple[PluginInfo, ...]:
 
 
 def _builtin_modules() -> list[str]:
-    """Find the sub-packages that hold an `accelerator.py`: each is a device family."""
+    """The routing policies, and each sub-package with an `accelerator.py`: a device family."""
+    return ["xllm_plugin.service.policies", *_family_modules()]
+
+
+def _family_modules() -> list[str]:
     return [
         f"xllm_plugin.{package.name}.accelerator"
         for package in pkgutil.iter_modules(xllm_plugin.__path__)

@@ -385,6 +385,22 @@ SEAMS: tuple[Seam, ...] = (
         fits=_functions_are_swapped_in,
     ),
     Seam(
+        name="cpu-generator-offset",
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync, "
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
+        why="vLLM takes back what a seeded request drew before its prompt was complete by the "
+        "generator's offset, which a CPU's generators lack: the engine died of a seed with a "
+        "prompt in chunks. Ours puts the generator's state back itself.",
+        versions="0.32",
+        upstream="vllm/v1/worker/gpu_model_runner.py, _bookkeeping_sync",
+        leaves_when="vLLM rewinds generators of a CPU.",
+        process=Process.WORKER,
+        fits=_attributes(
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync",
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
+        ),
+    ),
+    Seam(
         name="kv-cache-zeros",
         target="vllm.v1.worker.utils:allocate_kv_cache",
         why="it asks torch for one int8 tensor of zeros, which is replaced by fresh memory that "

@@ -34,6 +34,13 @@ def refusal(vllm_config: Any = None, argv: list[str] = SERVE, **environ: str) ->
     return fork.refusal(vllm_config or config(), argv, environ)
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a server then; tests before this one may have left threads."""
+    count, there_already = threading.active_count, threading.active_count() - 1
+    monkeypatch.setattr(fork.threading, "active_count", lambda: count() - there_already)
+
+
 def test_a_server_s_engine_is_forked() -> None:
     assert refusal() is None
     assert refusal(LD_PRELOAD="") is None

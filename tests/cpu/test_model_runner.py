@@ -178,3 +178,28 @@ def test_a_model_to_be_compiled_later_serves_eager_meanwhile(
         "between steps",
         "step",
     ]
+
+
+def test_an_unfinished_prompt_draws_nothing_from_its_seed(
+    runner: Any, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM would take back two draws of one kind that only a GPU's generators know."""
+    import numpy as np
+    import torch
+
+    seeded, unfinished = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    runner.input_batch = SimpleNamespace(generators={0: seeded, 2: unfinished})
+    runner.discard_request_mask = SimpleNamespace(np=np.array([False, False, True]))
+
+    def draw(self: Any) -> list[float]:
+        return [torch.rand(1, generator=g).item() for g in self.input_batch.generators.values()]
+
+    monkeypatch.setattr(module.CPUModelRunner, "_sample", draw)
+    monkeypatch.setattr(
+        module.CPUModelRunner, "_bookkeeping_sync", lambda self: [*self.input_batch.generators]
+    )
+    first, again = runner._sample(), runner._sample()
+    assert first[0] != again[0]
+    assert first[1] == again[1] == first[0]
+    assert runner._bookkeeping_sync() == [0]
+    assert runner.input_batch.generators == {0: seeded, 2: unfinished}

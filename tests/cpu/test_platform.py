@@ -112,7 +112,11 @@ def alone(**changes: Any) -> SimpleNamespace:
     connectors = {"kv_transfer_config": None, "ec_transfer_config": None}
     for name, value in changes.items():
         (connectors if name in connectors else parallel)[name] = value
-    return SimpleNamespace(parallel_config=SimpleNamespace(**parallel), **connectors)
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**parallel),
+        scheduler_config=SimpleNamespace(async_scheduling=False),
+        **connectors,
+    )
 
 
 def test_a_single_rank_computes_in_the_engine(platform: Any) -> None:

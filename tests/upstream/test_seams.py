@@ -192,6 +192,15 @@ def test_vllm_rejects_what_it_compiled_for_the_cpu() -> None:
     assert not hasattr(BundledAOTAutogradSerializableCallable, "finalize_loading")
 
 
+def test_generators_are_rewound_by_an_offset_that_a_cpu_s_lack() -> None:
+    import torch
+
+    source = vllm_source("v1", "worker", "gpu_model_runner.py")
+    assert "gen.set_offset(gen.get_offset() - 4)" in source
+    with pytest.raises(RuntimeError, match="does not use offset"):
+        torch.Generator().get_offset()
+
+
 def test_kv_cache_is_one_tensor_of_zeros() -> None:
     source = vllm_source("v1", "worker", "utils.py")
     assert "buf = torch.zeros(buf_size, dtype=torch.int8, device=device)" in source
@@ -268,6 +277,7 @@ TESTS = {
     "cpu-gemm-dispatch": "test_cpu_weights_are_packed_by_one_function",
     "cpu-decoder-layer": "test_attention_is_called_through_an_operator_by_name",
     "aot-function": "test_vllm_rejects_what_it_compiled_for_the_cpu",
+    "cpu-generator-offset": "test_generators_are_rewound_by_an_offset_that_a_cpu_s_lack",
     "kv-cache-zeros": "test_kv_cache_is_one_tensor_of_zeros",
     "amx-init": "test_cpu_worker_does_not_ask_for_amx",
     "cpu-rotary-3d": "test_rotary_operator_is_wrong_for_three_dimensions",

@@ -12,6 +12,10 @@ from xllm_plugin.errors import XllmError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("xllm_plugin.cli.serve:serve", "Serve a model over the OpenAI API (vllm serve)."),
+    "service": (
+        "xllm_plugin.cli.service:service",
+        "Put one OpenAI endpoint in front of many servers.",
+    ),
     "doctor": ("xllm_plugin.cli.doctor:doctor", "Explain what runs here, and what does not."),
     "model": ("xllm_plugin.cli.model:model", "Prepare a model without a model hub."),
     "top": ("xllm_plugin.cli.top:top", "Watch running engines."),

@@ -92,6 +92,35 @@ class XllmCpuModelRunner(XllmModelRunnerMixin, CPUModelRunner):
             self._graph.between_steps()
         return super().execute_model(*args, **kwargs)
 
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample; a request whose prompt goes on draws nothing from its seed (see below)."""
+        states = [(draws, draws.get_state()) for draws in self._unused_generators().values()]
+        output = super()._sample(*args, **kwargs)
+        for draws, state in states:
+            draws.set_state(state)
+        return output
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        """Count what was sampled; vLLM takes back what an unfinished prompt has drawn.
+
+        It does so by a generator's offset, which those of a CPU lack: a seed and a prompt in chunks
+        ended the engine (seam "cpu-generator-offset").
+        """
+        generators = self.input_batch.generators
+        unused = self._unused_generators()
+        for index in unused:
+            del generators[index]
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            generators.update(unused)
+
+    def _unused_generators(self) -> dict[int, torch.Generator]:
+        """Those of seeded requests whose token of this step will be thrown away, by index."""
+        discarded = self.discard_request_mask.np
+        generators = self.input_batch.generators
+        return {index: draws for index, draws in generators.items() if discarded[index]}
+
     def _native_kernels(self) -> Kernels | None:
         reason = native_refusal(self.vllm_config)
         if reason is None and self.compilation_config.mode != CompilationMode.NONE:

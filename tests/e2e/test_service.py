@@ -1,0 +1,92 @@
+"""`xllm service` in front of a real server: the openai client sees no difference."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from xllm_plugin.bench.servers import Server, clean_environment, find_free_port
+from xllm_plugin.testing.dialogues import hold_all, read_metric, wait_until_idle
+
+pytestmark = pytest.mark.e2e
+
+MODEL_NAME = "smollm2"
+NAMES = (
+    *("models", "routes", "chat", "chat_stream", "several_turns", "completion", "log_probs"),
+    *("completion_stream", "several_choices", "guided_json", "tool_stream", "several_at_once"),
+    "bad_requests",
+)
+
+
+@pytest.fixture(scope="module")
+def service_url(xllm_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A service with the server that all e2e tests share behind it."""
+    port, admin_port = find_free_port(), find_free_port()
+    command = [sys.executable, "-m", "xllm_plugin.cli", "service", "--host", "127.0.0.1"]
+    with Server(
+        "service",
+        [*command, "--port", str(port), "--admin-port", str(admin_port), "--instance", xllm_url],
+        port=port,
+        log_path=tmp_path_factory.mktemp("service") / "log",
+        environment=clean_environment({}),
+        ready_timeout_s=60.0,
+    ) as server:
+        yield server.url
+
+
+def test_the_openai_client_gets_the_same_answers(xllm_url: str, service_url: str) -> None:
+    """Field by field; only an unknown model is answered by the service itself, with 404 too."""
+    hold_all(xllm_url, MODEL_NAME, NAMES)  # the prefix cache is then the same for both
+    direct = hold_all(xllm_url, MODEL_NAME, NAMES)
+    through = hold_all(service_url, MODEL_NAME, NAMES)
+    unknown = through["bad_requests"].pop("unknown_model")
+    assert unknown["status"] == direct["bad_requests"].pop("unknown_model")["status"]
+    assert MODEL_NAME in unknown["message"]
+    for name in NAMES:
+        assert through[name] == direct[name], name
+
+
+def test_a_stream_is_the_instances_own_bytes(xllm_url: str, service_url: str) -> None:
+    body = {
+        "model": MODEL_NAME,
+        "messages": [{"role": "user", "content": "Count to ten."}],
+        "max_tokens": 20,
+        "temperature": 0,
+        "stream": True,
+    }
+
+    def events(url: str) -> list[Any]:
+        reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120, trust_env=False)
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
+        assert lines.pop() == "[DONE]"
+        found = [json.loads(line) for line in lines]
+        for one in found:
+            del one["id"], one["created"]
+        return found
+
+    assert events(service_url) == events(xllm_url)
+
+
+def test_a_client_that_hangs_up_frees_the_engine(xllm_url: str, service_url: str) -> None:
+    body = {"model": MODEL_NAME, "prompt": "Once", "max_tokens": 1500, "stream": True}
+    body |= {"ignore_eos": True}
+    before = read_metric(xllm_url, "vllm:generation_tokens_total")
+    with httpx.stream(
+        "POST", f"{service_url}/v1/completions", json=body, timeout=120, trust_env=False
+    ) as reply:
+        next(reply.iter_bytes())
+        assert read_metric(xllm_url, "vllm:num_requests_running") == 1
+    wait_until_idle(xllm_url)
+    assert read_metric(xllm_url, "vllm:generation_tokens_total") - before < 1500
+
+
+def test_control_routes_stay_inside(service_url: str) -> None:
+    for path in ("/sleep", "/reset_prefix_cache", "/xllm/engines", "/metrics"):
+        reply = httpx.post(f"{service_url}{path}", json={}, trust_env=False)
+        assert reply.status_code == 403

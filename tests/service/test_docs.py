@@ -1,0 +1,53 @@
+"""The service's README: every setting with its default, every metric, every policy and state."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+import xllm_plugin.service
+from xllm_plugin.plugins import build_manager, routing_policies
+from xllm_plugin.service.config import ServiceConfig
+from xllm_plugin.service.lifecycle import State
+from xllm_plugin.service.metrics import ServiceCollector
+from xllm_plugin.testing.service_harness import serving
+
+README = (Path(xllm_plugin.service.__file__).parent / "README.md").read_text()
+
+
+def rows() -> list[str]:
+    """The table of settings, as it has to be."""
+    found = []
+    for section, field in ServiceConfig.model_fields.items():
+        model: Any = field.annotation
+        assert issubclass(model, BaseModel)
+        for name, setting in model.model_fields.items():
+            default = "none" if setting.default in (None, ()) else setting.default
+            found.append(f"| `{section}.{name}` | {default} | {setting.description or ''} |")
+    return found
+
+
+def test_every_setting_is_there_with_its_default() -> None:
+    for row in rows():
+        assert row in README, f"{row}\n\nthe whole table:\n" + "\n".join(rows())
+
+
+def test_every_policy_and_state_is_there() -> None:
+    for name in (*routing_policies(build_manager("")), *State):
+        assert f"`{name}`" in README or f"| {name} |" in README
+
+
+def test_every_metric_is_there() -> None:
+    async def names() -> list[str]:
+        async with serving() as harness:
+            return [
+                metric.name + ("_total" if metric.type == "counter" else "")
+                for metric in ServiceCollector(harness.proxy).collect()
+            ]
+
+    with asyncio.Runner() as runner:
+        for name in runner.run(names()):
+            assert f"`{name}`" in README

@@ -1,0 +1,119 @@
+"""Policies are pure: the same view gives the same choice, and the choice is the right one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xllm_plugin.plugins import build_manager, routing_policies
+from xllm_plugin.service.policies import (
+    least_loaded,
+    power_of_two,
+    round_robin,
+    session_affinity,
+    work_tokens,
+)
+from xllm_plugin.service.policy import Choice
+
+
+@dataclass(frozen=True)
+class Asked:
+    sequence: int = 0
+    draw: int = 0
+    session_key: str = ""
+    cost_tokens: int = 10
+
+
+@dataclass(frozen=True)
+class There:
+    name: str = "a"
+    name_hash: int = 1
+    capacity: float = 1.0
+    in_flight: int = 0
+    outstanding_tokens: int = 0
+    foreign_requests: int = 0
+
+
+THERE = st.builds(
+    There,
+    name_hash=st.integers(0, 2**64 - 1),
+    capacity=st.floats(0.1, 10),
+    outstanding_tokens=st.integers(0, 10**6),
+    foreign_requests=st.integers(0, 100),
+)
+ASKED = st.builds(
+    Asked,
+    sequence=st.integers(0, 2**40),
+    draw=st.integers(0, 2**64 - 1),
+    session_key=st.text(max_size=8),
+)
+POLICIES = [policy.choose for policy in routing_policies(build_manager("")).values()]
+
+
+@pytest.mark.parametrize("choose", POLICIES)
+@given(asked=ASKED, there=st.lists(THERE, min_size=1, max_size=9))
+def test_every_policy_chooses_a_candidate_and_the_same_again(
+    choose: Callable[..., Choice], asked: Asked, there: list[There]
+) -> None:
+    choice = choose(asked, there)
+    assert 0 <= choice.index < len(there)
+    assert choice.reason
+    assert choose(asked, there) == choice
+
+
+@given(asked=ASKED, there=st.lists(THERE, min_size=1, max_size=9))
+def test_least_loaded_has_no_less_loaded_one(asked: Asked, there: list[There]) -> None:
+    chosen = there[least_loaded(asked, there).index]
+    assert work_tokens(chosen) == min(map(work_tokens, there))
+
+
+def test_equally_loaded_ones_take_turns() -> None:
+    there = [There()] * 3
+    assert [least_loaded(Asked(n), there).index for n in range(6)] == [0, 1, 2, 0, 1, 2]
+    assert [round_robin(Asked(n), there).index for n in range(4)] == [0, 1, 2, 0]
+
+
+def test_capacity_and_requests_of_others_count() -> None:
+    busy, fast = There(outstanding_tokens=100), There(outstanding_tokens=150, capacity=2)
+    assert least_loaded(Asked(), [busy, fast]).index == 1
+    assert least_loaded(Asked(), [busy, There(foreign_requests=1)]).index == 0
+
+
+@given(draw=st.integers(0, 2**64 - 1), there=st.lists(THERE, min_size=2, max_size=9))
+def test_power_of_two_never_takes_the_worst_alone(draw: int, there: list[There]) -> None:
+    worst = max(range(len(there)), key=lambda index: work_tokens(there[index]))
+    chosen = power_of_two(Asked(draw=draw), there).index
+    assert (
+        chosen != worst or [work_tokens(one) for one in there].count(work_tokens(there[worst])) > 1
+    )
+
+
+def places(there: list[There], num_sessions: int = 2000) -> list[int]:
+    return [
+        there[session_affinity(Asked(session_key=f"s{n}"), there).index].name_hash
+        for n in range(num_sessions)
+    ]
+
+
+def test_sessions_are_spread_and_stay_when_instances_come_and_go() -> None:
+    hashes = [0x9E3779B97F4A7C15 * n % 2**64 for n in range(1, 9)]
+    there = [There(name_hash=one) for one in hashes]
+    before = places(there)
+    assert min(Counter(before).values()) > 2000 / 8 * 0.75
+    assert places(list(reversed(there))) == before
+    for lost in hashes:
+        moved = places([one for one in there if one.name_hash != lost])
+        assert all(a == b for a, b in zip(before, moved, strict=True) if a != lost)
+
+
+def test_a_request_without_a_session_goes_to_the_least_loaded() -> None:
+    there = [There(outstanding_tokens=5), There()]
+    choice = session_affinity(Asked(), there)
+    assert choice.index == 1
+    assert "no session key" in choice.reason
+    assert replace(Asked(), session_key="x") != Asked()

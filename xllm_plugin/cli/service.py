@@ -1,0 +1,198 @@
+"""`xllm service`: the global service, and commands that ask a running one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+import yaml
+
+from xllm_plugin.errors import ConfigError, MisuseError, NotNowError, PlatformError
+
+__all__ = ["service"]
+
+ADMIN_URL = "http://127.0.0.1:8001"
+
+
+@click.group(invoke_without_command=True)
+@click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file of settings.")
+@click.option("--host", help="Of the public port.  [default: 0.0.0.0]")
+@click.option("--port", type=int, help="Public port.  [default: 8000]")
+@click.option("--admin-host", help="[default: 127.0.0.1]")
+@click.option("--admin-port", type=int, help="[default: 8001]")
+@click.option("--instance", "instances", multiple=True, metavar="URL", help="Repeat for each.")
+@click.option("--policy", help="Routing policy.  [default: least-loaded]")
+@click.option(
+    "--set", "others", multiple=True, metavar="SECTION.NAME=VALUE", help="Any other setting."
+)
+@click.option("--check", is_flag=True, help="Check the settings and exit.")
+@click.pass_context
+def service(
+    context: click.Context,
+    *,
+    file: Path | None,
+    host: str | None,
+    port: int | None,
+    admin_host: str | None,
+    admin_port: int | None,
+    instances: tuple[str, ...],
+    policy: str | None,
+    others: tuple[str, ...],
+    check: bool,
+) -> None:
+    """Put one OpenAI endpoint in front of many vLLM servers.
+
+    Settings come from flags, then XLLM_SERVICE_SECTION__NAME, then the file.  SIGHUP reads them
+    again, SIGTERM drains.  The subcommands ask a service that runs.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    flags = _flags(
+        {
+            "listen.host": host,
+            "listen.port": port,
+            "admin.host": admin_host,
+            "admin.port": admin_port,
+            "instances.static": list(instances) or None,
+            "routing.policy": policy,
+        },
+        others,
+    )
+    try:
+        from xllm_plugin.service import app
+        from xllm_plugin.service.config import load
+    except ImportError as error:
+        raise PlatformError(
+            f"the service's libraries are not installed ({error}): "
+            "pip install 'xllm-plugin[service]'."
+        ) from error
+    config = load(flags, file)
+    if check:
+        app.check(config)
+        click.echo("The settings are valid.")
+        return
+    app.run(config, lambda: load(flags, file))
+
+
+def _flags(known: dict[str, Any], others: tuple[str, ...]) -> dict[str, Any]:
+    """Nested settings out of dotted names."""
+    given = {name: value for name, value in known.items() if value is not None}
+    for other in others:
+        name, equals, value = other.partition("=")
+        if not equals or name.count(".") != 1:
+            raise ConfigError(f"--set {other!r}: write SECTION.NAME=VALUE.")
+        try:
+            given[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {other!r}: the value is not YAML.") from error
+    nested: dict[str, Any] = {}
+    for name, value in given.items():
+        section, _, field = name.partition(".")
+        nested.setdefault(section, {})[field] = value
+    return nested
+
+
+def _remote(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options by which a running service is found."""
+    function = click.option(
+        "--token", help="[default: XLLM_SERVICE_ADMIN__TOKEN, else what the service left]"
+    )(function)
+    return click.option("--admin-url", default=ADMIN_URL, show_default=True)(function)
+
+
+@service.command("instances")
+@_remote
+def instances_command(admin_url: str, token: str | None) -> None:
+    """List the instances and their states."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "state", "since", "in flight", "tokens", "models", "reason")
+    for one in _ask("GET", admin_url, "/v1/instances", token)["instances"]:
+        table.add_row(
+            one["name"],
+            one["state"],
+            f"{one['state_age_s']:.0f} s",
+            str(one["in_flight"]),
+            str(one["outstanding_tokens"]),
+            ", ".join(one["models"]),
+            one["reason"],
+        )
+    Console().print(table)
+
+
+@service.command("drain")
+@click.argument("name")
+@_remote
+def drain_command(name: str, admin_url: str, token: str | None) -> None:
+    """Send an instance nothing new; what runs there may finish."""
+    one = _ask("POST", admin_url, f"/v1/instances/{name}/drain", token)
+    click.echo(f"{name}: {one['state']}, {one['in_flight']} in flight")
+
+
+@service.command("undrain")
+@click.argument("name")
+@_remote
+def undrain_command(name: str, admin_url: str, token: str | None) -> None:
+    """Take a drain back."""
+    one = _ask("POST", admin_url, f"/v1/instances/{name}/undrain", token)
+    click.echo(f"{name}: {one['state']}")
+
+
+@service.command("decisions")
+@_remote
+def decisions_command(admin_url: str, token: str | None) -> None:
+    """Show the last routing decisions, the newest last."""
+    for one in _ask("GET", admin_url, "/v1/decisions", token)["decisions"]:
+        click.echo(
+            f"{one['unix_s']:.3f} {one['model'] or '-'} -> {one['instance']} "
+            f"({one['policy']}: {one['reason']}; attempt {one['attempt']} of "
+            f"{one['num_candidates']} candidates)"
+        )
+
+
+def _ask(method: str, admin_url: str, path: str, token: str | None) -> Any:
+    """One request to the admin port.
+
+    Raises:
+        NotNowError: nobody answers there.
+        MisuseError: the answer is an error.
+    """
+    try:
+        headers = {"Authorization": f"Bearer {token or _found_token(admin_url)}"}
+        reply = httpx.request(method, admin_url.rstrip("/") + path, headers=headers, timeout=10)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise NotNowError(
+            f"no service answers on {admin_url} ({error}); start one, or give --admin-url."
+        ) from error
+    if reply.status_code != httpx.codes.OK:
+        raise MisuseError(f"{admin_url}: {_message(reply)}")
+    return reply.json()
+
+
+def _message(reply: httpx.Response) -> str:
+    try:
+        return str(reply.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"answers {reply.status_code}; is this the admin port of a service?"
+
+
+def _found_token(admin_url: str) -> str:
+    from xllm_plugin.service.app import token_path
+
+    given = os.environ.get("XLLM_SERVICE_ADMIN__TOKEN")
+    if given:
+        return given
+    url = httpx.URL(admin_url)
+    path = token_path(url.port or 80)
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise MisuseError(
+            f"no token: {path} cannot be read ({error.strerror}). Give --token, or run this as "
+            "the user of the service."
+        ) from error

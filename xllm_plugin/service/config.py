@@ -1,0 +1,264 @@
+"""Settings of `xllm service`: flags, then ``XLLM_SERVICE_*``, then a YAML file, then defaults.
+
+Every setting lies in a section, so that every variable has two underscores in it
+(``XLLM_SERVICE_LISTEN__PORT``): Kubernetes gives pods beside a Service called xllm an
+``XLLM_SERVICE_PORT`` of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from xllm_plugin.errors import ConfigError
+from xllm_plugin.service.lifecycle import Timings
+
+__all__ = [
+    "ENV_PREFIX",
+    "AdminConfig",
+    "InstanceEntry",
+    "InstancesConfig",
+    "LimitsConfig",
+    "ListenConfig",
+    "LogConfig",
+    "RoutingConfig",
+    "ServiceConfig",
+    "TimeoutsConfig",
+    "load",
+]
+
+ENV_PREFIX = "XLLM_SERVICE_"
+_MIB = 2**20
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ListenConfig(_Section):
+    """The public port."""
+
+    host: str = Field(default="0.0.0.0", description="as `vllm serve` listens")  # noqa: S104
+    port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")
+    backlog: int = Field(default=2048, ge=1, description="connections waiting to be accepted")
+
+
+class AdminConfig(_Section):
+    """The admin port: metrics, instances, decisions, registration, control routes."""
+
+    host: str = Field(default="127.0.0.1", description="other machines reach it only if changed")
+    port: int = Field(default=8001, ge=0, le=65535, description="0 takes a free one")
+    token: SecretStr | None = Field(
+        default=None, description="None: made at start and left in a file that only its user reads"
+    )
+    num_decisions: int = Field(default=256, ge=1, description="routing decisions remembered")
+
+
+class LimitsConfig(_Section):
+    """What one client may ask for."""
+
+    max_header_bytes: int = Field(default=32 * 1024, ge=1024, description="request line included")
+    max_body_bytes: int = Field(default=64 * _MIB, ge=1024, description="of one request")
+    max_pipelined: int = Field(default=16, ge=1, description="requests read ahead a connection")
+
+
+class TimeoutsConfig(_Section):
+    """How long each leg may take, in seconds.  None: as long as it likes."""
+
+    header_s: float = Field(default=10.0, gt=0, description="from first byte to end of headers")
+    body_s: float = Field(default=300.0, gt=0, description="from headers to end of body")
+    client_idle_s: float = Field(default=75.0, gt=0, description="between two requests")
+    connect_s: float = Field(default=5.0, gt=0, description="to open a connection to an instance")
+    first_byte_s: float | None = Field(
+        default=None, gt=0, description="from a request sent to its answer's first byte"
+    )
+    stalled_s: float | None = Field(
+        default=None, gt=0, description="between two reads of an answer that has begun"
+    )
+    # vLLM closes idle connections after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE).
+    pool_idle_s: float = Field(default=4.0, gt=0, description="an unused connection is kept")
+    drain_s: float = Field(default=30.0, ge=0, description="after SIGTERM, for what is running")
+
+
+class RoutingConfig(_Section):
+    """Which instance gets a request."""
+
+    policy: str = Field(default="least-loaded", description="a name that a plugin registers")
+    session_header: str = Field(default="x-session-id", description="names a request's session")
+    num_retries: int = Field(default=2, ge=0, description="other instances tried before an answer")
+    retry_after_s: float = Field(default=1.0, gt=0, description="told to clients with a 503")
+
+
+class InstanceEntry(_Section):
+    """One server behind the service."""
+
+    url: str = Field(description="http://host:port or https://host:port")
+    name: str = Field(default="", pattern=r"^[\w.:-]{0,128}$", description="host:port unless given")
+    capacity: float = Field(default=1.0, gt=0, description="relative speed")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_url(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _has_address(self) -> Self:
+        try:
+            parts = urlsplit(self.url)
+            port = parts.port
+        except ValueError as error:
+            raise ValueError(f"url {self.url!r}: {error}") from error
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"url {self.url!r}: write http://host:port")
+        if parts.path not in ("", "/") or parts.query or parts.username is not None:
+            raise ValueError(f"url {self.url!r}: only scheme, host and port are used")
+        if port is None:
+            port = 443 if parts.scheme == "https" else 80
+        if not self.name:
+            object.__setattr__(self, "name", f"{parts.hostname}:{port}")
+        return self
+
+    @property
+    def host(self) -> str:
+        """Name or address."""
+        return urlsplit(self.url).hostname or ""
+
+    @property
+    def port(self) -> int:
+        """With the scheme's default."""
+        return urlsplit(self.url).port or (443 if self.is_tls else 80)
+
+    @property
+    def is_tls(self) -> bool:
+        """Whether it speaks HTTPS."""
+        return urlsplit(self.url).scheme == "https"
+
+
+class InstancesConfig(_Section):
+    """Where instances come from, and when they count as dead."""
+
+    static: tuple[InstanceEntry, ...] = Field(default=(), description="always there")
+    file: Path | None = Field(
+        default=None, description="YAML or JSON list of the same entries, followed as it changes"
+    )
+    registration_token: SecretStr | None = Field(
+        default=None, description="instances register with it; None: nobody can"
+    )
+    api_key: SecretStr | None = Field(default=None, description="sent with probes (`--api-key`)")
+    probe_interval_s: float = Field(default=1.0, gt=0, description="between two probes of one")
+    probe_timeout_s: float = Field(default=2.0, gt=0, description="for all parts of a probe")
+    failures_to_suspect: int = Field(default=2, ge=1, description="failed probes in a row")
+    lease_s: float = Field(default=6.0, gt=0, description="a heartbeat is due within it")
+    suspect_s: float = Field(default=30.0, gt=0, description="a lapsed lease is forgotten after it")
+    joining_s: float = Field(default=600.0, gt=0, description="a registered instance may load")
+    drain_s: float = Field(default=300.0, gt=0, description="requests may run on after a drain")
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [entry.name for entry in self.static]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"static: two instances are named {', '.join(twice)}; name them apart")
+        return self
+
+    def timings(self) -> Timings:
+        """As the state machine takes them."""
+        return Timings(
+            lease_s=self.lease_s,
+            suspect_s=self.suspect_s,
+            joining_s=self.joining_s,
+            drain_s=self.drain_s,
+            num_failures=self.failures_to_suspect,
+        )
+
+
+class LogConfig(_Section):
+    """What is written to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least that is written"
+    )
+    access: bool = Field(default=False, description="one JSON line a request")
+
+
+class ServiceConfig(BaseSettings):
+    """All settings of the service."""
+
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
+    )
+
+    listen: ListenConfig = Field(default_factory=ListenConfig)
+    admin: AdminConfig = Field(default_factory=AdminConfig)
+    instances: InstancesConfig = Field(default_factory=InstancesConfig)
+    routing: RoutingConfig = Field(default_factory=RoutingConfig)
+    limits: LimitsConfig = Field(default_factory=LimitsConfig)
+    timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+
+
+def load(flags: dict[str, Any], file: Path | None) -> ServiceConfig:
+    """Merge flags, environment and file, and check the whole.
+
+    Args:
+        flags: nested like the file; only what was given.
+        file: YAML or JSON, or None.
+
+    Raises:
+        ConfigError: a setting is unknown or wrong, or the file cannot be read.
+    """
+
+    class Merged(ServiceConfig):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            del dotenv_settings, file_secret_settings
+            found = [init_settings, env_settings]
+            if file is not None:
+                found.append(YamlConfigSettingsSource(settings_cls, yaml_file=file))
+            return tuple(found)
+
+    if file is not None and not file.is_file():
+        raise ConfigError(f"--config {file}: no such file; give the path of a YAML file.")
+    try:
+        return Merged(**flags)
+    except ValidationError as error:
+        raise ConfigError(f"settings of the service: {_explained(error)}") from error
+    except Exception as error:
+        # pydantic-settings lets the reader's own errors through: YAML, JSON in a variable, OSError.
+        detail = " ".join(str(error).split())
+        raise ConfigError(
+            f"settings of the service cannot be read: {detail}. See `xllm service --help`."
+        ) from error
+
+
+def _explained(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown setting {name!r}.")
+        elif "token" in name or "api_key" in name:
+            lines.append(f"{name}: {item['msg']}.")
+        else:
+            lines.append(f"{name}={item['input']!r}: {item['msg']}.")
+    return " ".join(lines)

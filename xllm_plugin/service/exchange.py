@@ -1,0 +1,488 @@
+"""One request on its way: choose an instance, send, retry before the first byte, relay the answer.
+
+::
+
+    new --dispatch--> connecting --> waiting for the answer --begin_answer--> relaying --> done
+                          |  attempt failed: another instance, while nothing was sent to the client
+                          +--------- none left: an error in OpenAI's form
+
+The load that was booked at an instance is released in exactly one place, `_leave`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import re
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
+
+import msgspec
+
+from xllm_plugin.service import lifecycle
+from xllm_plugin.service.replies import Refusal, error_body
+from xllm_plugin.service.routes import Kind, Route
+
+if TYPE_CHECKING:
+    from xllm_plugin.service.client import ClientConnection
+    from xllm_plugin.service.fleet import Instance
+    from xllm_plugin.service.proxy import Proxy
+    from xllm_plugin.service.router import Decision
+    from xllm_plugin.service.upstream import UpstreamConnection
+
+__all__ = ["Exchange", "Peek", "peek"]
+
+logger = logging.getLogger(__name__)
+
+_BYTES_PER_TOKEN = 4
+_DEFAULT_OUTPUT_TOKENS = 128
+_MAX_OUTPUT_TOKENS = 512
+_MAX_PROMPT_TOKENS = 100_000
+_RETRYABLE_STATUS = 503
+_SWITCHED = 101
+_CLIENT_GONE = 499  # nginx's, for the access log alone
+_IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"})
+_MODEL_FIELD = re.compile(rb'name="?model"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')
+_RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[^"]{1,200})"')
+_HOP_BY_HOP = (b"connection:", b"keep-alive:", b"proxy-connection:", b"upgrade:")
+
+
+class Peek(msgspec.Struct):
+    """The fields of a JSON body that routing reads; all others are skipped, unparsed."""
+
+    model: Any = None
+    user: Any = None
+    prompt_cache_key: Any = None
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    max_output_tokens: Any = None
+    previous_response_id: Any = None
+
+
+_decode = msgspec.json.Decoder(Peek).decode
+_NOTHING = Peek()
+
+
+def peek(body: bytes, content_type: bytes) -> Peek:
+    """Read what routing needs.  Bodies that are not understood are the instance's to answer."""
+    if content_type.startswith(b"multipart/"):
+        found = _MODEL_FIELD.search(body)
+        return Peek(model=found[1].decode("utf-8", "replace")) if found else _NOTHING
+    try:
+        return _decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return _NOTHING
+
+
+class Exchange:
+    """A request and its answer.  A `RequestView` for policies.
+
+    `client` parses the request and fills the fields; `prepare` finishes it, `dispatch` sends it.
+    """
+
+    __slots__ = (
+        "_booked_tokens",
+        "_connecting",
+        "_connection",
+        "_last_relayed",
+        "_lower_head",
+        "_num_bytes",
+        "_write",
+        "body",
+        "body_bytes",
+        "client",
+        "content_type",
+        "cost_tokens",
+        "decision",
+        "draw",
+        "early",
+        "head",
+        "instance",
+        "is_answering",
+        "is_done",
+        "keep_alive",
+        "method",
+        "model",
+        "proxy",
+        "refusal",
+        "response_id",
+        "route",
+        "sent_s",
+        "sequence",
+        "session_key",
+        "stalled_reads",
+        "stalled_since_s",
+        "started_s",
+        "status",
+        "tried",
+        "ttft_s",
+        "unframes",
+        "upgrades",
+        "wants_reason",
+    )
+
+    def __init__(self, client: ClientConnection, method: bytes, route: Route) -> None:
+        self.client = client
+        self.proxy: Proxy = client.proxy
+        self.method = method
+        self.route = route
+        self.head = b""
+        self.body = b""
+        self.body_bytes = 0
+        """Its length as announced; 0 if it comes in chunks."""
+        self.content_type = b""
+        self.keep_alive = True
+        self.unframes = False
+        self.upgrades = False
+        self.wants_reason = False
+        self.refusal: Refusal | None = None
+        self.early = b""
+        """What a client sent after its request to upgrade, before the answer."""
+        self.model: str | None = None
+        self.session_key = ""
+        self.response_id = ""
+        self.cost_tokens = 0
+        self.sequence = 0
+        self.draw = 0
+        self.tried: tuple[Instance, ...] = ()
+        self.decision: Decision | None = None
+        self.instance: Instance | None = None
+        self.started_s = 0.0
+        self.sent_s = 0.0
+        self.ttft_s = -1.0
+        self.status = 0
+        self.is_answering = False
+        self.is_done = False
+        self.stalled_reads = -1
+        self.stalled_since_s = 0.0
+        self._booked_tokens = 0
+        self._connecting: asyncio.Task[None] | None = None
+        self._connection: UpstreamConnection | None = None
+        self._last_relayed = b""
+        self._lower_head = b""
+        self._num_bytes = 0
+        self._write = client.transport.write
+
+    # -- the way there --------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Read what routing needs out of the body and the path."""
+        body = self.body
+        if body:
+            seen = peek(body, self.content_type)
+            if isinstance(seen.model, str):
+                self.model = seen.model
+            if not self.session_key:
+                key = seen.prompt_cache_key or seen.user
+                self.session_key = key if isinstance(key, str) else ""
+            if isinstance(seen.previous_response_id, str):
+                self.response_id = seen.previous_response_id
+            self.cost_tokens = _cost_tokens(len(body), seen)
+        elif b"?" in self.route.target and b"model=" in self.route.target:
+            query = self.route.target.partition(b"?")[2].decode("latin-1")
+            self.model = next(iter(parse_qs(query).get("model", ())), None)
+        if self.route.kind is Kind.RESPONSES and not self.response_id:
+            self.response_id = (
+                self.route.path.removeprefix("/v1/responses").strip("/").split("/")[0]
+            )
+        self.draw = random.getrandbits(64)
+
+    def dispatch(self) -> None:
+        """Choose an instance and send; answers with an error when there is none."""
+        try:
+            instance = self.proxy.router.choose(self)
+        except Refusal as refusal:
+            self.refuse(refusal)
+            return
+        self._send(instance)
+
+    def _send(self, instance: Instance) -> None:
+        self._enter(instance)
+        # A pooled connection may be closing as we use it; only what can be sent twice risks that.
+        connection = instance.pool.take() if self._may_repeat() else None
+        if connection is None:
+            self._connecting = self.proxy.loop.create_task(self._connect(instance))
+            return
+        self._begin(connection)
+
+    async def _connect(self, instance: Instance) -> None:
+        try:
+            connection = await instance.pool.connect()
+        except OSError as error:
+            self._connecting = None
+            reason = "refused" if isinstance(error, ConnectionError) else "unreachable"
+            self.attempt_failed(reason, f"cannot be reached ({error or 'timeout'})", is_sent=False)
+            return
+        self._connecting = None
+        if self.is_done:
+            connection.transport.abort()
+            return
+        self._begin(connection)
+
+    def _begin(self, connection: UpstreamConnection) -> None:
+        self._connection = connection
+        self.sent_s = self.proxy.loop.time()
+        connection.begin(self)
+
+    # -- the way back ---------------------------------------------------------------------------
+
+    def begin_answer(self, status: int, head: bytes, lower: bytes, *, until_close: bool) -> bytes:
+        """The head of an answer as the client is to get it.
+
+        Empty if the answer is not wanted: another instance is asked instead.
+        """
+        assert self.instance is not None
+        if (
+            status == _RETRYABLE_STATUS
+            and self._may_repeat()
+            and self._may_retry()
+            and self._has_alternative()
+        ):
+            self.instance.stats.count_error("unavailable")
+            self._retry()
+            return b""
+        self.status = status
+        self.is_answering = True
+        self._lower_head = lower
+        if until_close or self.upgrades:
+            self.keep_alive = False
+        if self.wants_reason or not self.keep_alive or self._is_hop_by_hop(lower):
+            return self._rewritten(head)
+        return head
+
+    def relay_head(self, head: bytes) -> None:
+        """Pass the head of an answer on by itself."""
+        self._num_bytes += len(head)
+        self._write(head)
+
+    def relay(self, data: bytes, head: bytes = b"") -> None:
+        """Pass bytes of an answer's body on, after `head` if it was not sent yet."""
+        if self.ttft_s < 0:
+            self._first_bytes(data)
+        self._num_bytes += len(head) + len(data)
+        self._last_relayed = data
+        self._write(head + data if head else data)
+
+    def answered(self, *, close: bool) -> None:
+        """The answer is complete."""
+        assert self.instance is not None
+        answered = self.instance.stats.answered
+        answered[self.status] = answered.get(self.status, 0) + 1
+        self._leave()
+        if close:
+            self.keep_alive = False
+        self._finish()
+
+    def attempt_failed(
+        self, reason: str, detail: str, *, is_stale: bool = False, is_sent: bool = True
+    ) -> None:
+        """The instance gave no answer: try another one, or answer with an error.
+
+        Args:
+            reason: short, for metrics.
+            detail: for people; continues "instance X ...".
+            is_stale: an idle connection was closed as we used it, which says nothing of the
+                instance.
+            is_sent: whether the instance may have seen the request.
+        """
+        instance = self.instance
+        assert instance is not None
+        if is_stale and self._may_repeat():
+            self._leave()
+            self._enter(instance)
+            self._connecting = self.proxy.loop.create_task(self._connect(instance))
+            return
+        instance.stats.count_error(reason)
+        is_certain = reason not in ("timeout", "garbage")
+        self.proxy.fleet.report(instance, lifecycle.Failed(detail, certain=is_certain))
+        if (not is_sent or self._may_repeat()) and self._may_retry():
+            self._retry()
+            return
+        self._leave()
+        status = 504 if reason == "timeout" else 502
+        self.refuse(Refusal(status, f"Instance {instance.name} {detail}."))
+
+    def broken(self, connection: UpstreamConnection, why: str) -> None:
+        """An answer that had begun cannot be finished: say so, never end in silence."""
+        instance = self.instance
+        assert instance is not None
+        is_at_border = connection.at_chunk_border(self._last_relayed or self._lower_head)
+        connection.abandon()
+        instance.stats.count_error("broken")
+        self.proxy.fleet.report(instance, lifecycle.Failed(why, certain=True))
+        self._leave()
+        self.keep_alive = False
+        is_stream = b"text/event-stream" in self._lower_head
+        is_chunked = b"\r\ntransfer-encoding:" in self._lower_head
+        if is_stream and (self.unframes or (is_chunked and is_at_border)):
+            event = b"data: " + error_body(502, f"Instance {instance.name}: {why}.") + b"\n\n"
+            self._write(event if self.unframes else b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event))
+            self._finish()
+            return
+        # Half an answer with a length: only a cut connection tells the client.
+        self.is_done = True
+        self.client.abort()
+
+    def begin_tunnel(self, data: bytes) -> None:
+        """Both sides have switched protocols: from here on bytes are carried, nothing is read."""
+        assert self._connection is not None
+        assert self.instance is not None
+        self.status = _SWITCHED
+        self.is_answering = True
+        answered = self.instance.stats.answered
+        answered[_SWITCHED] = answered.get(_SWITCHED, 0) + 1
+        self.ttft_s = 0.0
+        self.relay(data)
+        self.client.begin_tunnel(self._connection.transport)
+        if self.early:
+            self._connection.transport.write(self.early)
+            self.early = b""
+
+    def tunnel_closed(self) -> None:
+        """The instance has closed its end of a tunnel."""
+        self._leave()
+        self.is_done = True
+        self.client.close()
+
+    # -- the client's side ----------------------------------------------------------------------
+
+    def client_gone(self) -> None:
+        """Cancel at once: nobody reads the answer."""
+        if self.is_done:
+            return
+        self.is_done = True
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self._connection is not None and self.status == _SWITCHED:
+            self._connection.exchange = None
+            self._connection.transport.close()
+        elif self._connection is not None:
+            self._connection.abandon()
+        if self.instance is not None and self.status == _SWITCHED:
+            self._leave()
+        elif self.instance is not None:
+            self.instance.stats.count_error("client gone")
+            self._leave()
+        self.status = self.status or _CLIENT_GONE
+        self.proxy.log_access(self, self._num_bytes)
+
+    def pause(self) -> None:
+        """The client reads more slowly than the instance writes."""
+        if self._connection is not None:
+            self._connection.transport.pause_reading()
+
+    def resume(self) -> None:
+        """The client has caught up."""
+        if self._connection is not None:
+            self._connection.transport.resume_reading()
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answer with an error of ours."""
+        if refusal.close or self.upgrades:
+            refusal.close = True
+            self.keep_alive = False
+        elif not self.keep_alive:
+            refusal.close = True
+        self.status = refusal.status
+        self.proxy.count_refusal(refusal.status)
+        self.answer(refusal.reply())
+
+    def answer(self, reply: bytes) -> None:
+        """Answer with bytes of ours."""
+        if self.method == b"HEAD":
+            reply = reply[: reply.index(b"\r\n\r\n") + 4]
+        self._num_bytes += len(reply)
+        self._write(reply)
+        self._finish()
+
+    def check_timeouts(
+        self, now_s: float, first_byte_s: float | None, stalled_s: float | None
+    ) -> None:
+        """Give up on an instance that is silent for too long; called about once a second."""
+        connection = self._connection
+        if connection is None or self.is_done or self.status == _SWITCHED:
+            return
+        if not self.is_answering:
+            if first_byte_s is not None and now_s - self.sent_s > first_byte_s:
+                self._connection = None
+                connection.abandon()
+                self.attempt_failed("timeout", f"did not answer within {first_byte_s:g} s")
+            return
+        if connection.num_reads != self.stalled_reads or self.client.is_write_paused:
+            self.stalled_reads, self.stalled_since_s = connection.num_reads, now_s
+        elif stalled_s is not None and now_s - self.stalled_since_s > stalled_s:
+            self.broken(connection, f"nothing was heard from the instance for {stalled_s:g} s")
+
+    # -- parts ----------------------------------------------------------------------------------
+
+    def _enter(self, instance: Instance) -> None:
+        self.instance = instance
+        self._booked_tokens = self.cost_tokens
+        self.proxy.fleet.book(instance, self._booked_tokens)
+
+    def _leave(self) -> None:
+        assert self.instance is not None
+        self.proxy.fleet.release(self.instance, self._booked_tokens)
+        self.instance.stats.bytes_to += len(self.head) + len(self.body)
+        self.instance.stats.bytes_from += self._num_bytes
+        self.instance = None
+        self._connection = None
+
+    def _may_retry(self) -> bool:
+        return not self.is_done and len(self.tried) < self.proxy.config.routing.num_retries
+
+    def _may_repeat(self) -> bool:
+        """Whether a request that an instance may have seen can be sent again."""
+        return self.route.kind is not Kind.OTHER or self.method in _IDEMPOTENT
+
+    def _has_alternative(self) -> bool:
+        return any(
+            one is not self.instance and one not in self.tried
+            for one in self.proxy.fleet.candidates(self.model)
+        )
+
+    def _retry(self) -> None:
+        instance = self.instance
+        assert instance is not None
+        instance.stats.retries += 1
+        self._leave()
+        self.is_answering = False
+        self.tried = (*self.tried, instance)
+        self.dispatch()
+
+    def _first_bytes(self, data: bytes) -> None:
+        assert self.instance is not None
+        self.ttft_s = self.proxy.loop.time() - self.started_s
+        self.instance.stats.observe_ttft(self.ttft_s)
+        if self.route.kind is Kind.RESPONSES:
+            found = _RESPONSE_ID.search(data)
+            if found:
+                self.proxy.router.remember_owner(found[1].decode("latin-1"), self.instance)
+
+    def _is_hop_by_hop(self, lower: bytes) -> bool:
+        return b"\nconnection:" in lower or b"\nkeep-alive:" in lower or b"\nupgrade:" in lower
+
+    def _rewritten(self, head: bytes) -> bytes:
+        status_line, *lines = head[:-4].split(b"\r\n")
+        dropped = _HOP_BY_HOP + ((b"transfer-encoding:",) if self.unframes else ())
+        kept = [line for line in lines if not line.lower().startswith(dropped)]
+        if not self.keep_alive:
+            kept.append(b"connection: close")
+        if self.wants_reason and self.decision is not None:
+            kept.append(b"x-xllm-explain: " + json.dumps(self.decision._asdict()).encode())
+        return b"\r\n".join((status_line, *kept, b"", b""))
+
+    def _finish(self) -> None:
+        self.is_done = True
+        self.proxy.log_access(self, self._num_bytes)
+        self.client.exchange_done(self)
+
+
+def _cost_tokens(num_body_bytes: int, seen: Peek) -> int:
+    wanted = seen.max_completion_tokens or seen.max_tokens or seen.max_output_tokens
+    if not isinstance(wanted, int) or wanted < 0:
+        wanted = _DEFAULT_OUTPUT_TOKENS
+    prompt = min(num_body_bytes // _BYTES_PER_TOKEN, _MAX_PROMPT_TOKENS)
+    return prompt + min(wanted, _MAX_OUTPUT_TOKENS)

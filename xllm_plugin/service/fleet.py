@@ -1,0 +1,224 @@
+"""The instances that the service knows, with their load and state.  One object owns all of it.
+
+Registries and probes report events; `Fleet` runs them through `lifecycle` and keeps the lists of
+candidates that routing reads.  Routing changes load counters only, through `book` and `release`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from xllm_plugin.errors import InternalError, MisuseError
+from xllm_plugin.service import lifecycle
+from xllm_plugin.service.config import InstanceEntry
+from xllm_plugin.service.lifecycle import Life, State, Timings
+from xllm_plugin.service.upstream import Pool
+
+__all__ = ["TTFT_BOUNDS_S", "Fleet", "Instance", "Stats"]
+
+logger = logging.getLogger(__name__)
+
+TTFT_BOUNDS_S: Final = (
+    *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0),
+)
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counters of one instance, over all its incarnations."""
+
+    answered: dict[int, int] = field(default_factory=dict)
+    """By status."""
+    errors: dict[str, int] = field(default_factory=dict)
+    """Attempts that ended without a whole answer, by reason."""
+    retries: int = 0
+    """Attempts that failed here and went on elsewhere."""
+    bytes_to: int = 0
+    bytes_from: int = 0
+    ttft_counts: list[int] = field(default_factory=lambda: [0] * (len(TTFT_BOUNDS_S) + 1))
+    ttft_sum_s: float = 0.0
+
+    def observe_ttft(self, seconds: float) -> None:
+        """Count the first byte of an answer's body."""
+        self.ttft_counts[bisect_left(TTFT_BOUNDS_S, seconds)] += 1
+        self.ttft_sum_s += seconds
+
+    def count_error(self, reason: str) -> None:
+        """Count one attempt that failed."""
+        self.errors[reason] = self.errors.get(reason, 0) + 1
+
+
+class Instance:
+    """One server: its entry, its life, its load and its connections."""
+
+    def __init__(self, entry: InstanceEntry, source: str, life: Life, pool: Pool) -> None:
+        self.entry = entry
+        self.source = source
+        self.life = life
+        self.pool = pool
+        self.name = entry.name
+        self.capacity = entry.capacity
+        digest = hashlib.blake2b(entry.name.encode(), digest_size=8).digest()
+        self.name_hash = int.from_bytes(digest, "little")
+        self.models: dict[str, dict[str, Any]] = {}
+        """Name -> its record in /v1/models."""
+        self.in_flight = 0
+        self.outstanding_tokens = 0
+        self.foreign_requests = 0
+        self.reported: dict[str, float] = {}
+        """What its /metrics said last."""
+        self.stats = Stats()
+
+
+class Fleet:
+    """All instances by name.
+
+    Args:
+        timings: when silence and failures count.
+        make_pool: makes the connection pool of an entry.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        timings: Timings,
+        make_pool: Callable[[InstanceEntry], Pool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.timings = timings
+        self.clock = clock
+        self._make_pool = make_pool
+        self._instances: dict[str, Instance] = {}
+        self._candidates: dict[str | None, list[Instance]] = {}
+
+    def __iter__(self) -> Any:
+        return iter(tuple(self._instances.values()))
+
+    def get(self, name: str) -> Instance | None:
+        """The instance of that name, or None."""
+        return self._instances.get(name)
+
+    def register(
+        self, entry: InstanceEntry, *, source: str, incarnation: str = "", leased: bool = False
+    ) -> Instance:
+        """Add an instance, or begin a new incarnation of one that is known.
+
+        A changed address is a new incarnation too: what is known of the old server is void.
+
+        Raises:
+            MisuseError: another source has an instance of that name.
+        """
+        event = lifecycle.Registered(incarnation, leased)
+        known = self._instances.get(entry.name)
+        if known is not None and known.source != source:
+            raise MisuseError(
+                f"instance {entry.name!r} is known from source {known.source!r} already; give the "
+                f"one from {source!r} another name."
+            )
+        if known is not None and known.entry == entry:
+            if leased or incarnation:
+                self.report(known, event)
+            return known
+        life = lifecycle.begin(event, self.clock())
+        instance = Instance(entry, source, life, self._make_pool(entry))
+        if known is not None:
+            instance.stats = known.stats
+            self._retire(known, "replaced")
+        self._instances[entry.name] = instance
+        self._candidates.clear()
+        logger.info("instance %s: joining (%s)", entry.name, source)
+        return instance
+
+    def report(self, instance: Instance, event: lifecycle.Event) -> None:
+        """Run one event through the state machine and act on what changed."""
+        before = instance.life
+        after = lifecycle.next_life(before, event, self.clock(), self.timings)
+        if after is before:
+            return
+        instance.life = after
+        if after.incarnation != before.incarnation:
+            self._forget_incarnation(instance)
+        if after.state is not before.state:
+            logger.info("instance %s: %s (%s)", instance.name, after.state, after.reason)
+            self._candidates.clear()
+            if after.state is State.GONE:
+                self._retire(instance, after.reason)
+
+    def tick(self) -> None:
+        """Let time pass for every instance."""
+        for instance in self:
+            self.report(instance, lifecycle.Tick(instance.in_flight))
+
+    def set_models(self, instance: Instance, models: Mapping[str, dict[str, Any]]) -> None:
+        """Take over what its /v1/models said."""
+        if instance.models != models:
+            instance.models = dict(models)
+            self._candidates.clear()
+
+    def candidates(self, model: str | None) -> Sequence[Instance]:
+        """Who can take a request for `model` (None: for any): the ready, or else the suspect."""
+        found = self._candidates.get(model)
+        if found is None:
+            found = self._find(model)
+            if found:  # names come from clients: only those that exist are kept
+                self._candidates[model] = found
+        return found
+
+    def models(self) -> dict[str, dict[str, Any]]:
+        """Every model of every usable instance; of equal names, the first."""
+        merged: dict[str, dict[str, Any]] = {}
+        for instance in self.candidates(None):
+            for name, record in instance.models.items():
+                merged.setdefault(name, record)
+        return merged
+
+    def book(self, instance: Instance, cost_tokens: int) -> None:
+        """Count a request as running there, from dispatch on."""
+        instance.in_flight += 1
+        instance.outstanding_tokens += cost_tokens
+
+    def release(self, instance: Instance, cost_tokens: int) -> None:
+        """Take back what `book` counted."""
+        instance.in_flight -= 1
+        instance.outstanding_tokens -= cost_tokens
+
+    def check_integrity(self) -> None:
+        """Raise `InternalError` unless the counters are those of no request."""
+        for instance in self:
+            if instance.in_flight or instance.outstanding_tokens:
+                raise InternalError(
+                    f"idle, but {instance.name} counts {instance.in_flight} requests and "
+                    f"{instance.outstanding_tokens} tokens"
+                )
+
+    def _find(self, model: str | None) -> list[Instance]:
+        for state in (State.READY, State.SUSPECT):
+            found = [
+                instance
+                for instance in self._instances.values()
+                if instance.life.state is state and (model is None or model in instance.models)
+            ]
+            if found:
+                return found
+        return []
+
+    def _forget_incarnation(self, instance: Instance) -> None:
+        instance.pool.close_idle()
+        instance.models = {}
+        instance.reported = {}
+        instance.foreign_requests = 0
+        self._candidates.clear()
+
+    def _retire(self, instance: Instance, reason: str) -> None:
+        """Forget it; requests that still run there finish on their own connections."""
+        instance.pool.close_idle()
+        if self._instances.get(instance.name) is instance:
+            del self._instances[instance.name]
+        self._candidates.clear()
+        logger.info("instance %s: forgotten (%s)", instance.name, reason)

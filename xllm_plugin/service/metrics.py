@@ -1,0 +1,97 @@
+"""Prometheus metrics, read from the fleet's counters when they are asked for.
+
+The hot path adds to plain integers; nothing of prometheus_client runs in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from xllm_plugin.service.fleet import TTFT_BOUNDS_S, Stats
+from xllm_plugin.service.lifecycle import State
+from xllm_plugin.service.proxy import Proxy
+
+__all__ = ["ServiceCollector"]
+
+_PREFIX = "xllm_service_"
+
+
+class ServiceCollector(Collector):
+    """Collects from one proxy."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric of the service."""
+        yield from self._counters()
+        yield from self._gauges()
+        yield self._ttft()
+
+    def _counters(self) -> Iterator[Metric]:
+        requests = _counter("requests", "Answers of instances.", "instance", "status")
+        errors = _counter(
+            "attempt_errors", "Attempts without a whole answer.", "instance", "reason"
+        )
+        retries = _counter("retries", "Requests that went on to another instance.", "instance")
+        carried = _counter("bytes", "Bytes relayed.", "instance", "direction")
+        for instance in self._proxy.fleet:
+            name, stats = instance.name, instance.stats
+            for status, count in stats.answered.items():
+                requests.add_metric([name, str(status)], count)
+            for reason, count in stats.errors.items():
+                errors.add_metric([name, reason], count)
+            retries.add_metric([name], stats.retries)
+            carried.add_metric([name, "to_instance"], stats.bytes_to)
+            carried.add_metric([name, "from_instance"], stats.bytes_from)
+        refusals = _counter("refusals", "Errors that the service answered with itself.", "status")
+        for status, count in self._proxy.refusals.items():
+            refusals.add_metric([str(status)], count)
+        yield from (requests, errors, retries, carried, refusals)
+
+    def _gauges(self) -> Iterator[Metric]:
+        in_flight = _gauge("in_flight", "Requests dispatched and not finished.", "instance")
+        tokens = _gauge("outstanding_tokens", "Estimated tokens of these.", "instance")
+        state = _gauge("instance_state", "1 for the state it is in.", "instance", "state")
+        for instance in self._proxy.fleet:
+            in_flight.add_metric([instance.name], instance.in_flight)
+            tokens.add_metric([instance.name], instance.outstanding_tokens)
+            for one in State:
+                state.add_metric([instance.name, one.value], instance.life.state is one)
+        clients = _gauge("client_connections", "Open connections of clients.")
+        clients.add_metric([], len(self._proxy.clients))
+        yield from (in_flight, tokens, state, clients)
+
+    def _ttft(self) -> Metric:
+        ttft = HistogramMetricFamily(
+            f"{_PREFIX}ttft_seconds",
+            "From a whole request to the first byte of its answer's body.",
+            labels=["instance"],
+        )
+        for instance in self._proxy.fleet:
+            ttft.add_metric(
+                [instance.name], _buckets(instance.stats), sum_value=instance.stats.ttft_sum_s
+            )
+        return ttft
+
+
+def _buckets(stats: Stats) -> list[tuple[str, float]]:
+    bounds = [*(str(bound) for bound in TTFT_BOUNDS_S), "+Inf"]
+    return list(zip(bounds, map(float, accumulate(stats.ttft_counts)), strict=True))
+
+
+def _counter(name: str, text: str, *labels: str) -> CounterMetricFamily:
+    return CounterMetricFamily(_PREFIX + name, text, labels=labels)
+
+
+def _gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(_PREFIX + name, text, labels=labels)

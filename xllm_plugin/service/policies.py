@@ -1,0 +1,101 @@
+"""The built-in routing policies, registered through the hook that third parties use."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+from xllm_plugin.hookspecs import hookimpl
+from xllm_plugin.service.policy import Choice, InstanceView, RequestView, RoutingPolicy
+
+__all__ = [
+    "FOREIGN_REQUEST_TOKENS",
+    "least_loaded",
+    "power_of_two",
+    "round_robin",
+    "session_affinity",
+    "work_tokens",
+]
+
+FOREIGN_REQUEST_TOKENS = 512
+"""What a request of somebody else counts for; its size is not known."""
+
+_MASK = 2**64 - 1
+
+
+def work_tokens(instance: InstanceView) -> float:
+    """Tokens in front of a new request there, for an instance of capacity 1."""
+    foreign = FOREIGN_REQUEST_TOKENS * instance.foreign_requests
+    return (instance.outstanding_tokens + foreign) / instance.capacity
+
+
+def round_robin(request: RequestView, candidates: Sequence[InstanceView]) -> Choice:
+    """Take each in turn."""
+    return Choice(request.sequence % len(candidates), "its turn")
+
+
+def power_of_two(request: RequestView, candidates: Sequence[InstanceView]) -> Choice:
+    """Draw two at random and take the less loaded (Mitzenmacher 2001)."""
+    count = len(candidates)
+    first = request.draw % count
+    if count == 1:
+        return Choice(0, "the only one")
+    second = (first + 1 + (request.draw >> 32) % (count - 1)) % count
+    ours, other = work_tokens(candidates[first]), work_tokens(candidates[second])
+    if other < ours:
+        first, ours, other = second, other, ours
+    return Choice(first, f"{ours:.0f} tokens outstanding; the other drawn has {other:.0f}")
+
+
+def least_loaded(request: RequestView, candidates: Sequence[InstanceView]) -> Choice:
+    """Take the one with the fewest outstanding tokens; equals take turns."""
+    count = len(candidates)
+    # Begin at another one each time, so that idle instances share the requests.
+    best = request.sequence % count
+    least = work_tokens(candidates[best])
+    for index, candidate in enumerate(candidates):
+        work = work_tokens(candidate)
+        if work < least:
+            best, least = index, work
+    return Choice(best, f"{least:.0f} tokens outstanding")
+
+
+def session_affinity(request: RequestView, candidates: Sequence[InstanceView]) -> Choice:
+    """Send a session where it was before, by rendezvous hashing (Thaler and Ravishankar 1998).
+
+    An instance that comes or goes moves only the sessions that it gains or had.  A request without
+    a session goes to the least loaded.
+    """
+    if not request.session_key:
+        choice = least_loaded(request, candidates)
+        return Choice(choice.index, f"no session key; {choice.reason}")
+    key = _key_hash(request.session_key)
+    best, highest = 0, -1
+    for index, candidate in enumerate(candidates):
+        weight = _mix(key ^ candidate.name_hash)
+        if weight > highest:
+            best, highest = index, weight
+    return Choice(best, "its session's place")
+
+
+@hookimpl
+def register_routing_policies(register: Callable[[RoutingPolicy], None]) -> None:
+    """Register the policies of this module."""
+    register(RoutingPolicy("least-loaded", "fewest outstanding tokens", least_loaded))
+    register(RoutingPolicy("round-robin", "each in turn", round_robin))
+    register(RoutingPolicy("power-of-two", "the less loaded of two drawn", power_of_two))
+    register(RoutingPolicy("session", "a session stays at its place", session_affinity))
+
+
+@lru_cache(maxsize=4096)
+def _key_hash(key: str) -> int:
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _mix(value: int) -> int:
+    """The finaliser of splitmix64: every input bit changes half of the output bits."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)

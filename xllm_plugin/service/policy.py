@@ -1,0 +1,78 @@
+"""What a routing policy is: a pure function from a request and its candidates to a choice.
+
+The same function runs in production, in unit tests and in a simulator: it gets everything it needs
+as arguments (a random number too) and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["Choice", "InstanceView", "RequestView", "RoutingPolicy"]
+
+
+class RequestView(Protocol):
+    """What a policy may know of a request."""
+
+    @property
+    def sequence(self) -> int:
+        """How many requests were routed before this one; the next number on every attempt."""
+
+    @property
+    def draw(self) -> int:
+        """A random number in [0, 2**64), drawn for this request."""
+
+    @property
+    def session_key(self) -> str:
+        """What its requests have in common with others of one session; empty if unknown."""
+
+    @property
+    def cost_tokens(self) -> int:
+        """Estimated work: prompt tokens plus the output tokens that are likely."""
+
+
+class InstanceView(Protocol):
+    """What a policy may know of an instance.  Every candidate can take the request."""
+
+    @property
+    def name(self) -> str:
+        """Unique and lasting, over restarts too."""
+
+    @property
+    def name_hash(self) -> int:
+        """64 random-looking bits of the name."""
+
+    @property
+    def capacity(self) -> float:
+        """Relative speed; 1 unless configured."""
+
+    @property
+    def in_flight(self) -> int:
+        """Requests sent there and not finished, counted from dispatch."""
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """Sum of `cost_tokens` of these requests."""
+
+    @property
+    def foreign_requests(self) -> int:
+        """Requests there that somebody else sent, by its last report."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An index into the candidates, and the figure that decided, for people."""
+
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingPolicy:
+    """A policy under a name.  `choose` gets one candidate or more and must not change anything."""
+
+    name: str
+    what: str
+    choose: Callable[[RequestView, Sequence[InstanceView]], Choice]

@@ -1,0 +1,120 @@
+"""Asks instances how they are by `/health`, `/v1/models` and `/metrics`, as vLLM has them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from typing import Any
+
+import aiohttp
+
+from xllm_plugin.service import lifecycle
+from xllm_plugin.service.config import InstancesConfig
+from xllm_plugin.service.fleet import Fleet, Instance
+
+__all__ = ["Prober", "read_metrics"]
+
+_MODELS_EVERY = 10
+_METRICS_EVERY = 3
+_METRIC = re.compile(
+    r"^(vllm:num_requests_running|vllm:num_requests_waiting|vllm:kv_cache_usage_perc"
+    r"|process_start_time_seconds)(?:\{[^\n]*\})? ([0-9.eE+-]+)$",
+    re.MULTILINE,
+)
+
+
+def read_metrics(text: str) -> dict[str, float]:
+    """The figures that we use out of an exposition, summed over engines."""
+    found: dict[str, float] = {}
+    for name, value in _METRIC.findall(text):
+        found[name] = found.get(name, 0.0) + float(value)
+    return found
+
+
+class Prober:
+    """Probes every instance, each on its own beat, so that a slow one delays no other."""
+
+    def __init__(
+        self, fleet: Fleet, session: aiohttp.ClientSession, config: InstancesConfig
+    ) -> None:
+        self.config = config
+        self._fleet = fleet
+        self._session = session
+        self._running: dict[Instance, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Follow the fleet until cancelled."""
+        try:
+            while True:
+                known = set(self._fleet)
+                for instance in known - self._running.keys():
+                    self._running[instance] = asyncio.create_task(self._follow(instance))
+                for instance in self._running.keys() - known:
+                    self._running.pop(instance).cancel()
+                for task in self._running.values():
+                    if task.done():
+                        task.result()  # it never ends but by a fault of ours: raise that here
+                await asyncio.sleep(min(0.1, self.config.probe_interval_s))
+        finally:
+            for task in self._running.values():
+                task.cancel()
+
+    async def probe(self, instance: Instance, *, models: bool, metrics: bool) -> None:
+        """Ask once and report what came of it."""
+        try:
+            async with asyncio.timeout(self.config.probe_timeout_s):
+                await self._get(instance, "/health")
+                if metrics:
+                    self._take_metrics(instance, await self._get(instance, "/metrics"))
+                if models or not instance.models:
+                    self._take_models(instance, await self._get(instance, "/v1/models"))
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            reason = str(error) or f"no answer within {self.config.probe_timeout_s:g} s"
+            self._fleet.report(instance, lifecycle.Failed(f"probe: {reason}"))
+            return
+        life = instance.life
+        self._fleet.report(instance, lifecycle.Alive(life.incarnation, renews=not life.leased))
+
+    async def _follow(self, instance: Instance) -> None:
+        number = 0
+        while True:
+            await self.probe(
+                instance,
+                models=number % _MODELS_EVERY == 0,
+                metrics=number % _METRICS_EVERY == 0,
+            )
+            number += 1
+            await asyncio.sleep(self.config.probe_interval_s)
+
+    async def _get(self, instance: Instance, path: str) -> bytes:
+        key = self.config.api_key
+        headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+        url = instance.entry.url.rstrip("/") + path
+        async with self._session.get(url, headers=headers, allow_redirects=False) as reply:
+            if reply.status != 200:  # noqa: PLR2004
+                raise ValueError(f"{path} answers {reply.status}")
+            return await reply.read()
+
+    def _take_models(self, instance: Instance, body: bytes) -> None:
+        records = json.loads(body)
+        if not isinstance(records, dict) or not isinstance(records.get("data"), list):
+            raise ValueError("/v1/models is not a list of models")  # noqa: TRY004 - its value
+        models: dict[str, dict[str, Any]] = {
+            record["id"]: record
+            for record in records["data"]
+            if isinstance(record, dict) and isinstance(record.get("id"), str)
+        }
+        if not models:
+            raise ValueError("/v1/models names no model")
+        self._fleet.set_models(instance, models)
+
+    def _take_metrics(self, instance: Instance, body: bytes) -> None:
+        found = read_metrics(body.decode("utf-8", "replace"))
+        started = found.get("process_start_time_seconds")
+        if started is not None and not instance.life.leased:
+            # A plain server says no incarnation; the start of its process is one.
+            self._fleet.report(instance, lifecycle.Registered(f"{started:.2f}"))
+        instance.reported = found
+        load = found.get("vllm:num_requests_running", 0) + found.get("vllm:num_requests_waiting", 0)
+        instance.foreign_requests = max(0, round(load) - instance.in_flight)

@@ -1,0 +1,132 @@
+"""The public port: accepts clients, and watches over the time that each leg takes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from xllm_plugin.service.client import ClientConnection
+from xllm_plugin.service.config import ServiceConfig
+from xllm_plugin.service.fleet import Fleet
+from xllm_plugin.service.router import Router
+
+if TYPE_CHECKING:
+    from xllm_plugin.service.exchange import Exchange
+
+__all__ = ["Proxy"]
+
+access_logger = logging.getLogger("xllm_plugin.service.access")
+
+_SWEEP_S = 1.0
+
+
+class Proxy:
+    """All client connections of one process.
+
+    Args:
+        config: in force; replaced as a whole by `reconfigure`.
+        fleet: the instances.
+        router: chooses among them.
+    """
+
+    def __init__(self, config: ServiceConfig, fleet: Fleet, router: Router) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.fleet = fleet
+        self.router = router
+        self.clients: set[ClientConnection] = set()
+        self.is_draining = False
+        self.refusals: dict[int, int] = {}
+        """Errors of our own, by status."""
+        self._server: asyncio.Server | None = None
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._sweep_s = _SWEEP_S
+        self.reconfigure(config)
+
+    def reconfigure(self, config: ServiceConfig) -> None:
+        """Take new settings; connections that are open keep theirs where it matters."""
+        self.config = config
+        self.session_header = config.routing.session_header.lower().encode("latin-1")
+        self._logs_access = config.log.access
+
+    async def listen(self, sweep_s: float = _SWEEP_S) -> int:
+        """Begin to accept clients; returns the port.  Raises OSError if it is taken."""
+        listen = self.config.listen
+        self._server = await self.loop.create_server(
+            lambda: ClientConnection(self), listen.host, listen.port, backlog=listen.backlog
+        )
+        self._sweep_s = sweep_s
+        self._sweeper = self.loop.call_later(sweep_s, self._sweep)
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
+
+    async def drain(self, timeout_s: float) -> int:
+        """Accept nothing new, let what runs finish; returns how many clients were cut off."""
+        self.is_draining = True
+        if self._server is not None:
+            self._server.close()
+        for client in tuple(self.clients):
+            if client.is_idle:
+                client.close()
+        deadline_s = self.loop.time() + timeout_s
+        while self.clients and self.loop.time() < deadline_s:  # noqa: ASYNC110 - not in traffic
+            await asyncio.sleep(min(0.05, timeout_s))
+        num_cut = self.cut_off()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for instance in self.fleet:
+            instance.pool.close_idle()
+        await asyncio.sleep(0)
+        return num_cut
+
+    def cut_off(self) -> int:
+        """End every connection at once; returns how many there were."""
+        clients = tuple(self.clients)
+        for client in clients:
+            client.abort()
+        return len(clients)
+
+    def count_refusal(self, status: int) -> None:
+        """Count an error that the service answered with."""
+        self.refusals[status] = self.refusals.get(status, 0) + 1
+
+    def log_access(self, exchange: Exchange, num_bytes: int) -> None:
+        """Write one line about a finished request, if that is wanted."""
+        if not self._logs_access:
+            return
+        peer = exchange.client.peer
+        decision = exchange.decision
+        access_logger.info(
+            json.dumps(
+                {
+                    "time": round(time.time(), 3),
+                    "client": peer[0] if peer else "",
+                    "method": exchange.method.decode("latin-1"),
+                    "path": exchange.route.path,
+                    "status": exchange.status,
+                    "model": exchange.model,
+                    "instance": decision.instance if decision else None,
+                    "attempts": len(exchange.tried) + 1,
+                    "request_bytes": len(exchange.body),
+                    "response_bytes": num_bytes,
+                    "ttft_ms": round(exchange.ttft_s * 1e3, 2) if exchange.ttft_s > 0 else None,
+                    "duration_ms": round((self.loop.time() - exchange.started_s) * 1e3, 2),
+                }
+            )
+        )
+
+    def _sweep(self) -> None:
+        """About once a second: cheaper than a timer for each leg of each request."""
+        self._sweeper = self.loop.call_later(self._sweep_s, self._sweep)
+        now_s = self.loop.time()
+        timeouts = self.config.timeouts
+        for client in tuple(self.clients):
+            if client.deadline_s < now_s:
+                client.timed_out()
+            elif client.exchange is not None:
+                client.exchange.check_timeouts(now_s, timeouts.first_byte_s, timeouts.stalled_s)
+        for instance in self.fleet:
+            instance.pool.close_idle(now_s - timeouts.pool_idle_s)
+        self.fleet.tick()

@@ -1,0 +1,155 @@
+"""Where instances come from.  Each registry keeps its own entries of the fleet, and no others.
+
+A registry that needs a coordinator of its own (etcd) fits the same interface.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from xllm_plugin.errors import ConfigError, MisuseError
+from xllm_plugin.service import lifecycle
+from xllm_plugin.service.config import InstanceEntry
+from xllm_plugin.service.fleet import Fleet, Instance
+
+__all__ = ["Embedded", "Registry", "StaticList", "WatchedFile", "read_entries"]
+
+logger = logging.getLogger(__name__)
+
+_ENTRIES = TypeAdapter(list[InstanceEntry])
+
+
+class Registry(Protocol):
+    """A source of instances."""
+
+    async def run(self, fleet: Fleet) -> None:
+        """Keep the fleet up to date until cancelled, or return when nothing will change."""
+
+
+class StaticList:
+    """The instances that the settings name."""
+
+    source = "static"
+
+    def __init__(self, entries: Iterable[InstanceEntry]) -> None:
+        self.entries = tuple(entries)
+
+    async def run(self, fleet: Fleet) -> None:
+        """Bring the fleet to the list; what was in an earlier list and is not in this one goes."""
+        _apply(fleet, self.source, self.entries)
+
+
+class WatchedFile:
+    """A YAML or JSON list of entries; a file that cannot be read changes nothing and is said."""
+
+    source = "file"
+
+    def __init__(self, path: Path, poll_s: float = 1.0) -> None:
+        self.path = path
+        self._poll_s = poll_s
+
+    @classmethod
+    def forget(cls, fleet: Fleet) -> None:
+        """Withdraw what a file brought that is no longer followed."""
+        _apply(fleet, cls.source, ())
+
+    async def run(self, fleet: Fleet) -> None:
+        """Follow the file."""
+        seen: object = None
+        while True:
+            try:
+                status = self.path.stat()
+                stamp: object = (status.st_mtime_ns, status.st_size, status.st_ino)
+            except OSError as error:
+                stamp = str(error)
+            if stamp != seen:
+                seen = stamp
+                self._read(fleet)
+            await asyncio.sleep(self._poll_s)
+
+    def _read(self, fleet: Fleet) -> None:
+        try:
+            entries = read_entries(self.path)
+        except ConfigError as error:
+            logger.error("%s The instances stay as they are.", error)  # noqa: TRY400 - the user's
+            return
+        _apply(fleet, self.source, entries)
+
+
+class Embedded:
+    """Instances that register themselves over HTTP, hold a lease and send heartbeats.
+
+    The admin port calls these methods; leases lapse in the fleet's own clock.
+    """
+
+    source = "embedded"
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    async def run(self, fleet: Fleet) -> None:
+        """Nothing to follow: instances come by themselves."""
+
+    def register(self, entry: InstanceEntry, incarnation: str) -> Instance:
+        """Take an instance in.  Raises `MisuseError` if its name is somebody else's."""
+        return self._fleet.register(entry, source=self.source, incarnation=incarnation, leased=True)
+
+    def heartbeat(self, name: str, incarnation: str) -> None:
+        """Renew a lease.
+
+        Raises:
+            MisuseError: there is no such lease (any more): register again.
+        """
+        # Whether it can take requests is what probes find out; a heartbeat keeps it known.
+        event = lifecycle.Alive(incarnation, ready=False)
+        self._fleet.report(self._leased(name, incarnation), event)
+
+    def deregister(self, name: str, incarnation: str) -> None:
+        """Let an instance go.  Raises `MisuseError` as `heartbeat` does."""
+        self._fleet.report(
+            self._leased(name, incarnation), lifecycle.Withdrawn("deregistered itself")
+        )
+
+    def _leased(self, name: str, incarnation: str) -> Instance:
+        instance = self._fleet.get(name)
+        if (
+            instance is None
+            or instance.source != self.source
+            or instance.life.incarnation != incarnation
+        ):
+            raise MisuseError(
+                f"no lease of {name!r} with incarnation {incarnation!r} is known here; register "
+                "again."
+            )
+        return instance
+
+
+def read_entries(path: Path) -> list[InstanceEntry]:
+    """Read a file of instances.  Raises `ConfigError` when it is not one."""
+    try:
+        return _ENTRIES.validate_python(yaml.safe_load(path.read_text(encoding="utf-8")) or [])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+        detail = " ".join(str(error).split())
+        raise ConfigError(
+            f"instances.file {path} is not a list of instances ({detail}); write one URL a line: "
+            "'- http://host:port'."
+        ) from error
+
+
+def _apply(fleet: Fleet, source: str, entries: Iterable[InstanceEntry]) -> None:
+    wanted = {entry.name: entry for entry in entries}
+    for instance in fleet:
+        if instance.source == source and instance.name not in wanted:
+            fleet.report(instance, lifecycle.Withdrawn(f"no longer in the {source} list"))
+    for entry in wanted.values():
+        try:
+            fleet.register(entry, source=source)
+        except MisuseError as error:
+            logger.error("%s", error)  # noqa: TRY400 - two lists disagree; the others go on

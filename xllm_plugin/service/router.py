@@ -1,0 +1,148 @@
+"""Which instance gets a request, and why."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from xllm_plugin.service.fleet import Fleet, Instance
+from xllm_plugin.service.lifecycle import State
+from xllm_plugin.service.policy import Choice, RoutingPolicy
+from xllm_plugin.service.replies import Refusal, unknown_model
+from xllm_plugin.service.routes import Kind
+
+if TYPE_CHECKING:
+    from xllm_plugin.service.exchange import Exchange
+
+__all__ = ["Decision", "Router"]
+
+logger = logging.getLogger(__name__)
+
+_MAX_OWNERS = 65536
+
+
+class Decision(NamedTuple):
+    """One choice that was made, as the admin API shows it."""
+
+    unix_s: float
+    model: str | None
+    instance: str
+    policy: str
+    reason: str
+    num_candidates: int
+    attempt: int
+    """1 for the first instance, 2 for the one after it failed, ..."""
+
+
+class Router:
+    """Owns the policy in force, the last decisions and who made which response.
+
+    Args:
+        fleet: the instances.
+        policy: how to choose.
+        num_decisions: how many to remember.
+        retry_after_s: told to clients when there is no instance.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        policy: RoutingPolicy,
+        *,
+        num_decisions: int,
+        retry_after_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self.fleet = fleet
+        self.policy = policy
+        self.retry_after_s = retry_after_s
+        self.decisions: deque[Decision] = deque(maxlen=num_decisions)
+        self._clock = clock
+        self._sequence = 0
+        self._owners: OrderedDict[str, str] = OrderedDict()
+
+    def choose(self, request: Exchange) -> Instance:
+        """The instance for `request`, none of those that it has tried.
+
+        Raises:
+            Refusal: there is none, with what the client is to do.
+        """
+        candidates = self.fleet.candidates(request.model)
+        if not candidates:
+            raise self._none_for(request.model)
+        if request.tried:
+            candidates = [one for one in candidates if one not in request.tried]
+            if not candidates:
+                raise self.no_instance("every instance was tried")
+        if request.response_id:
+            owner = self._owner(request.response_id)
+            if owner is not None and owner not in request.tried:
+                return self._decided(request, owner, "owner", "made this response", 1)
+        if request.model is None and request.route.kind is Kind.INFERENCE:
+            self._require_one_model()
+        request.sequence = self._sequence
+        self._sequence += 1
+        choice, instance = self._ask_policy(request, candidates)
+        return self._decided(request, instance, self.policy.name, choice.reason, len(candidates))
+
+    def no_instance(self, why: str) -> Refusal:
+        """503: the request was right, the moment was not."""
+        return Refusal(
+            503, f"No instance can take this request now: {why}.", retry_after_s=self.retry_after_s
+        )
+
+    def remember_owner(self, response_id: str, instance: Instance) -> None:
+        """Later requests about this response go to `instance`."""
+        self._owners[response_id] = instance.name
+        self._owners.move_to_end(response_id)
+        if len(self._owners) > _MAX_OWNERS:
+            self._owners.popitem(last=False)
+
+    def _ask_policy(
+        self, request: Exchange, candidates: Sequence[Instance]
+    ) -> tuple[Choice, Instance]:
+        try:
+            choice = self.policy.choose(request, candidates)
+            return choice, candidates[choice.index]
+        except Exception as error:  # a plugin's function may raise anything
+            logger.exception("routing policy %r has failed", self.policy.name)
+            raise Refusal(500, f"Routing policy {self.policy.name!r} has failed.") from error
+
+    def _owner(self, response_id: str) -> Instance | None:
+        instance = self.fleet.get(self._owners.get(response_id, ""))
+        if instance is None or instance.life.state is State.JOINING:
+            return None
+        return instance
+
+    def _require_one_model(self) -> None:
+        names = [set(instance.models) for instance in self.fleet.candidates(None)]
+        if not set.intersection(*names):
+            known = ", ".join(f"`{name}`" for name in sorted(set.union(*names)))
+            raise Refusal(400, f"Name a `model`; served here are {known}.", param="model")
+
+    def _none_for(self, model: str | None) -> Refusal:
+        usable = self.fleet.candidates(None)
+        if not usable:
+            return self.no_instance("none is ready")
+        assert model is not None
+        if any(model in instance.models for instance in self.fleet):
+            return self.no_instance(f"none with `{model}` is ready")
+        return unknown_model(model, self.fleet.models())
+
+    def _decided(
+        self, request: Exchange, instance: Instance, policy: str, reason: str, num_candidates: int
+    ) -> Instance:
+        request.decision = decision = Decision(
+            self._clock(),
+            request.model,
+            instance.name,
+            policy,
+            reason,
+            num_candidates,
+            len(request.tried) + 1,
+        )
+        self.decisions.append(decision)
+        return instance

@@ -1,0 +1,333 @@
+"""Connections to one instance: raw bytes are relayed, a parser only finds where an answer ends."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from typing import TYPE_CHECKING, Any, cast
+
+import httptools
+
+if TYPE_CHECKING:
+    from xllm_plugin.service.exchange import Exchange
+
+__all__ = ["MAX_RESPONSE_HEAD_BYTES", "Pool", "UpstreamConnection"]
+
+MAX_RESPONSE_HEAD_BYTES = 256 * 1024
+_HEAD_END = b"\r\n\r\n"
+_JOIN_BELOW_BYTES = 64 * 1024
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection.  It serves one exchange at a time and waits in its pool between them."""
+
+    __slots__ = (
+        "_excess",
+        "_head",
+        "_open_chunks",
+        "_parser",
+        "_reading_head",
+        "_reusable",
+        "_tunnel",
+        "_until_close",
+        "complete",
+        "exchange",
+        "idle_since_s",
+        "is_open",
+        "num_reads",
+        "num_uses",
+        "pool",
+        "transport",
+    )
+
+    transport: asyncio.Transport
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.exchange: Exchange | None = None
+        self.is_open = False
+        self.num_uses = 0
+        self.num_reads = 0
+        self.idle_since_s = 0.0
+        self.complete = True
+        self._parser = httptools.HttpResponseParser(self)
+        self._head = b""
+        self._reading_head = False
+        self._until_close = False
+        self._excess = False
+        self._open_chunks = 0
+        self._reusable = True
+        self._tunnel = False
+
+    # -- what an exchange asks ------------------------------------------------------------------
+
+    def begin(self, exchange: Exchange) -> None:
+        """Send the request and relay its answer to `exchange`."""
+        self.exchange = exchange
+        self.num_uses += 1
+        self.num_reads = 0
+        self.complete = False
+        self._reading_head = True
+        self._open_chunks = 0
+        if exchange.client.is_write_paused:
+            self.transport.pause_reading()
+        head, body = exchange.head, exchange.body
+        if len(body) < _JOIN_BELOW_BYTES:
+            self.transport.write(head + body)
+        else:
+            self.transport.writelines((head, body))
+
+    def abandon(self) -> None:
+        """The exchange is over on the client's side: stop the instance's work at once."""
+        self.exchange = None
+        self.transport.abort()
+
+    def at_chunk_border(self, last: bytes) -> bool:
+        """Whether another chunk may be added after `last`, what was relayed most recently."""
+        return not self._open_chunks and last.endswith(b"\r\n") and not self._until_close
+
+    # -- asyncio.Protocol -----------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The instance has accepted."""
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's derives from nothing
+        self.is_open = True
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the instance."""
+        exchange = self.exchange
+        if exchange is None:
+            # Nothing was asked: an answer to nobody must never reach the next one who asks.
+            self.transport.abort()
+            return
+        self.num_reads += 1
+        if self._reading_head:
+            self._receive_head(exchange, data)
+            return
+        self._relay(exchange, data)
+
+    def eof_received(self) -> None:
+        """Close: an instance that sends no more is of no use."""
+        return
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The instance has closed, or the connection broke."""
+        self.is_open = False
+        exchange, self.exchange = self.exchange, None
+        if exchange is None:
+            return
+        if self._until_close and exc is None and not self._reading_head:
+            exchange.answered(close=True)
+        elif self._tunnel:
+            exchange.tunnel_closed()
+        elif self._reading_head:
+            is_stale = self.num_uses > 1 and not self.num_reads
+            exchange.attempt_failed(
+                "closed", "closed the connection before it answered", is_stale=is_stale
+            )
+        else:
+            exchange.broken(self, "the instance closed the connection in mid-answer")
+
+    def pause_writing(self) -> None:
+        """The instance reads too slowly; only a tunnel can be held back."""
+        exchange = self.exchange
+        if self._tunnel and exchange is not None:
+            exchange.client.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """The instance has caught up."""
+        exchange = self.exchange
+        if self._tunnel and exchange is not None:
+            exchange.client.transport.resume_reading()
+
+    # -- httptools ------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """An answer begins."""
+        if self.complete:
+            self._excess = True
+
+    def on_headers_complete(self) -> None:
+        """Its head is whole."""
+        self._reusable = self._parser.should_keep_alive()  # afterwards the parser has forgotten
+
+    def on_chunk_header(self) -> None:
+        """A chunk begins."""
+        self._open_chunks += 1
+
+    def on_chunk_complete(self) -> None:
+        """A chunk is whole."""
+        self._open_chunks -= 1
+
+    def on_message_complete(self) -> None:
+        """The answer is whole."""
+        self.complete = True
+
+    # -- parts ----------------------------------------------------------------------------------
+
+    def _receive_head(self, exchange: Exchange, data: bytes) -> None:
+        data = self._head + data if self._head else data
+        end = data.find(_HEAD_END)
+        while end >= 0 and data[9:10] == b"1" and data[9:12] != b"101":
+            data = data[end + 4 :]  # 100 Continue and 103 Early Hints are for us alone
+            end = data.find(_HEAD_END)
+        if end < 0:
+            self._head = data
+            if len(data) > MAX_RESPONSE_HEAD_BYTES:
+                self._fail(exchange, f"its headers are over {MAX_RESPONSE_HEAD_BYTES} bytes")
+            elif not data.startswith(b"HTTP/1."[: len(data)]):
+                self._fail(exchange, "its answer is not HTTP")
+            return
+        self._head = b""
+        self._answer(exchange, data, end + 4)
+
+    def _answer(self, exchange: Exchange, data: bytes, end: int) -> None:
+        head = data[:end]
+        if exchange.unframes:
+            # An HTTP/1.0 client knows no chunks: only here are bodies taken out of them.
+            self._parser = httptools.HttpResponseParser(_Unframer(self, exchange))
+        try:
+            self._parser.feed_data(head)
+        except httptools.HttpParserUpgrade:
+            pass
+        except httptools.HttpParserError as error:
+            self._fail(exchange, f"its answer is not HTTP: {error}")
+            return
+        status = self._parser.get_status_code()
+        if status == 101:  # noqa: PLR2004
+            self._begin_tunnel(exchange, head, data[end:])
+            return
+        lower = head.lower()
+        self._frame(exchange, status, lower)
+        head = exchange.begin_answer(status, head, lower, until_close=self._until_close)
+        if not head:
+            self.abandon()
+            return
+        self._reading_head = False
+        if len(data) == end or exchange.unframes:
+            exchange.relay_head(head)
+            head = b""
+        if len(data) > end:
+            self._relay(exchange, data[end:], head)
+        elif self.complete:
+            self._finish(exchange)
+
+    def _frame(self, exchange: Exchange, status: int, lower: bytes) -> None:
+        """Find out what ends the answer, and whether the connection lives on."""
+        has_no_body = status in (204, 304) or exchange.method == b"HEAD"
+        is_framed = b"\r\ntransfer-encoding:" in lower or b"\r\ncontent-length:" in lower
+        self._until_close = not is_framed and not has_no_body
+        if exchange.unframes:
+            self._reusable = False
+        if exchange.method == b"HEAD":
+            self._reusable = False  # the parser waits for a body that does not come
+            self.complete = True
+
+    def _relay(self, exchange: Exchange, data: bytes, head: bytes = b"") -> None:
+        """Pass `data` on, with `head` if that was not sent yet: one system call, not two."""
+        why = "" if self._tunnel else self._parse(data)
+        if why and head:
+            self._fail(exchange, f"sent what is no answer: {why}")
+            return
+        if why:
+            exchange.broken(self, f"the instance sent what is no answer: {why}")
+            return
+        if not exchange.unframes:
+            exchange.relay(data, head)
+        if self.complete:
+            self._finish(exchange)
+
+    def _parse(self, data: bytes) -> str:
+        """Follow the answer; returns what is wrong with it, or nothing."""
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            return str(error)
+        return "more than one answer" if self._excess else ""
+
+    def _finish(self, exchange: Exchange) -> None:
+        self.exchange = None
+        is_sent = not self.transport.get_write_buffer_size()
+        if self._reusable and is_sent and not self._until_close:
+            if exchange.client.is_write_paused:
+                self.transport.resume_reading()
+            self.pool.give(self)
+        else:
+            self.transport.close()
+        exchange.answered(close=False)
+
+    def _fail(self, exchange: Exchange, reason: str) -> None:
+        self.abandon()
+        exchange.attempt_failed("garbage", reason)
+
+    def _begin_tunnel(self, exchange: Exchange, head: bytes, rest: bytes) -> None:
+        if not exchange.upgrades:
+            self._fail(exchange, "it switched protocols without being asked to")
+            return
+        self._tunnel = True
+        self._reading_head = False
+        self._reusable = False
+        self.complete = False
+        exchange.begin_tunnel(head + rest)
+
+
+class _Unframer:
+    """Parser callbacks that pass the body on without its chunk framing."""
+
+    def __init__(self, connection: UpstreamConnection, exchange: Exchange) -> None:
+        self.on_message_begin = connection.on_message_begin
+        self.on_message_complete = connection.on_message_complete
+        self.on_body = exchange.relay
+
+
+class Pool:
+    """Idle connections to one instance, the one used last first."""
+
+    def __init__(
+        self, host: str, port: int, *, tls: ssl.SSLContext | None, connect_timeout_s: float
+    ) -> None:
+        self._address = (host, port)
+        self._tls = tls
+        self.connect_timeout_s = connect_timeout_s
+        self._idle: deque[UpstreamConnection] = deque()
+        self._loop: Any = None
+
+    def __len__(self) -> int:
+        return len(self._idle)
+
+    def take(self) -> UpstreamConnection | None:
+        """An open connection, or None."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open and not connection.transport.is_closing():
+                return connection
+        return None
+
+    def give(self, connection: UpstreamConnection) -> None:
+        """Keep a connection whose answer is complete."""
+        connection.idle_since_s = asyncio.get_running_loop().time()
+        self._idle.append(connection)
+
+    async def connect(self) -> UpstreamConnection:
+        """Open a connection.
+
+        Raises:
+            OSError: it was refused, or not accepted in time (`TimeoutError`).
+        """
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(self.connect_timeout_s):
+            _, connection = await loop.create_connection(
+                lambda: UpstreamConnection(self), *self._address, ssl=self._tls
+            )
+        return connection
+
+    def close_idle(self, before_s: float = float("inf")) -> None:
+        """Close connections that are idle since before `before_s`, and forget closed ones."""
+        kept: deque[UpstreamConnection] = deque()
+        for connection in self._idle:
+            if connection.is_open and connection.idle_since_s >= before_s:
+                kept.append(connection)
+            elif connection.is_open:
+                connection.transport.close()
+        self._idle = kept

@@ -1,0 +1,142 @@
+"""A proxy between real sockets: scripted instances behind it, raw clients in front.
+
+For tests of the service, and of routing policies that a plugin brings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from xllm_plugin.service import lifecycle
+from xllm_plugin.service.config import InstanceEntry, ListenConfig, ServiceConfig
+from xllm_plugin.service.fleet import Fleet
+from xllm_plugin.service.policies import least_loaded
+from xllm_plugin.service.policy import RoutingPolicy
+from xllm_plugin.service.proxy import Proxy
+from xllm_plugin.service.router import Router
+from xllm_plugin.service.upstream import Pool
+from xllm_plugin.testing.fake_instance import FakeInstance
+
+__all__ = ["PATIENCE_S", "Harness", "RawClient", "request", "serving"]
+
+PATIENCE_S = 30.0
+"""Bounds a test that hangs; says nothing about speed."""
+
+
+class RawClient:
+    """A client that sends and sees bytes."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, data: bytes) -> None:
+        """Write without waiting."""
+        self.writer.write(data)
+
+    async def read_answer(self) -> tuple[bytes, bytes]:
+        """Head and body of one answer, the body as framed on the wire."""
+        async with asyncio.timeout(PATIENCE_S):
+            head = await self.reader.readuntil(b"\r\n\r\n")
+            lower = head.lower()
+            if b"transfer-encoding: chunked" in lower:
+                return head, await self._chunks()
+            if b"content-length:" in lower:
+                length = int(lower.split(b"content-length:")[1].split(b"\r\n")[0])
+                return head, await self.reader.readexactly(length)
+            return head, await self.reader.read()
+
+    async def read_all(self) -> bytes:
+        """Everything until the service closes."""
+        async with asyncio.timeout(PATIENCE_S):
+            return await self.reader.read()
+
+    async def _chunks(self) -> bytes:
+        parts: list[bytes] = []
+        while True:
+            line = await self.reader.readuntil(b"\r\n")
+            size = int(line.split(b";")[0], 16)
+            parts += (line, await self.reader.readexactly(size + 2))
+            if not size:
+                return b"".join(parts)
+
+
+class Harness:
+    """A proxy, its fleet and its fake instances."""
+
+    def __init__(self, proxy: Proxy, port: int, instances: list[FakeInstance]) -> None:
+        self.proxy = proxy
+        self.port = port
+        self.instances = instances
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def connect(self) -> RawClient:
+        """Open a connection to the proxy."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=2**24)
+        self.writers.append(writer)
+        return RawClient(reader, writer)
+
+    async def ask(self, raw: bytes) -> tuple[bytes, bytes]:
+        """One request on its own connection; head and body of its answer."""
+        client = await self.connect()
+        client.send(raw)
+        answer = await client.read_answer()
+        client.writer.close()
+        return answer
+
+    async def settle(self) -> None:
+        """Wait until no request runs, then check that none is counted."""
+        async with asyncio.timeout(PATIENCE_S):
+            while any(client.exchange for client in self.proxy.clients):
+                await asyncio.sleep(0.002)
+        self.proxy.fleet.check_integrity()
+
+
+def request(
+    body: bytes = b'{"model":"fake"}',
+    path: bytes = b"/v1/completions",
+    method: bytes = b"POST",
+    headers: bytes = b"",
+) -> bytes:
+    """The bytes of a request."""
+    length = b"Content-Length: %d\r\n" % len(body) if body else b""
+    return b"%b %b HTTP/1.1\r\nHost: test\r\n%b%b\r\n%b" % (method, path, headers, length, body)
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    *instances: FakeInstance, policy: Any = least_loaded, sweep_s: float = 0.02, **sections: Any
+) -> AsyncIterator[Harness]:
+    """A proxy over `instances`, all ready; `sections` are sections of `ServiceConfig`."""
+    config = ServiceConfig(listen=ListenConfig(host="127.0.0.1", port=0), **sections)
+    fleet = Fleet(
+        config.instances.timings(),
+        lambda entry: Pool(entry.host, entry.port, tls=None, connect_timeout_s=5.0),
+    )
+    router = Router(
+        fleet,
+        RoutingPolicy("tested", "", policy),
+        num_decisions=16,
+        retry_after_s=config.routing.retry_after_s,
+        clock=time.time,
+    )
+    proxy = Proxy(config, fleet, router)
+    async with contextlib.AsyncExitStack() as stack:
+        for instance in instances:
+            await stack.enter_async_context(instance)
+            known = fleet.register(InstanceEntry(url=instance.url), source="test")
+            fleet.set_models(known, {name: {"id": name} for name in instance.models})
+            fleet.report(known, lifecycle.Alive(""))
+        port = await proxy.listen(sweep_s)
+        harness = Harness(proxy, port, list(instances))
+        try:
+            yield harness
+        finally:
+            for writer in harness.writers:
+                writer.close()
+            await proxy.drain(0.0)
+            await asyncio.sleep(0.01)
