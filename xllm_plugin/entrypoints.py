@@ -9,6 +9,7 @@ exception from the platform's constructor, which vLLM lets through.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import sys
 from typing import NoReturn
@@ -65,7 +66,8 @@ def _resolved(selection: Selection) -> tuple[str | None, str]:
         from xllm_plugin.cli.explain import install
 
         install()
-    if is_server_command(sys.argv, sys.orig_argv):
+    # Not in the children of a server, some of which never call `register`.
+    if is_server_command(sys.argv, sys.orig_argv) and multiprocessing.parent_process() is None:
         # vLLM asks in the middle of its imports, and calls `register` when they are done.
         from xllm_plugin.collection import import_pause
 

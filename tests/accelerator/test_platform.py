@@ -69,6 +69,7 @@ def config(
             worker_cls=worker_cls, distributed_executor_backend=backend, nnodes=nnodes
         ),
         kv_transfer_config=kv_transfer_config,
+        cache_config=SimpleNamespace(kv_offloading_size=None),
         ec_transfer_config=None,
         scheduler_config=SimpleNamespace(
             async_scheduling=async_scheduling, scheduler_cls=scheduler_cls

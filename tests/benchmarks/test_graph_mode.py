@@ -99,7 +99,7 @@ def test_a_typical_step_leaves_the_extremes_out(driver: ModuleType) -> None:
 
 
 def test_what_live_children_took_is_counted(driver: ModuleType) -> None:
-    busy = [sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass\ninput()"]
+    busy = [sys.executable, "-c", "import time\nwhile time.process_time() < 0.6: pass\ninput()"]
     with subprocess.Popen(busy, stdin=subprocess.PIPE) as child:
         while driver.children_cpu_s() < 0.3:
             assert child.poll() is None

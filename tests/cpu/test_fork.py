@@ -22,7 +22,13 @@ SERVE = ["vllm", "serve", "m"]
 
 
 def config(**changes: Any) -> SimpleNamespace:
-    values = {"_api_process_count": 1, "numa_bind": False, "otlp_traces_endpoint": None, **changes}
+    values = {
+        "_api_process_count": 1,
+        "numa_bind": False,
+        "otlp_traces_endpoint": None,
+        "worker_cls": fork.WORKER,
+        **changes,
+    }
     return SimpleNamespace(
         additional_config=values.pop("additional_config", {}),
         observability_config=SimpleNamespace(otlp_traces_endpoint=values["otlp_traces_endpoint"]),
@@ -52,6 +58,7 @@ def test_a_server_s_engine_is_forked() -> None:
         ({"additional_config": {"xllm": {"engine": {"fork": False}}}}, "engine.fork is off"),
         ({"_api_process_count": 2}, "several API servers"),
         ({"numa_bind": True}, "--numa-bind"),
+        ({"worker_cls": "my.Worker"}, "--worker-cls"),
         ({"otlp_traces_endpoint": "http://localhost:4317"}, "gRPC"),
     ],
 )
@@ -98,7 +105,7 @@ def test_a_kernel_that_tells_of_no_library(tmp_path: Path) -> None:
 
 # A server with vLLM's order of events: arm, event loop with a wake-up descriptor, fork, enter.
 SERVER = """
-    import json, multiprocessing, os, signal, socket, sys, time, torch
+    import json, multiprocessing, os, signal, socket, sys, threading, time, torch
     from xllm_plugin.cpu.fork import METHOD_ENV, EngineFork
     from xllm_plugin.cpu.threads import ThreadPlan
 
@@ -119,12 +126,24 @@ SERVER = """
     def engine(pipe):
         ended = []
         signal.signal(signal.SIGTERM, lambda *_: ended.append(1))
-        engine_fork.enter()
-        torch.ones(1 << 22).sum()
+        found = {}
+
+        def compute():
+            engine_fork.enter()
+            torch.ones(1 << 22).sum()
+            found.update(
+                threads=torch.get_num_threads(), cores=sorted(os.sched_getaffinity(0))
+            )
+
+        if ON_A_THREAD:  # as with --async-scheduling
+            model_thread = threading.Thread(target=compute)
+            model_thread.start()
+            model_thread.join()
+        else:
+            compute()
         os.kill(os.getpid(), signal.SIGTERM)
         pipe.send({
-            "threads": torch.get_num_threads(),
-            "cores": sorted(os.sched_getaffinity(0)),
+            **found,
             "method": os.environ[METHOD_ENV],
             "pid": os.getpid(),
             "ended": bool(ended),
@@ -153,8 +172,11 @@ SERVER = """
 
 @pytest.fixture
 def run_server() -> Callable[..., tuple[dict[str, Any], str]]:
-    def run(num_threads: str, cores: str) -> tuple[dict[str, Any], str]:
+    def run(
+        num_threads: str, cores: str, *, on_a_thread: bool = False
+    ) -> tuple[dict[str, Any], str]:
         code = textwrap.dedent(SERVER).replace("NUM_THREADS", num_threads).replace("CORES", cores)
+        code = code.replace("ON_A_THREAD", str(on_a_thread))
         done = subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,
@@ -170,10 +192,11 @@ def run_server() -> Callable[..., tuple[dict[str, Any], str]]:
     return run
 
 
+@pytest.mark.parametrize("on_a_thread", [False, True])
 def test_a_fork_computes_as_a_new_process_would_and_ends_with_its_server(
-    run_server: Callable[..., tuple[dict[str, Any], str]],
+    run_server: Callable[..., tuple[dict[str, Any], str]], on_a_thread: bool
 ) -> None:
-    told, rest = run_server("3", "(core,)")
+    told, rest = run_server("3", "(core,)", on_a_thread=on_a_thread)
     assert told["armed"] == {"threads": 1, "method": "fork"}
     assert told["engine"]["threads"] == 3
     assert told["engine"]["cores"] == [told["core"]]

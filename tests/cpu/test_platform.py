@@ -90,6 +90,7 @@ def test_only_mla_models_lose_it(
         ),
         kv_transfer_config=None,
         ec_transfer_config=None,
+        cache_config=SimpleNamespace(kv_offloading_size=None),
         use_v2_model_runner=False,
         scheduler_config=SimpleNamespace(async_scheduling=False, scheduler_cls=None),
         diffusion_config=None,
@@ -109,7 +110,11 @@ def alone(**changes: Any) -> SimpleNamespace:
         "data_parallel_size": 1,
         "nnodes": 1,
     }
-    connectors = {"kv_transfer_config": None, "ec_transfer_config": None}
+    connectors = {
+        "kv_transfer_config": None,
+        "ec_transfer_config": None,
+        "cache_config": SimpleNamespace(kv_offloading_size=None),
+    }
     for name, value in changes.items():
         (connectors if name in connectors else parallel)[name] = value
     return SimpleNamespace(
@@ -134,6 +139,7 @@ def test_a_single_rank_computes_in_the_engine(platform: Any) -> None:
         {"data_parallel_size": 2},
         {"nnodes": 2},
         {"kv_transfer_config": object()},
+        {"cache_config": SimpleNamespace(kv_offloading_size=1.0)},
         {"ec_transfer_config": object()},
     ],
 )

@@ -20,7 +20,7 @@ from xllm_plugin.selection import PLATFORM_ENV, PLATFORMS
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["XllmPlatformMixin"]
+__all__ = ["XllmPlatformMixin", "has_connector"]
 
 logger = logging.getLogger("vllm.xllm_plugin")
 
@@ -90,10 +90,21 @@ def choose_executor(vllm_config: Any) -> None:
     """
     parallel = vllm_config.parallel_config
     backend = parallel.distributed_executor_backend
-    connectors = (vllm_config.kv_transfer_config, vllm_config.ec_transfer_config)
-    if not isinstance(backend, str) or parallel.nnodes > 1 or any(connectors):
+    if not isinstance(backend, str) or parallel.nnodes > 1 or has_connector(vllm_config):
         return
     parallel.distributed_executor_backend = EXECUTORS.get(backend, backend)
+
+
+def has_connector(vllm_config: Any) -> bool:
+    """Whether something beside the engine reads or writes its caches.
+
+    vLLM makes a connector of --kv-offloading-size after the platform was asked.
+    """
+    return (
+        vllm_config.kv_transfer_config is not None
+        or vllm_config.ec_transfer_config is not None
+        or vllm_config.cache_config.kv_offloading_size is not None
+    )
 
 
 def choose_scheduler(vllm_config: Any) -> None:

@@ -3,7 +3,7 @@
 vLLM's CPU platform starts a new interpreter, so that OpenMP's library finds its environment when it
 is loaded.  That interpreter imports for as long as the server did, one after the other.  A fork has
 the imports, and shares their memory.  What a new process takes from its environment is set by
-calls instead: `EngineFork.arm` before the fork and `EngineFork.enter` after it.
+calls instead: `EngineFork.arm` before the fork and `EngineFork.enter` by the thread that computes.
 
 Forking a process with threads is safe where no thread holds what the child needs.  At that moment
 this one has threads of libraries that handle forks themselves (ZeroMQ, OpenBLAS, jemalloc), which
@@ -27,8 +27,10 @@ import torch
 from xllm_plugin.config import load_config
 from xllm_plugin.cpu.threads import ThreadPlan
 
-__all__ = ["METHOD_ENV", "EngineFork", "loaded_libraries", "refusal"]
+__all__ = ["METHOD_ENV", "WORKER", "EngineFork", "loaded_libraries", "refusal"]
 
+WORKER = "xllm_plugin.cpu.worker.XllmCpuWorker"
+"""The worker that calls `EngineFork.enter`."""
 METHOD_ENV = "VLLM_WORKER_MULTIPROC_METHOD"
 PR_SET_PDEATHSIG = 1
 """prctl(2)."""
@@ -39,11 +41,15 @@ def refusal(vllm_config: Any, argv: Sequence[str], environ: Mapping[str, str]) -
 
     For a server whose engine computes in its own process (`computes_alone`).
     """
+    from vllm.platforms.interface import in_wsl
+
     preloads = environ.get("LD_PRELOAD", "").replace(":", " ").split()
     loaded = loaded_libraries()
     reasons = {
         "engine.fork is off": not load_config(vllm_config.additional_config).engine.fork,
-        "this is not Linux": sys.platform != "linux",
+        # vLLM takes a fork back under WSL.
+        "this is not Linux, or under WSL": sys.platform != "linux" or in_wsl(),
+        "--worker-cls": vllm_config.parallel_config.worker_cls != WORKER,
         "several API servers share it": vllm_config.parallel_config._api_process_count > 1,  # noqa: SLF001
         "--numa-bind": bool(vllm_config.parallel_config.numa_bind),
         # Its threads do not survive a fork.
@@ -78,6 +84,7 @@ class EngineFork:
         self._plan: ThreadPlan | None = None
         self._server_pid = 0
         self._num_threads = 0
+        self._is_engine = False
 
     def arm(self, plan: ThreadPlan) -> None:
         """Have vLLM fork the process it starts next, and keep OpenMP's pool from being made here.
@@ -88,7 +95,7 @@ class EngineFork:
         if self._plan is None:
             self._num_threads = torch.get_num_threads()
             torch.set_num_threads(1)
-            os.register_at_fork(after_in_parent=self._disarm)
+            os.register_at_fork(after_in_parent=self._disarm, after_in_child=self._part)
         self._plan, self._server_pid = plan, os.getpid()
         os.environ[METHOD_ENV] = "fork"
 
@@ -99,19 +106,25 @@ class EngineFork:
             os.environ[METHOD_ENV] = "spawn"
             torch.set_num_threads(self._num_threads)
 
+    def _part(self) -> None:
+        """In the engine's process, as its first act on its only thread."""
+        if self._plan is None:
+            return
+        self._is_engine = True
+        os.environ[METHOD_ENV] = "spawn"
+        # The server's event loop hears of signals through this descriptor, also of the engine's.
+        signal.set_wakeup_fd(-1)
+        self._end_with_the_server()
+
     def enter(self) -> None:
         """In the engine's process, on the thread that will compute, before it does.
 
         Does nothing in a process that was not forked.
         """
         plan = self._plan
-        if plan is None or os.getpid() == self._server_pid:
+        if plan is None or not self._is_engine:
             return
         self._plan = None
-        os.environ[METHOD_ENV] = "spawn"
-        # The server's event loop hears of signals through this descriptor, also of the engine's.
-        signal.set_wakeup_fd(-1)
-        self._end_with_the_server()
         if not plan.cores:
             torch.set_num_threads(self._num_threads)
             return

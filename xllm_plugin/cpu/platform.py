@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.platforms.cpu import CpuPlatform
 
-from xllm_plugin.accelerator.platform import EXECUTORS, XllmPlatformMixin
+from xllm_plugin.accelerator.platform import EXECUTORS, XllmPlatformMixin, has_connector
 from xllm_plugin.config import load_config
 from xllm_plugin.cpu import fork
 from xllm_plugin.cpu.graphs import choice as background
@@ -40,7 +40,7 @@ ROTARY = "rotary_embedding"
 class XllmCpuPlatform(XllmPlatformMixin, CpuPlatform):
     """vLLM's CPU platform; `_enum` stays CPU, so every `is_cpu()` of vLLM still holds."""
 
-    xllm_worker_cls = "xllm_plugin.cpu.worker.XllmCpuWorker"
+    xllm_worker_cls = fork.WORKER
 
     @classmethod
     def pre_register_and_update(cls, parser: Any = None) -> None:
@@ -118,8 +118,7 @@ def computes_alone(vllm_config: VllmConfig, num_memory_nodes: int) -> bool:
         parallel.distributed_executor_backend in {"uni", *IN_THE_ENGINE}
         and parallel.world_size == parallel.data_parallel_size == parallel.nnodes == 1
         and num_memory_nodes == 1
-        and vllm_config.kv_transfer_config is None
-        and vllm_config.ec_transfer_config is None
+        and not has_connector(vllm_config)
     )
 
 
@@ -149,6 +148,7 @@ def choose_start(vllm_config: VllmConfig, plan: ThreadPlan, engine_fork: fork.En
     reason = fork.refusal(vllm_config, sys.argv, os.environ)
     if reason is None:
         engine_fork.arm(plan)
+        logger.info("xllm-plugin: the engine's process is forked from this one.")
     else:
         logger.info("xllm-plugin: the engine's process is started anew, not forked: %s.", reason)
 
@@ -202,7 +202,10 @@ def choose_graphs(vllm_config: VllmConfig) -> None:
         else:
             vllm_config.compilation_config.mode = CompilationMode.NONE
             return
-    if background.refusal(vllm_config) is None:
+    if background.refusal(vllm_config) is not None:
+        return
+    # A user's own choice of operators is compiled as it is.
+    if "all" not in vllm_config.compilation_config.custom_ops:
         background.compile_later(vllm_config)
 
 

@@ -21,9 +21,13 @@ def config(**changes: Any) -> Any:
         "dtype": torch.bfloat16,
         "enforce_eager": False,
     }
-    model["hf_text_config"] = SimpleNamespace(is_causal=changes.pop("is_causal", True))
-    engine: dict[str, Any] = {"quant_config": None, "lora_config": None, "kv_transfer_config": None}
-    engine["weight_transfer_config"] = None
+    model["hf_text_config"] = SimpleNamespace(
+        is_causal=changes.pop("is_causal", True), max_position_embeddings=2048
+    )
+    model["max_model_len"] = changes.pop("max_model_len", 2048)
+    names = ("quant_config", "lora_config", "kv_transfer_config", "ec_transfer_config")
+    engine: dict[str, Any] = dict.fromkeys((*names, "weight_transfer_config"))
+    engine["cache_config"] = SimpleNamespace(kv_offloading_size=changes.pop("kv_offload", None))
     for name, value in changes.items():
         (model if name in model else engine)[name] = value
     parallel = SimpleNamespace(tensor_parallel_size=engine.pop("tensor_parallel_size", 1))
@@ -55,7 +59,9 @@ def test_a_dense_model_in_bfloat16(processor: Any) -> None:
         ({"enforce_eager": True}, "--enforce-eager"),
         ({"quant_config": object()}, "quantised"),
         ({"lora_config": object()}, "LoRA"),
-        ({"kv_transfer_config": object()}, "a KV connector"),
+        ({"kv_transfer_config": object()}, "a connector"),
+        ({"kv_offload": 1.0}, "a connector"),
+        ({"max_model_len": 4096}, "positions beyond its rotary table"),
         ({"weight_transfer_config": object()}, "weights are replaced at run time"),
         ({"is_causal": False}, "its attention is not causal"),
         ({"tensor_parallel_size": 2}, "several ranks"),

@@ -137,8 +137,8 @@ class BackgroundGraph:
         try:
             code = self._run_child(self._request or b"", key, log)
             stored = self._store.find(self._facts) if code == 0 else None
-        except OSError as error:
-            self._failed(f"{self._store.root}: {error}")
+        except Exception as error:  # noqa: BLE001 - whatever happens here, eager serves
+            self._failed(f"{self._store.root}: {type(error).__name__}: {error}")
             return
         if stored is None:
             self._failed(f"the compiler ended with code {code}: {_last_line(log)} ({log})")
@@ -176,8 +176,9 @@ class BackgroundGraph:
             if self.state is State.COMPILING:
                 self._failed(str(error))
             return False
-        self._ready = (name, function)
+        # First the state: a step that finds the graph sets the next one.
         self.state = State.LOADED
+        self._ready = (name, function)
         return True
 
     def _failed(self, why: str) -> None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from xllm_plugin.accelerator.platform import has_connector
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -27,7 +29,9 @@ def refusal(vllm_config: VllmConfig) -> str | None:
         "it is quantised": vllm_config.quant_config is not None,
         "--enforce-eager": bool(model.enforce_eager),
         "LoRA": vllm_config.lora_config is not None,
-        "a KV connector": vllm_config.kv_transfer_config is not None,
+        "a connector": has_connector(vllm_config),
+        "positions beyond its rotary table": model.max_model_len
+        > getattr(model.hf_text_config, "max_position_embeddings", model.max_model_len),
         "weights are replaced at run time": vllm_config.weight_transfer_config is not None,
         "its attention is not causal": not getattr(model.hf_text_config, "is_causal", True),
         "several ranks share each layer": vllm_config.parallel_config.tensor_parallel_size > 1,

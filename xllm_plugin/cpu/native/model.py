@@ -115,7 +115,7 @@ class NativeModel:
             if all_metadata[attn.layer_name] is not metadata:
                 raise InternalError(f"{attn.layer_name} has a KV cache group of its own")
         cache = self._attentions[0].kv_cache
-        require(metadata, cache, self._layers[0])
+        require(metadata, positions, cache, self._layers[0])
         batch.slots = metadata.slot_mapping.data_ptr()
         batch.query_start = metadata.query_start_loc.data_ptr()
         batch.seq_lens = metadata.seq_lens.data_ptr()
@@ -127,7 +127,9 @@ class NativeModel:
         return batch
 
 
-def require(metadata: Any, cache: torch.Tensor, layer: DecoderLayer) -> None:
+def require(
+    metadata: Any, positions: torch.Tensor, cache: torch.Tensor, layer: DecoderLayer
+) -> None:
     """Compare what vLLM hands over with what the kernels will read.
 
     Raises:
@@ -138,6 +140,9 @@ def require(metadata: Any, cache: torch.Tensor, layer: DecoderLayer) -> None:
     shape = (heads.num_kv_heads, cache.shape[2], 2 * heads.head_size)
     holds = (
         found == INDEX_DTYPES
+        and positions.dtype == torch.int64
+        and positions.ndim == 1
+        and metadata.slot_mapping.is_contiguous()
         and metadata.causal is True
         and metadata.block_table.stride(1) == 1
         and cache.dtype == torch.bfloat16
