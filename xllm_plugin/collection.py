@@ -7,6 +7,7 @@ Python's collector looks through them 2,000 times meanwhile, for 16 MiB of garba
 
 from __future__ import annotations
 
+import atexit
 import gc
 
 __all__ = ["ImportPause", "import_pause"]
@@ -35,6 +36,8 @@ class ImportPause:
             self._is_paused = False
             gc.freeze()
             gc.enable()
+            # Libraries look for leaks at the end, and would take what is frozen for one.
+            atexit.register(gc.unfreeze)
 
 
 # Of this process; vLLM calls one hook of ours to begin with and another to end with.

@@ -41,7 +41,7 @@ collect.main()
 @pytest.mark.parametrize(
     ("model", "dtype"),
     [
-        pytest.param("tiny-qwen3-moe", "bfloat16", id="MoE"),
+        pytest.param("tiny-qwen3-moe", "bfloat16", id="MoE", marks=pytest.mark.full),
         pytest.param("smollm2", "float32", id="float32", marks=pytest.mark.full),
         pytest.param("tiny-deepseek-v2", "bfloat16", id="MLA", marks=pytest.mark.full),
     ],
