@@ -11,7 +11,9 @@ import importlib.metadata
 import importlib.util
 import os
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pluggy
 
@@ -74,16 +76,7 @@ def device_families(manager: pluggy.PluginManager) -> tuple[DeviceFamily, ...]:
         ConfigError: two plugins bring a family of one name.
     """
     families: dict[str, DeviceFamily] = {}
-
-    def register(family: DeviceFamily) -> None:
-        if family.name in families:
-            raise ConfigError(
-                f"two plugins register a device family named {family.name!r}; uninstall one, or "
-                f"name the plugins to load in {LOAD_ENV}."
-            )
-        families[family.name] = family
-
-    manager.hook.register_device_families(register=register)
+    manager.hook.register_device_families(register=_register_once(families, "device family"))
     return tuple(sorted(families.values(), key=lambda family: -family.preference))
 
 
@@ -94,17 +87,22 @@ def routing_policies(manager: pluggy.PluginManager) -> dict[str, RoutingPolicy]:
         ConfigError: two plugins bring a policy of one name.
     """
     policies: dict[str, RoutingPolicy] = {}
-
-    def register(policy: RoutingPolicy) -> None:
-        if policy.name in policies:
-            raise ConfigError(
-                f"two plugins register a routing policy named {policy.name!r}; uninstall one, or "
-                f"name the plugins to load in {LOAD_ENV}."
-            )
-        policies[policy.name] = policy
-
-    manager.hook.register_routing_policies(register=register)
+    manager.hook.register_routing_policies(register=_register_once(policies, "routing policy"))
     return dict(sorted(policies.items()))
+
+
+def _register_once(found: dict[str, Any], kind: str) -> Callable[[Any], None]:
+    """What a hook calls with each of a kind; two of one name are an error."""
+
+    def register(one: Any) -> None:
+        if one.name in found:
+            raise ConfigError(
+                f"two plugins register a {kind} named {one.name!r}; uninstall one, or name the "
+                f"plugins to load in {LOAD_ENV}."
+            )
+        found[one.name] = one
+
+    return register
 
 
 def describe(manager: pluggy.PluginManager) -> tuple[PluginInfo, ...]:

@@ -16,9 +16,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from xllm_plugin.bench.commands import beside
+from xllm_plugin.bench.replies import reply, take_stdout
 from xllm_plugin.testing.collect import completion_of
 
 STEP = Path(__file__).resolve().parent.parent / "step"
@@ -191,8 +192,7 @@ JOBS: dict[str, Callable[[Forms, dict[str, Any]], dict[str, Any]]] = {
 
 def main() -> None:
     """Answer jobs until standard input ends."""
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print goes to the log
+    replies = take_stdout()
     forms: Forms | None = None
     for line in sys.stdin:
         job = json.loads(line)
@@ -202,11 +202,6 @@ def main() -> None:
         else:
             assert forms is not None
             reply(replies, JOBS[job["do"]](forms, job))
-
-
-def reply(replies: IO[str], message: dict[str, Any]) -> None:
-    """Answer with one line."""
-    print(json.dumps(message), file=replies, flush=True)
 
 
 if __name__ == "__main__":

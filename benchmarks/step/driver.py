@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from xllm_plugin.bench.commands import beside
+from xllm_plugin.bench.replies import reply, take_stdout
 from xllm_plugin.testing.collect import completion_of
 
 if TYPE_CHECKING:
@@ -180,8 +180,7 @@ ASKED = {"decode": decode, "prefill": prefill, "outputs": answer_alone_and_toget
 
 def main() -> None:
     """Answer jobs until standard input ends."""
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print goes to the log
+    replies = take_stdout()
     engine: Engine | None = None
     for line in sys.stdin:
         job = json.loads(line)
@@ -193,11 +192,6 @@ def main() -> None:
         else:
             assert engine is not None
             reply(replies, ASKED[job["do"]](engine, job))
-
-
-def reply(replies: IO[str], message: dict[str, Any]) -> None:
-    """Answer with one line."""
-    print(json.dumps(message), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ class BookedMemoryDriver(ABC, Generic[PhysicalT]):
             page.num_mappings += 1  # the next one of the same page is not alone
         try:
             self._in_runs(placements, self._map_run, self._unmap_run)
-        except BaseException:
+        except BaseException:  # also Ctrl-C: the books are as before whatever stopped it
             for handle in pages.values():
                 self._pages[handle].num_mappings -= 1
             raise
@@ -117,7 +117,7 @@ class BookedMemoryDriver(ABC, Generic[PhysicalT]):
             placements.append(Placement(address, page.physical, page.num_mappings == 0))
         try:
             self._in_runs(placements, self._unmap_run, self._map_run)
-        except BaseException:
+        except BaseException:  # as in `map`
             for handle in handles:
                 self._pages[handle].num_mappings += 1
             raise
@@ -190,7 +190,7 @@ class BookedMemoryDriver(ABC, Generic[PhysicalT]):
             for run in self._runs(placements):
                 do(run)
                 done.append(run)
-        except BaseException:
+        except BaseException:  # also Ctrl-C: half a batch would belong to nobody
             for run in reversed(done):
                 undo(run)
             raise

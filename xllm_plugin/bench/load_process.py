@@ -17,26 +17,25 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import os
 import sys
 import time
-from typing import IO, Any
+from typing import Any
 
-import click
+from xllm_plugin.bench.replies import reply, take_stdout
 
 
 def main() -> None:
     """Serve load points until standard input ends."""
-    replies = _take_stdout()
+    replies = take_stdout()
     # Discovers platforms first: the plugin's entry point repairs what else would fail to import.
     import vllm.platforms
 
     _ = vllm.platforms.current_platform
     import vllm.benchmarks.serve
 
-    _reply(replies, {"ready": True})
+    reply(replies, {"ready": True})
     for line in sys.stdin:
-        _reply(replies, _measure(json.loads(line)))
+        reply(replies, _measure(json.loads(line)))
 
 
 def _measure(point: dict[str, Any]) -> dict[str, Any]:
@@ -88,17 +87,6 @@ def _measure(point: dict[str, Any]) -> dict[str, Any]:
         **{name: result[name] for name in wanted},
         "client_cpu_s": time.process_time() - cpu_before_s,
     }
-
-
-def _take_stdout() -> IO[str]:
-    """Keep standard output for replies and send what libraries print to standard error."""
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    return replies
-
-
-def _reply(replies: IO[str], message: dict[str, Any]) -> None:
-    click.echo(json.dumps(message), file=replies)
 
 
 if __name__ == "__main__":

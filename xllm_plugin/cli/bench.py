@@ -136,7 +136,7 @@ def _load(path: Path) -> click.Command:
     sys.modules[name] = module  # dataclasses and pydantic look their module up
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: half a module is not to be found later
         del sys.modules[name]
         raise
     command = getattr(module, "command", None)

@@ -13,7 +13,6 @@ ever for the pool that its parent had.  So the server computes on one thread unt
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from xllm_plugin.config import load_config
+from xllm_plugin.cpu.parent import end_with_parent
 from xllm_plugin.cpu.threads import ThreadPlan
 
 __all__ = ["METHOD_ENV", "WORKER", "EngineFork", "loaded_libraries", "refusal"]
@@ -32,8 +32,6 @@ __all__ = ["METHOD_ENV", "WORKER", "EngineFork", "loaded_libraries", "refusal"]
 WORKER = "xllm_plugin.cpu.worker.XllmCpuWorker"
 """The worker that calls `EngineFork.enter`."""
 METHOD_ENV = "VLLM_WORKER_MULTIPROC_METHOD"
-PR_SET_PDEATHSIG = 1
-"""prctl(2)."""
 
 
 def refusal(vllm_config: Any, argv: Sequence[str], environ: Mapping[str, str]) -> str | None:
@@ -134,6 +132,6 @@ class EngineFork:
 
     def _end_with_the_server(self) -> None:
         """Get SIGTERM when the server ends, however it does: its port is inherited as well."""
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        end_with_parent()
         if os.getppid() != self._server_pid:
             signal.raise_signal(signal.SIGTERM)

@@ -139,7 +139,7 @@ class CudaMemoryDriver(BookedMemoryDriver[int]):
                 for _ in range(num_pages):
                     page = self.call("cuMemCreate", self._granularity_bytes, self._properties, 0)
                     created.append(int(page))
-            except BaseException:
+            except BaseException:  # also Ctrl-C: nobody else knows these pages
                 self._release(created)
                 raise
         return created
@@ -157,7 +157,7 @@ class CudaMemoryDriver(BookedMemoryDriver[int]):
                     self.call("cuMemMap", placement.address, size, 0, placement.physical, 0)
                     num_mapped += 1
                 self.call("cuMemSetAccess", start, num_mapped * size, [self._access], 1)
-            except BaseException:
+            except BaseException:  # as in `_create`
                 if num_mapped:
                     self.call("cuMemUnmap", start, num_mapped * size)
                 raise

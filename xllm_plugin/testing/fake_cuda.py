@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
-from xllm_plugin.testing.fakes import Countdown, DeviceFaultError, WorkQueue
+from xllm_plugin.testing.fakes import Countdown, DeviceFaultError, PagedBytes, WorkQueue
 
 __all__ = ["FakeCuda"]
 
@@ -22,7 +22,7 @@ FIRST_ADDRESS = 0x7F00_0000_0000
 ADDRESS_SPACE_BYTES = 2**48
 
 
-class FakeCuda:
+class FakeCuda(PagedBytes):
     """One device.
 
     Args:
@@ -192,15 +192,6 @@ class FakeCuda:
             yield
         finally:
             self._work.finish(None)
-
-    def read(self, address: int, num_bytes: int) -> bytes:
-        """Bytes as a kernel sees them.  Raises `DeviceFaultError` where it may not look."""
-        return bytes(page[offset] for page, offset in self._bytes_at(address, num_bytes))
-
-    def write(self, address: int, data: bytes) -> None:
-        """Put bytes, as a kernel does.  Raises `DeviceFaultError` where it may not."""
-        for (page, offset), byte in zip(self._bytes_at(address, len(data)), data, strict=True):
-            page[offset] = byte
 
     @property
     def num_pages(self) -> int:

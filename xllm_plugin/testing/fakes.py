@@ -7,6 +7,7 @@ What a real device would answer with a fault raises `DeviceFaultError` here, so 
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,7 +142,32 @@ class FakeFence:
         self.work.wait(self.mark)
 
 
-class FakeMemoryDriver:
+class PagedBytes(ABC):
+    """Memory of pages that are Python's, as a kernel on the device reads and writes it."""
+
+    def read(self, address: int, num_bytes: int) -> bytes:
+        """Bytes at an address, across neighbouring pages.
+
+        Raises:
+            DeviceFaultError: a page is missing.
+        """
+        return bytes(page[offset] for page, offset in self._bytes_at(address, num_bytes))
+
+    def write(self, address: int, data: bytes) -> None:
+        """Put bytes at an address, across neighbouring pages.
+
+        Raises:
+            DeviceFaultError: a page is missing; nothing is written.
+        """
+        for (page, offset), byte in zip(self._bytes_at(address, len(data)), data, strict=True):
+            page[offset] = byte
+
+    @abstractmethod
+    def _bytes_at(self, address: int, num_bytes: int) -> list[tuple[bytearray, int]]:
+        """Page and offset of each byte.  Raises `DeviceFaultError` where a kernel may not look."""
+
+
+class FakeMemoryDriver(PagedBytes):
     """A `MemoryDriver` in pure Python; pages are bytearrays.
 
     Args:
@@ -343,23 +369,6 @@ class FakeMemoryDriver:
             yield
         finally:
             self.finish_work()
-
-    def read(self, address: int, num_bytes: int) -> bytes:
-        """Bytes at an address, across neighbouring pages.
-
-        Raises:
-            DeviceFaultError: a page is missing.
-        """
-        return bytes(page[offset] for page, offset in self._bytes_at(address, num_bytes))
-
-    def write(self, address: int, data: bytes) -> None:
-        """Put bytes at an address, across neighbouring pages.
-
-        Raises:
-            DeviceFaultError: a page is missing; nothing is written.
-        """
-        for (page, offset), byte in zip(self._bytes_at(address, len(data)), data, strict=True):
-            page[offset] = byte
 
     @property
     def num_pages(self) -> int:

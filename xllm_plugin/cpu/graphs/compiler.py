@@ -8,12 +8,10 @@ has worked.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import pickle
 import resource
-import signal
 import sys
 import threading
 import time
@@ -22,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from xllm_plugin.cpu.parent import end_with_parent
+
 __all__ = ["Request", "main"]
 
 logger = logging.getLogger("vllm.xllm_plugin")
 
-PR_SET_PDEATHSIG = 1
 PATIENCE_S = 60.0
 NICE = 10
 TRIAL_TOKENS = (8, 24)
@@ -96,11 +95,6 @@ def stop_waiting(pid: int) -> None:
         os.sched_setscheduler(pid, os.SCHED_OTHER, os.sched_param(0))
     except PermissionError as error:
         logger.info("xllm-plugin: the compilation goes on at idle priority: %s", error)
-
-
-def end_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent's thread that waits for us ends."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def compile_into(store: Any, request: Request, started_s: float) -> None:

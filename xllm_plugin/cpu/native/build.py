@@ -20,6 +20,7 @@ from pathlib import Path
 
 from xllm_plugin.errors import XllmError
 from xllm_plugin.models.cache import ModelCache
+from xllm_plugin.models.manifest import sha256_of_file
 
 __all__ = ["NativeBuildError", "built_library", "find_compiler"]
 
@@ -88,7 +89,7 @@ def _checksum_file(library: Path) -> Path:
 def _is_whole(library: Path) -> bool:
     try:
         expected = _checksum_file(library).read_text(encoding="ascii")
-        found = hashlib.sha256(library.read_bytes()).hexdigest()
+        found = sha256_of_file(library)
     except (OSError, UnicodeDecodeError):
         return False
     if found != expected:
@@ -103,7 +104,7 @@ def _build(compiler: str, library: Path) -> None:
             part = Path(folder, library.name)
             _run([compiler, *FLAGS, "-o", str(part), str(FOLDER / SOURCES[0])])
             checksum = _checksum_file(part)
-            checksum.write_text(hashlib.sha256(part.read_bytes()).hexdigest(), encoding="ascii")
+            checksum.write_text(sha256_of_file(part), encoding="ascii")
             # Two processes that build at once make the same library; either may win.
             part.replace(library)
             checksum.replace(_checksum_file(library))
