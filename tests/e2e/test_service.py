@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from xllm_plugin.bench.servers import Server, clean_environment, find_free_port
-from xllm_plugin.testing.dialogues import hold_all, read_metric, wait_until_idle
+from xllm_plugin.testing.dialogues import hold_all, read_metric, wait_for_metric, wait_until_idle
 
 pytestmark = pytest.mark.e2e
 
@@ -81,7 +81,7 @@ def test_a_client_that_hangs_up_frees_the_engine(xllm_url: str, service_url: str
         "POST", f"{service_url}/v1/completions", json=body, timeout=120, trust_env=False
     ) as reply:
         next(reply.iter_bytes())
-        assert read_metric(xllm_url, "vllm:num_requests_running") == 1
+        wait_for_metric(xllm_url, "vllm:num_requests_running", 1)
     wait_until_idle(xllm_url)
     assert read_metric(xllm_url, "vllm:generation_tokens_total") - before < 1500
 

@@ -8,7 +8,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from xllm_plugin.testing.dialogues import DIALOGUES, read_metric, stable
+from xllm_plugin.errors import NotNowError
+from xllm_plugin.testing.dialogues import (
+    DIALOGUES,
+    read_metric,
+    stable,
+    wait_for_metric,
+    wait_until_idle,
+)
 
 METRICS = """\
 # HELP vllm:num_requests_running Number of requests.
@@ -47,6 +54,12 @@ def test_a_metric_is_summed_over_engines_and_filtered_by_label(url: str) -> None
     assert read_metric(url, "vllm:num_requests_running") == 3.0
     assert read_metric(url, "vllm:request_success_total", finished_reason="abort") == 3.0
     assert read_metric(url, "vllm:no_such_metric") == 0.0
+
+
+def test_waiting_for_a_metric_ends_with_what_was_seen(url: str) -> None:
+    wait_for_metric(url, "vllm:num_requests_running", 3)
+    with pytest.raises(NotNowError, match="num_requests_running 3, not 0"):
+        wait_until_idle(url, limit_s=0.0)
 
 
 def test_what_differs_from_run_to_run_is_left_out_at_any_depth() -> None:

@@ -329,23 +329,31 @@ def hang_up(talk: Talk) -> Any:
         extra_body={"ignore_eos": True},
     ) as stream:
         next(iter(stream))
-        running = read_metric(talk.url, "vllm:num_requests_running")
+        wait_for_metric(talk.url, "vllm:num_requests_running", 1)
     wait_until_idle(talk.url)
     generated = read_metric(talk.url, "vllm:generation_tokens_total") - generated
-    return {
-        "running_while_streaming": running,
-        "running_after": read_metric(talk.url, "vllm:num_requests_running"),
-        "stopped_early": generated < MAX_LONG_TOKENS,
-    }
+    return {"stopped_early": generated < MAX_LONG_TOKENS}
 
 
 def wait_until_idle(url: str, limit_s: float = 30.0) -> None:
     """Return when no request runs or waits.  Raises `NotNowError` after `limit_s`."""
+    for name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
+        wait_for_metric(url, name, 0, limit_s)
+
+
+def wait_for_metric(url: str, name: str, expected: float, limit_s: float = 30.0) -> None:
+    """Return when a metric has a value; vLLM sets its gauges after a step's answers are sent.
+
+    Raises:
+        NotNowError: it has another value after `limit_s`.
+    """
     deadline = time.monotonic() + limit_s
-    names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
-    while any(read_metric(url, name) for name in names):
+    while (value := read_metric(url, name)) != expected:
         if time.monotonic() > deadline:
-            raise NotNowError(f"{url} still had requests running or waiting after {limit_s:.0f} s")
+            raise NotNowError(
+                f"{url} still reports {name} {value:g}, not {expected:g}, after {limit_s:.0f} s"
+            )
+        time.sleep(0.02)
 
 
 def routes(talk: Talk) -> Any:
