@@ -33,14 +33,16 @@ SHARES = {"xl_arc_easy": 1, "xl_lambada": 1, "xl_hellaswag": 2, "xl_gsm8k": 5}
 
 KINDS_NOTE = (
     "identical: lm-eval got the same log-likelihoods to the last bit, or the same text; rounding: "
-    "the numbers moved no further than stock's do at another batch size, the answer is the same; "
+    "the numbers moved no further than stock's own do, the answer is the same; "
     "near-tie: the answer changed where rounding decides; unexplained: anything else, a failure."
 )
 ROWS_NOTE = (
     "Every row of the second table is compared with native's first run. 'native again' is how "
     "repeatable stock is; 'native, batch N' is how far it is from itself when batches differ, and "
-    "the yardstick for xllm's row. 'differing tokens' counts positions of the given texts, and "
-    "generated texts, at which another token is the likeliest."
+    "the yardstick for xllm's row. With --compile xllm runs as it comes, with kernels of its own; "
+    "then 'native, eager' (against compiled) is a yardstick too, and the wider one counts. "
+    "'differing tokens' counts positions of the given texts, and generated texts, at which another "
+    "token is the likeliest."
 )
 GSM8K_NOTE = (
     "SmolLM2-135M answers almost no GSM8K problem: with it that task compares greedy texts, and "
@@ -171,10 +173,13 @@ def limits_for(tasks: Sequence[str], limit: int) -> dict[str, int]:
 
 def run_all(plan: sides.Plan, paths: Sequence[sides.Way]) -> list[TaskResult]:
     """Run every side of every path, one engine at a time, and compare."""
+    engines = [(plan, side) for side in sides.PLATFORMS]
+    if not plan.eager:
+        engines.append((plan.other_form(), "native"))
     total = sum(
-        len(plan.passes(path, side)) * len(plan.limits)
+        len(asked.passes(path, side)) * len(plan.limits)
         for path in paths
-        for side in sides.PLATFORMS
+        for asked, side in engines
     )
     columns = (
         TextColumn("{task.description}"),
@@ -186,20 +191,26 @@ def run_all(plan: sides.Plan, paths: Sequence[sides.Way]) -> list[TaskResult]:
     with Progress(*columns) as progress:
         bar = progress.add_task("starting", total=total)
         for path in paths:
-            found = {}
-            for side in sides.PLATFORMS:
-                progress.update(bar, description=f"{path}, {side}: starting")
+            found = []
+            for asked, side in engines:
+                where = asked.title(path, side)
+                progress.update(bar, description=f"{where}: starting")
 
-                def on_step(what: str, where: str = f"{path}, {side}") -> None:
+                def on_step(what: str, where: str = where) -> None:
                     progress.update(bar, advance=1, description=f"{where}: {what}")
 
-                found[side] = sides.run(plan, path, side, on_step)
-            results += compare_path(path, found["native"], found["xllm"])
+                found.append(sides.run(asked, path, side, on_step))
+            results += compare_path(path, *found)
     return results
 
 
-def compare_path(path: sides.Way, native: sides.Passes, xllm: sides.Passes) -> list[TaskResult]:
-    """Compare what both sides of one path found, task by task."""
+def compare_path(
+    path: sides.Way,
+    native: sides.Passes,
+    xllm: sides.Passes,
+    native_eager: sides.Passes | None = None,
+) -> list[TaskResult]:
+    """Compare what the engines of one path found, task by task."""
     results = []
     batch = sides.PASSES[path]["other"]
     for task, main in native["main"].items():
@@ -209,8 +220,12 @@ def compare_path(path: sides.Way, native: sides.Passes, xllm: sides.Passes) -> l
         candidates = {
             "native again": compare.read_items(native["repeat"][task]["items"]),
             f"native, batch {batch}": other,
-            "xllm": compare.read_items(xllm["main"][task]["items"]),
         }
+        if native_eager is not None:
+            candidates["native, eager"] = compare.read_items(native_eager["main"][task]["items"])
+            in_form = compare.Noise.measure(reference, candidates["native, eager"])
+            noise = compare.Noise.wider(noise, in_form)
+        candidates["xllm"] = compare.read_items(xllm["main"][task]["items"])
         outcomes = {
             name: compare.compare(reference, items, noise) for name, items in candidates.items()
         }

@@ -3,12 +3,13 @@
 An item (one question of a task) is
 
 * *identical*: lm-eval got the same log-likelihoods down to the last bit, or the same text;
-* *rounding*: the numbers differ as much as stock differs from itself at another batch size, and the
-  item's answer is the same;
+* *rounding*: the numbers differ as much as stock differs from itself, and the item's answer is the
+  same;
 * *near-tie*: the answer changed, where rounding decides;
 * *unexplained*: anything else, and a failure.
 
-The yardstick is `Noise`: stock against itself at another batch size on the same items.  With it,
+The yardstick is `Noise`: stock against itself on the same items, at another batch size; where xllm
+runs its own kernels, also compiled against eager, whichever is further.  With it,
 
 1. no log-likelihood may move by more than `SLACK` times the largest move of the yardstick;
 2. another choice may win only if the margin under stock is at most what the yardstick's largest
@@ -79,10 +80,15 @@ class Noise:
 
     @classmethod
     def measure(cls, reference: Sequence[Item], other: Sequence[Item]) -> Noise:
-        """Compare two stock runs of the same items at different batch sizes."""
+        """Compare two stock runs of the same items: at different batch sizes, or in two forms."""
         moves = [move for a, b in _pairs(reference, other) for move in _moves(a, b)]
         spread = equality.measure(_completions(reference), _completions(other))
         return cls(max(moves, default=0.0), spread)
+
+    @classmethod
+    def wider(cls, one: Noise, other: Noise) -> Noise:
+        """The one in which stock is further from itself."""
+        return max(one, other, key=lambda noise: (noise.max_move, noise.spread.num_differing))
 
 
 @dataclass(frozen=True, slots=True)

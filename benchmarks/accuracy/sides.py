@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -59,10 +59,21 @@ class Plan:
     eager: bool
     folder: Path  # for jobs, logs and answers
 
+    is_yardstick: bool = False
+
     def passes(self, path: Way, platform: Platform) -> dict[str, int]:
         """Batch size of every pass of one side."""
         every = PASSES[path]
-        return every if platform == "native" else {"main": every["main"]}
+        is_whole = platform == "native" and not self.is_yardstick
+        return every if is_whole else {"main": every["main"]}
+
+    def other_form(self) -> Plan:
+        """Compiled for eager and eager for compiled, to see how far stock is from itself."""
+        return replace(self, eager=not self.eager, is_yardstick=True)
+
+    def title(self, path: Way, platform: Platform) -> str:
+        """What this side's files are called."""
+        return "-".join((path, platform, *(("other-form",) if self.is_yardstick else ())))
 
 
 def run(plan: Plan, path: Way, platform: Platform, on_step: Callable[[str], None]) -> Passes:
@@ -86,7 +97,7 @@ def run(plan: Plan, path: Way, platform: Platform, on_step: Callable[[str], None
         f"{platform} server",
         _serve_command(plan, port),
         port=port,
-        log_path=plan.folder / f"server-{platform}.log",
+        log_path=plan.folder / f"{plan.title(path, platform)}.server.log",
         environment=clean_environment(_environment(path, platform)),
     )
     with server:
@@ -185,7 +196,7 @@ def _evaluate(
     on_step: Callable[[str], None],
 ) -> Passes:
     """Run lm-eval in a child process and return what it found."""
-    title = f"{path}-{platform}"
+    title = plan.title(path, platform)
     out, log = plan.folder / f"{title}.json", plan.folder / f"{title}.log"
     passes = plan.passes(path, platform)
     job = {

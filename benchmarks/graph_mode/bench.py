@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ import click
 from rich.console import Console
 
 from xllm_plugin.bench import outputs, schema
-from xllm_plugin.bench.commands import beside, conclude, model_folder
+from xllm_plugin.bench.commands import beside, conclude, log_folder, model_folder
 from xllm_plugin.bench.options import command_line, common_options
 from xllm_plugin.bench.peers import COMMON_ENVIRONMENT
 from xllm_plugin.bench.progress import Reporter
@@ -315,9 +314,7 @@ def command(
         *(Point("decode", size) for size in (QUICK_DECODES if quick else DECODES)),
         *(Point("prefill", size) for size in (QUICK_PREFILLS if quick else PREFILLS)),
     )
-    with tempfile.TemporaryDirectory(prefix="xllm-bench-") as temporary:
-        place = (keep_logs or Path(temporary)).absolute()
-        place.mkdir(parents=True, exist_ok=True)
+    with log_folder(keep_logs) as place:
         plan = Plan(
             folder,
             Vocabulary.of_model(folder),

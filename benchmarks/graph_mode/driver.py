@@ -74,7 +74,9 @@ class Forms:
             timeout=COMPILE_TIMEOUT_S,
         )
         stored = graph._store.find(facts)  # noqa: SLF001
-        self.functions[str(num_tokens)] = bind(stored, self.module)
+        self.functions[str(num_tokens)] = for_one_size(
+            num_tokens, bind(stored, self.module), self.functions["dynamic"]
+        )
         return cost(stored, self.module)
 
     def use(self, form: str) -> None:
@@ -84,6 +86,18 @@ class Forms:
         self.module.do_not_compile = form == "eager"
         if form != "eager":
             self.module.aot_compiled_fn = self.functions[form]
+
+
+def for_one_size(
+    num_tokens: int, bucket: Callable[..., Any], dynamic: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The bucket's graph for its own batch size, as buckets are used; else the dynamic one."""
+
+    def choose(module: Any, input_ids: Any, *rest: Any) -> Any:
+        graph = bucket if len(input_ids) == num_tokens else dynamic
+        return graph(module, input_ids, *rest)
+
+    return choose
 
 
 def cost(stored: Any, module: Any) -> dict[str, Any]:

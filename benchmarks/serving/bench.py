@@ -87,12 +87,45 @@ def load_rows(measured: Sequence[Measured], loads: Sequence[Load]) -> list[Row]:
             figures = (
                 Figure.of("output throughput", "tok/s", [p.output_tok_s for p in points]),
                 Figure.of("TPOT p90", "ms", [p.tpot_p90_ms for p in points]),
+                Figure.of("TTFT p50", "ms", [p.ttft_p50_ms for p in points]),
                 Figure.of("TTFT p90", "ms", [p.ttft_p90_ms for p in points]),
                 Figure.of("client CPU", "s", [p.client_cpu_s for p in points]),
             )
             labels = {"load": str(load), "peer": one.name}
             rows.append(Row(table="At every load", labels=labels, figures=figures))
     return rows
+
+
+def latency_rows(measured: Sequence[Measured], loads: Sequence[Load]) -> list[Row]:
+    """TPOT at the lightest load and TTFT at the heaviest, against the reference peer."""
+    reference = next((one for one in measured if one.name == REFERENCE), measured[0])
+    rows = []
+    for one in measured:
+        figures = [
+            *_against("TPOT p50", "tpot_p50_ms", one, reference, loads[0]),
+            *_against("TTFT p50", "ttft_p50_ms", one, reference, loads[-1]),
+        ]
+        rows.append(
+            Row(
+                table="Latency at the lightest and at the heaviest load",
+                labels={"peer": one.name},
+                figures=tuple(figures),
+            )
+        )
+    return rows
+
+
+def _against(name: str, field: str, one: Measured, reference: Measured, load: Load) -> list[Figure]:
+    """A figure and its ratio to the reference's; none if a curve ended before this load."""
+    values = [float(getattr(point, field)) for point in one.at(load)]
+    bases = [float(getattr(point, field)) for point in reference.at(load)]
+    if not values or len(values) != len(bases):
+        return []
+    ratios = [value / base for value, base in zip(values, bases, strict=True)]
+    return [
+        Figure.of(f"{name}, {load}", "ms", values),
+        Figure.of(f"{name}, times {reference.name}", "", ratios),
+    ]
 
 
 def start_rows(measured: Sequence[Measured]) -> list[Row]:
@@ -278,6 +311,7 @@ def command(
         peers=[target.record(str(folder)) for target in targets],
         rows=[
             *bound_rows(measured, tpot_ms),
+            *latency_rows(measured, plan.loads),
             *load_rows(measured, plan.loads),
             *start_rows(measured),
         ],

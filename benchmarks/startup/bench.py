@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from xllm_plugin.bench import outputs, schema
-from xllm_plugin.bench.commands import beside, conclude, model_folder, names_in
+from xllm_plugin.bench.commands import beside, conclude, log_folder, model_folder, names_in
 from xllm_plugin.bench.options import command_line, common_options
 from xllm_plugin.bench.peers import PEER_NAMES, PeerServer, peer_servers
 from xllm_plugin.bench.progress import Reporter
@@ -516,10 +516,7 @@ def command(
     servers = startup_peers(str(folder), port=port or find_free_port(), flags=flags, names=names)
     run = schema.begin(NAME, question=QUESTION, command=command_line())
     console = Console()
-    with contextlib.ExitStack() as stack:
-        logs = keep_logs or Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="xllm-bench-"))
-        )
+    with log_folder(keep_logs) as logs:
         vocabulary = Vocabulary.of_model(folder)
         plan = Plan(folder, vocabulary, wanted, repeats or (1 if quick else 3), logs)
         measured = measure(plan, servers, console)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ import click
 from rich.console import Console
 
 from xllm_plugin.bench import outputs, schema
-from xllm_plugin.bench.commands import beside, conclude, model_folder
+from xllm_plugin.bench.commands import beside, conclude, log_folder, model_folder
 from xllm_plugin.bench.options import command_line, common_options
 from xllm_plugin.bench.progress import Reporter
 from xllm_plugin.bench.schema import Check, Figure, Row
@@ -256,11 +255,7 @@ def command(
     work = floor.Work.of_model(folder)
     run = schema.begin(NAME, question=QUESTION, command=command_line())
     console = Console()
-    with contextlib.ExitStack() as stack:
-        logs = keep_logs or Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="xllm-bench-"))
-        )
-        logs.mkdir(parents=True, exist_ok=True)
+    with log_folder(keep_logs) as logs:
         vocabulary = Vocabulary.of_model(folder)
         plan = Plan(folder, vocabulary, points, repeats or (1 if quick else 3), logs)
         found = measure(plan, console)

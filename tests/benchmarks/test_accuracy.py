@@ -149,7 +149,18 @@ def test_runs_of_different_items_are_refused() -> None:
         judge(CHOICES, CHOICES[:1], NOISY)
 
 
-def passes(xllm: list[dict[str, Any]]) -> list[Any]:
+def test_another_form_of_stock_is_asked_once_and_keeps_its_own_files() -> None:
+    plan = sides.Plan(Path("/m"), {"xl_lambada": 1}, "bfloat16", eager=False, folder=Path())
+    other = plan.other_form()
+    assert other.eager
+    assert other.passes("offline", "native") == {"main": 8}
+    assert plan.title("offline", "native") == "offline-native"
+    assert other.title("offline", "native") == "offline-native-other-form"
+
+
+def passes(
+    xllm: list[dict[str, Any]], native_eager: list[dict[str, Any]] | None = None
+) -> list[Any]:
     """Both sides of one path, as `sides.run` returns them, compared."""
 
     def found(items: list[dict[str, Any]], acc: float) -> dict[str, Any]:
@@ -160,7 +171,8 @@ def passes(xllm: list[dict[str, Any]]) -> list[Any]:
         "repeat": found(CHOICES, 0.5),
         "other": found(NOISY, 0.5),
     }
-    results: list[Any] = bench.compare_path("offline", native, {"main": found(xllm, 0.25)})
+    eager = {"main": found(native_eager, 0.5)} if native_eager else None
+    results: list[Any] = bench.compare_path("offline", native, {"main": found(xllm, 0.25)}, eager)
     return results
 
 
@@ -176,6 +188,17 @@ def test_the_tables_show_a_planted_difference() -> None:
     items = bench.details(results)["offline xl_arc_easy"]["xllm"]["items"]
     assert [item["id"] for item in items] == [0]
     json.dumps(bench.details(results))
+
+
+def test_with_kernels_of_its_own_the_yardstick_is_the_wider_of_two() -> None:
+    own_kernels = moved(CHOICES, 0, 0, 0.5)
+    (alone,) = passes(own_kernels)
+    (beside_eager,) = passes(own_kernels, native_eager=moved(CHOICES, 0, 0, 0.4))
+    assert alone.xllm.count(Kind.UNEXPLAINED) == 1  # batches move stock by 0.1
+    assert beside_eager.xllm.count(Kind.ROUNDING) == 1
+    assert list(beside_eager.outcomes)[-2:] == ["native, eager", "xllm"]
+    (near,) = passes(own_kernels, native_eager=moved(CHOICES, 0, 0, 0.01))
+    assert near.xllm.count(Kind.UNEXPLAINED) == 1
 
 
 def test_a_run_without_differences_passes_its_checks() -> None:

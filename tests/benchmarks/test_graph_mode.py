@@ -38,6 +38,16 @@ def test_every_ask_has_tokens_of_its_own(bench: ModuleType) -> None:
     assert len(seen) == 32
 
 
+def test_the_prompts_of_a_bucket_run_on_the_dynamic_graph(driver: ModuleType) -> None:
+    """A graph of one batch size refuses others, and a decode has a prefill before it."""
+    graph = driver.for_one_size(1, lambda *_: "bucket", lambda *_: "dynamic")
+    assert [graph(None, [0] * count, None) for count in (128, 1, 2)] == [
+        "dynamic",
+        "bucket",
+        "dynamic",
+    ]
+
+
 def test_forms_take_turns_and_buckets_are_for_their_own_size(bench: ModuleType) -> None:
     asked: list[str] = []
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from rich.markdown import Markdown
 from xllm_plugin.bench import readme
 from xllm_plugin.bench.schema import Result
 
-__all__ = ["beside", "conclude", "model_folder", "names_in"]
+__all__ = ["beside", "conclude", "log_folder", "model_folder", "names_in"]
 
 
 def beside(folder: Path, name: str) -> Any:
@@ -36,6 +39,17 @@ def model_folder(model: str) -> Path:
     from xllm_plugin.models import prepare
 
     return prepare(model).absolute()
+
+
+@contextlib.contextmanager
+def log_folder(keep_logs: Path | None) -> Iterator[Path]:
+    """The folder that the user gave, or one that is gone afterwards."""
+    if keep_logs is not None:
+        keep_logs.mkdir(parents=True, exist_ok=True)
+        yield keep_logs.absolute()
+        return
+    with tempfile.TemporaryDirectory(prefix="xllm-bench-") as folder:
+        yield Path(folder)
 
 
 def names_in(text: str) -> tuple[str, ...]:

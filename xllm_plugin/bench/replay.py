@@ -7,7 +7,6 @@ requests, interleaved over the repeats so that a slow hour of the machine hits e
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import httpx
 from rich.console import Console
 
 from xllm_plugin.bench import outputs
+from xllm_plugin.bench.commands import log_folder
 from xllm_plugin.bench.curve import AtBound, LoadPoint, at_bound
 from xllm_plugin.bench.load import Load, LoadClient, LoadResult
 from xllm_plugin.bench.peers import PeerServer
@@ -229,10 +229,9 @@ def replay(
         keep_logs: folder for the logs; a temporary one by default.
     """
     total = plan.repeats * len(targets) * (1 + len(plan.loads))
-    with contextlib.ExitStack() as stack:
-        log_folder = keep_logs or Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="xllm-bench-"))
-        )
-        reporter = stack.enter_context(Reporter(console, total))
-        client = stack.enter_context(LoadClient(log_folder / "client.log"))
-        return Session(plan, client, reporter, log_folder).measure_all(targets)
+    with (
+        log_folder(keep_logs) as logs,
+        Reporter(console, total) as reporter,
+        LoadClient(logs / "client.log") as client,
+    ):
+        return Session(plan, client, reporter, logs).measure_all(targets)
