@@ -1,7 +1,7 @@
 """What the scheduler holds: publish a snapshot when one is due, execute queued calls, nothing else.
 
 Both are called each step by the engine thread, so the path taken when nothing is due is a
-comparison (about 0.1 us; `tests/channel/test_overhead.py`).
+comparison (about 0.1 us).
 """
 
 from __future__ import annotations

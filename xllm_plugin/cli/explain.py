@@ -80,9 +80,10 @@ def _option(argv: list[str], name: str) -> str | None:
 
 
 def _port_in_use(argv: list[str]) -> XllmError:
-    port = _option(argv, "--port") or "8000"
+    given = _option(argv, "--port")
+    port = f"port {given}" if given else "the port (8000, or what --config says)"
     return XllmError(
-        f"port {port} is in use by another program. Stop that one, or choose another with "
+        f"{port} is in use by another program. Stop that one, or choose another with "
         "--port (any free one from 1024 to 65535)."
     )
 

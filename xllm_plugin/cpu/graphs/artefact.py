@@ -120,10 +120,8 @@ def describe(value: Any) -> list[Any]:
 
 def generalise(one: list[Any], other: list[Any]) -> list[Any]:
     """The description that fits inputs of two batches: None where they differ."""
-    if one == other or isinstance(one, str) or len(one) != len(other):
-        return one if one == other else [None]
     return [
-        generalise(a, b) if isinstance(a, list) else a if a == b else None
+        generalise(a, b) if isinstance(a, list) and isinstance(b, list) else a if a == b else None
         for a, b in zip(one, other, strict=True)
     ]
 
