@@ -62,6 +62,11 @@ def test_a_port_in_use(arguments: list[str], port: str) -> None:
         assert known.exit_code == 1
 
 
+def test_a_port_of_a_config_file_is_not_guessed() -> None:
+    known = explain(bind_twice(), [*SERVE, "--config", "serve.yaml"])
+    assert str(known).startswith("the port that --config names (8000 if it names none) is in use")
+
+
 @pytest.mark.parametrize(
     "message",
     [

@@ -80,8 +80,9 @@ def _option(argv: list[str], name: str) -> str | None:
 
 
 def _port_in_use(argv: list[str]) -> XllmError:
-    given = _option(argv, "--port")
-    port = f"port {given}" if given else "the port (8000, or what --config says)"
+    port = f"port {_option(argv, '--port') or 8000}"
+    if _option(argv, "--port") is None and _option(argv, "--config") is not None:
+        port = "the port that --config names (8000 if it names none)"
     return XllmError(
         f"{port} is in use by another program. Stop that one, or choose another with "
         "--port (any free one from 1024 to 65535)."
