@@ -15,6 +15,7 @@ EXIT_CODES = {
     "ConfigError": 2,
     "PlatformError": 2,
     "ModelError": 2,
+    "PromiseError": 2,
     "NotNowError": 75,
     "DownloadError": 75,
     "ChannelError": 75,

@@ -7,6 +7,7 @@
         ConfigError       a setting is unknown, of the wrong type or out of range
         PlatformError     the platform, device or vLLM version does not fit
         ModelError        a model name or folder is unknown, absent or damaged
+        PromiseError      a request's latency target, class, priority or tenant is wrong
       NotNowError         right request, wrong moment; trying again later may work
         DownloadError     a registry did not deliver, or not all of it
         ChannelError      an engine's socket is not there, closed, or did not answer in time
@@ -33,6 +34,7 @@ __all__ = [
     "NotNowError",
     "PagesExhaustedError",
     "PlatformError",
+    "PromiseError",
     "SeamError",
     "XllmError",
 ]
@@ -65,6 +67,18 @@ class PlatformError(MisuseError):
 
 class ModelError(MisuseError):
     """A model name or folder is unknown, absent or damaged."""
+
+
+class PromiseError(MisuseError):
+    """A request's latency target, class, priority or tenant is wrong.
+
+    Attributes:
+        field: the key at fault; empty once the error has travelled.
+    """
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class NotNowError(XllmError):

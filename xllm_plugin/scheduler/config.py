@@ -1,0 +1,68 @@
+"""Settings of the scheduler: ``--additional-config '{"xllm": {"scheduler": {...}}}'``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from xllm_plugin.scheduler.promise import MAX_TARGET_MS, TENANT_PATTERN, Promise, ServiceClass
+
+__all__ = ["SchedulerConfig", "slo_refusal"]
+
+
+class SchedulerConfig(BaseModel):
+    """Which requests run in a step, and what they are promised if they do not say."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    policy: Literal["fcfs", "slo"] = "fcfs"
+    """`fcfs`: vLLM's own order.  `slo`: planned by the slack that each request's promise leaves."""
+
+    ttft_ms: float = Field(default=1000.0, gt=0, le=MAX_TARGET_MS)
+    """Time to first token promised to a request that asks for none."""
+
+    tpot_ms: float = Field(default=50.0, gt=0, le=MAX_TARGET_MS)
+    """Time per output token promised to a request that asks for none."""
+
+    service_class: ServiceClass = ServiceClass.ONLINE
+    """Class of a request that names none: `online`, or `offline` for work nobody waits for."""
+
+    tenant: str = Field(default="default", pattern=rf"^{TENANT_PATTERN}$")
+    """Tenant of a request that names none."""
+
+    target: float = Field(default=0.98, gt=0, le=1)
+    """Steps are filled to this part of the time that the tightest promise leaves (the paper's
+    figure for merged decode batches)."""
+
+    max_wait_s: float = Field(default=30.0, gt=0)
+    """An online request that has waited or been held so long is served before all others, late as
+    it is.  Offline requests have no such bound while online ones need the device."""
+
+    @property
+    def default_promise(self) -> Promise:
+        """The promise of a request that says nothing."""
+        return Promise(
+            ttft_ms=self.ttft_ms,
+            tpot_ms=self.tpot_ms,
+            service_class=self.service_class,
+            tenant=self.tenant,
+        )
+
+
+def slo_refusal(vllm_config: Any) -> str | None:
+    """Why the policy `slo` cannot serve under this vLLM configuration, or None.
+
+    Asynchronous scheduling, prefix caching, structured output, LoRA, multimodal inputs, speculative
+    decoding and KV connectors are no reason.
+    """
+    scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+    if not scheduler.enable_chunked_prefill:
+        return "chunked prefill is off; a prompt has to fit the time that decodes leave"
+    if scheduler.policy != "fcfs":
+        return f"--scheduling-policy is {scheduler.policy}; give priorities as xllm_priority"
+    if parallel.pipeline_parallel_size > 1:
+        return "--pipeline-parallel-size is over 1; steps then overlap, and their times with them"
+    if vllm_config.model_config.runner_type != "generate":
+        return "the model generates no tokens"
+    return None
