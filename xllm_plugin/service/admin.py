@@ -12,11 +12,11 @@ from typing import Any
 import aiohttp
 import prometheus_client
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from xllm_plugin.errors import MisuseError
+from xllm_plugin.registration import Heartbeat, Lease, Registration
 from xllm_plugin.service import lifecycle
-from xllm_plugin.service.config import InstanceEntry
 from xllm_plugin.service.fleet import Instance
 from xllm_plugin.service.metrics import ServiceCollector
 from xllm_plugin.service.proxy import Proxy
@@ -29,21 +29,6 @@ __all__ = ["AdminApi"]
 _OPEN = frozenset({"/health", "/metrics"})
 _REGISTRATIONS = "/v1/registrations"
 _MAX_BODY_BYTES = 2**20
-
-
-class _Registration(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    url: str
-    name: str = ""
-    capacity: float = 1.0
-    incarnation: str
-
-
-class _Heartbeat(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    incarnation: str
 
 
 class AdminApi:
@@ -195,23 +180,25 @@ class AdminApi:
     # -- registrations --------------------------------------------------------------------------
 
     async def _register(self, request: web.Request) -> web.Response:
-        asked = _Registration.model_validate_json(await request.read())
-        entry = InstanceEntry(url=asked.url, name=asked.name, capacity=asked.capacity)
-        instance = self._registrations.register(entry, asked.incarnation)
-        return web.json_response(
-            {"name": instance.name, "lease_s": self._proxy.fleet.timings.lease_s}
-        )
+        asked = Registration.model_validate_json(await request.read())
+        return self._leased(self._registrations.register(asked))
 
     async def _heartbeat(self, request: web.Request) -> web.Response:
-        beat = _Heartbeat.model_validate_json(await request.read())
-        name = request.match_info["name"]
-        self._registrations.heartbeat(name, beat.incarnation)
-        return web.json_response({"lease_s": self._proxy.fleet.timings.lease_s})
+        beat = Heartbeat.model_validate_json(await request.read())
+        return self._leased(self._registrations.heartbeat(request.match_info["name"], beat))
 
     async def _deregister(self, request: web.Request) -> web.Response:
         incarnation = request.query.get("incarnation", "")
         self._registrations.deregister(request.match_info["name"], incarnation)
         return web.json_response({})
+
+    def _leased(self, instance: Instance) -> web.Response:
+        lease = Lease(
+            name=instance.name,
+            lease_s=self._proxy.fleet.timings.lease_s,
+            in_flight=instance.in_flight,
+        )
+        return web.json_response(lease.model_dump())
 
 
 def _described(instance: Instance, now_s: float) -> dict[str, Any]:
@@ -230,6 +217,8 @@ def _described(instance: Instance, now_s: float) -> dict[str, Any]:
         "in_flight": instance.in_flight,
         "outstanding_tokens": instance.outstanding_tokens,
         "foreign_requests": instance.foreign_requests,
+        "role": instance.entry.role.value,
+        "load": instance.load.model_dump() if instance.load else None,
         "reported": instance.reported,
         "idle_connections": len(instance.pool),
         "errors": instance.stats.errors,

@@ -20,6 +20,7 @@ from pydantic_settings import (
 )
 
 from xllm_plugin.errors import ConfigError
+from xllm_plugin.registration import KvEventSource, Role
 from xllm_plugin.service.lifecycle import Timings
 
 __all__ = [
@@ -104,6 +105,10 @@ class InstanceEntry(_Section):
     url: str = Field(description="http://host:port or https://host:port")
     name: str = Field(default="", pattern=r"^[\w.:-]{0,128}$", description="host:port unless given")
     capacity: float = Field(default=1.0, gt=0, description="relative speed")
+    role: Role = Field(default=Role.MIXED, description="phases of a request it is for")
+    kv_events: tuple[KvEventSource, ...] = Field(
+        default=(), description="where it publishes its prefix cache; else it is asked"
+    )
 
     @model_validator(mode="before")
     @classmethod

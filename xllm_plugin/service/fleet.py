@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from xllm_plugin.errors import InternalError, MisuseError
+from xllm_plugin.registration import Load
 from xllm_plugin.service import lifecycle
 from xllm_plugin.service.config import InstanceEntry
 from xllm_plugin.service.lifecycle import Life, State, Timings
@@ -73,6 +74,8 @@ class Instance:
         self.foreign_requests = 0
         self.reported: dict[str, float] = {}
         """What its /metrics said last."""
+        self.load: Load | None = None
+        """What its heartbeat said last; plain servers send none."""
         self.stats = Stats()
 
 
@@ -161,6 +164,10 @@ class Fleet:
             instance.models = dict(models)
             self._candidates.clear()
 
+    def set_load(self, instance: Instance, num_requests: float) -> None:
+        """Take over how many requests it has, ours included."""
+        instance.foreign_requests = max(0, round(num_requests) - instance.in_flight)
+
     def candidates(self, model: str | None) -> Sequence[Instance]:
         """Who can take a request for `model` (None: for any): the ready, or else the suspect."""
         found = self._candidates.get(model)
@@ -212,6 +219,7 @@ class Fleet:
         instance.pool.close_idle()
         instance.models = {}
         instance.reported = {}
+        instance.load = None
         instance.foreign_requests = 0
         self._candidates.clear()
 

@@ -82,7 +82,7 @@ class Prober:
             await self.probe(
                 instance,
                 models=number % _MODELS_EVERY == 0,
-                metrics=number % _METRICS_EVERY == 0,
+                metrics=number % _METRICS_EVERY == 0 and instance.load is None,
             )
             number += 1
             await asyncio.sleep(self.config.probe_interval_s)
@@ -117,4 +117,4 @@ class Prober:
             self._fleet.report(instance, lifecycle.Registered(f"{started:.2f}"))
         instance.reported = found
         load = found.get("vllm:num_requests_running", 0) + found.get("vllm:num_requests_waiting", 0)
-        instance.foreign_requests = max(0, round(load) - instance.in_flight)
+        self._fleet.set_load(instance, load)
