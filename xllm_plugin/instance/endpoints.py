@@ -104,6 +104,7 @@ class XllmEndpoints:
         """Add the routes; called once, before `init_state`."""
         app.add_api_route("/xllm/snapshot", _snapshot, methods=["GET"])
         app.add_api_route("/xllm/info", _info, methods=["GET"])
+        app.add_api_route("/xllm/tokenizer", _tokenizer, methods=["GET"])
         if self._is_multiprocess:
             extend_metrics_route(app, self._registry)
 
@@ -197,6 +198,17 @@ async def _info(request: Request) -> Response:
     return _json(msgspec.structs.replace(state.info, dp_ranks=tuple(state.group.sockets())))
 
 
+def _tokenizer(request: Request) -> Response:
+    """The model's tokenizer as `tokenizers` reads it; 404 if it has no such form."""
+    client = getattr(request.app.state, "engine_client", None)
+    tokenizer = client.get_tokenizer() if client is not None else None
+    # Classes of `transformers` around the Rust library have it as their backend.
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return _error(404, "NotFoundError", "this model's tokenizer is not one of `tokenizers`")
+    return Response(backend.to_str(), media_type="application/json")
+
+
 def _state_of(request: Request) -> _ServerState | str:
     """What `init_state` has left: the state, or why there is none."""
     found = getattr(request.app.state, "xllm", "the server is still starting")
@@ -210,9 +222,14 @@ def _json(content: Any, status_code: int = 200) -> Response:
 
 
 def _unavailable(message: str) -> Response:
-    """503 in the shape of vLLM's (OpenAI's) errors."""
-    error = {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}
-    return _json({"error": error}, status_code=503)
+    """503: right request, wrong moment."""
+    return _error(503, "ServiceUnavailableError", message)
+
+
+def _error(status: int, kind: str, message: str) -> Response:
+    """In the shape of vLLM's (OpenAI's) errors."""
+    error = {"message": message, "type": kind, "param": None, "code": status}
+    return _json({"error": error}, status_code=status)
 
 
 def _versions() -> dict[str, str]:
