@@ -195,7 +195,11 @@ def test_who_never_registered_leaves_without_a_word() -> None:
 def test_the_engine_is_stopped_after_leaving_and_drained_only_off_the_loop() -> None:
     calls: list[Any] = []
     registrar: Any = SimpleNamespace(leave=lambda *, drain: calls.append(drain))
-    shutdown = leaves_first(calls.append, registrar)
+
+    def stop(timeout: float | None = None) -> None:
+        calls.append(timeout)
+
+    shutdown = leaves_first(stop, registrar)
     shutdown(timeout=7)
 
     async def on_the_loop() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import Any
 
 import aiohttp
@@ -115,7 +116,7 @@ class AdminApi:
 
     async def _instances(self, _: web.Request) -> web.Response:
         now_s = self._proxy.fleet.clock()
-        found = [_described(instance, now_s) for instance in self._proxy.fleet]
+        found = [self._described(instance, now_s) for instance in self._proxy.fleet]
         return web.json_response({"instances": found})
 
     async def _decisions(self, _: web.Request) -> web.Response:
@@ -136,7 +137,7 @@ class AdminApi:
     def _report(self, request: web.Request, event: lifecycle.Event) -> web.Response:
         instance = self._named(request)
         self._proxy.fleet.report(instance, event)
-        return web.json_response(_described(instance, self._proxy.fleet.clock()))
+        return web.json_response(self._described(instance, self._proxy.fleet.clock()))
 
     async def _control(self, request: web.Request) -> web.Response:
         instance = self._named(request)
@@ -168,6 +169,11 @@ class AdminApi:
                 )
         except (aiohttp.ClientError, OSError) as error:
             return _error(502, f"Instance {instance.name}: {error}.")
+
+    def _described(self, instance: Instance, now_s: float) -> dict[str, Any]:
+        directory = self._proxy.directory
+        found = directory.describe(instance) if directory else []
+        return {**_described(instance, now_s), "kv_index": found}
 
     def _named(self, request: web.Request) -> Instance:
         name = request.match_info["name"]
@@ -220,6 +226,8 @@ def _described(instance: Instance, now_s: float) -> dict[str, Any]:
         "role": instance.entry.role.value,
         "load": instance.load.model_dump() if instance.load else None,
         "reported": instance.reported,
+        "speed": asdict(instance.speed),
+        "prefill_tokens": round(instance.prefill_tokens),
         "idle_connections": len(instance.pool),
         "errors": instance.stats.errors,
         "retries": instance.stats.retries,

@@ -132,7 +132,7 @@ class Embedded:
             self._fleet.report(instance, lifecycle.Drain())
         if beat.load is not None:
             instance.load = beat.load
-            self._fleet.set_load(instance, beat.load.num_running + beat.load.num_waiting)
+            self._fleet.set_load(instance, beat.load)
         return instance
 
     def deregister(self, name: str, incarnation: str) -> None:
