@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xllm_plugin.config import load_config
 from xllm_plugin.errors import ConfigError, PlatformError
 from xllm_plugin.selection import (
     CONFIG_ENV,
@@ -19,6 +20,7 @@ from xllm_plugin.selection import (
 )
 
 VLLM = "/usr/bin/vllm"
+NATIVE = ("--platform", "native")
 
 
 def chosen(argv: list[str], environ: dict[str, str] | None = None) -> Selection:
@@ -70,6 +72,20 @@ def test_the_last_of_several_wins_and_all_are_taken_off() -> None:
 def test_an_option_without_its_value(option: str, form: str) -> None:
     with pytest.raises(ConfigError, match=f"{option} needs a value, for example {option} xllm"):
         chosen([VLLM, "serve", "m", form.format(option)])
+
+
+def test_where_to_register_is_a_setting_like_others() -> None:
+    argv, environ = [VLLM, "serve", "--register", "http://service:8001", "m"], {}
+    assert chosen(argv, environ).platform == "xllm"
+    assert argv == [VLLM, "serve", "m"]
+    assert load_config(environ=environ).registration.url == "http://service:8001"
+
+
+def test_a_native_server_cannot_register() -> None:
+    for environ in ({}, {PLATFORM_ENV: "native"}):
+        argv = [VLLM, "serve", "--register=http://s:1", *(() if environ else NATIVE)]
+        with pytest.raises(ConfigError, match="without this plugin cannot register"):
+            chosen(argv, environ)
 
 
 def test_an_unknown_platform_on_the_command_line() -> None:

@@ -34,6 +34,7 @@ from xllm_plugin.channel.config import ChannelConfig
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.graph.config import GraphConfig
 from xllm_plugin.plugins import LOAD_ENV
+from xllm_plugin.registration import RegistrationConfig
 from xllm_plugin.scheduler.config import SchedulerConfig
 from xllm_plugin.selection import CONFIG_ENV, DEVICE_ENV, PLATFORM_ENV, REASON_ENV
 
@@ -82,6 +83,9 @@ class XllmConfig(BaseSettings):
     graph: GraphConfig = Field(default_factory=GraphConfig, description="Graph mode.")
     scheduler: SchedulerConfig = Field(
         default_factory=SchedulerConfig, description="Order of requests, and their promises."
+    )
+    registration: RegistrationConfig = Field(
+        default_factory=RegistrationConfig, description="Where this server registers itself."
     )
 
     @classmethod

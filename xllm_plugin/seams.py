@@ -24,6 +24,7 @@ class Process(StrEnum):
     """Where a seam is used; it is checked there, where its modules are imported anyway."""
 
     EVERY = "every process"
+    SERVER = "API server that registers itself"
     ENGINE = "engine"
     WORKER = "worker"
 
@@ -181,6 +182,13 @@ def _functions_are_swapped_in() -> None:
             raise AttributeError(f"its wrapper has no {wanted!r}")
 
 
+def _engine_is_stopped_on_a_thread() -> None:
+    source = inspect.getsource(_attribute("vllm.entrypoints.launchers.launcher:serve_http"))
+    if "run_in_executor" not in source or "engine_client.shutdown" not in source:
+        raise AttributeError("serve_http no longer stops the engine client on a thread")
+    _attribute("vllm.v1.engine.async_llm:AsyncLLM.get_num_unfinished_requests")
+
+
 def _always() -> None:
     """Nothing of vLLM to look at: the repair checks for its own need when it is applied."""
 
@@ -261,6 +269,17 @@ SEAMS: tuple[Seam, ...] = (
         leaves_when="a platform can bring its own endpoints.",
         process=Process.EVERY,
         fits=_attributes("vllm.plugins:load_endpoint_plugins"),
+    ),
+    Seam(
+        name="server-shutdown",
+        target="vllm.entrypoints.launchers.launcher:serve_http",
+        why="on SIGTERM it stops the engine at once, with what runs; a registered server first "
+        "tells its service and waits for its requests, in the engine client's own shutdown().",
+        versions="0.32",
+        upstream="vllm/entrypoints/launchers/launcher.py, handle_shutdown",
+        leaves_when="endpoint plugins are told of a shutdown while the server still answers.",
+        process=Process.SERVER,
+        fits=_engine_is_stopped_on_a_thread,
     ),
     Seam(
         name="executor-by-path",

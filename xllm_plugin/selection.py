@@ -28,6 +28,7 @@ __all__ = [
     "DEVICE_ENV",
     "PLATFORMS",
     "PLATFORM_ENV",
+    "REGISTER_ENV",
     "Selection",
     "is_server_command",
     "is_vllm_command",
@@ -37,6 +38,7 @@ __all__ = [
 PLATFORM_ENV = "XLLM_PLATFORM"
 CONFIG_ENV = "XLLM_CONFIG"
 DEVICE_ENV = "XLLM_DEVICE"
+REGISTER_ENV = "XLLM_REGISTRATION__URL"
 # "PLATFORM: REASON" of the process that decided, for its children.
 REASON_ENV = "XLLM_PLATFORM_REASON"
 
@@ -64,11 +66,12 @@ def select(argv: list[str], orig_argv: list[str], environ: MutableMapping[str, s
         argv: `sys.argv`; our own options are removed from it in place when it is the command line
             of one of vLLM's commands.  Any other program's arguments are left alone.
         orig_argv: `sys.orig_argv`, which tells `python -m vllm...` from other programs.
-        environ: `os.environ`; receives `XLLM_PLATFORM` (and `XLLM_CONFIG`) for child processes.
+        environ: `os.environ`; receives `XLLM_PLATFORM` (and `XLLM_CONFIG`,
+            `XLLM_REGISTRATION__URL`) for child processes.
 
     Raises:
         PlatformError: the platform is not one of `PLATFORMS`.
-        ConfigError: an option lacks its value.
+        ConfigError: an option lacks its value, or is not for this platform.
     """
     reason = None
     if is_vllm_command(argv, orig_argv):
@@ -79,6 +82,14 @@ def select(argv: list[str], orig_argv: list[str], environ: MutableMapping[str, s
         if platform is not None:
             environ[PLATFORM_ENV] = _checked(platform, "--platform")
             reason = f"--platform {platform}"
+        service_url = _take_option(argv, "--register")
+        if service_url is not None:
+            environ[REGISTER_ENV] = service_url
+            if (environ.get(PLATFORM_ENV) or PLATFORMS[0]) == "native":
+                raise ConfigError(
+                    f"--register {service_url}: a server without this plugin cannot register; "
+                    "leave --platform native out, or name it in the service's instances.static."
+                )
     decided = _checked(environ.get(PLATFORM_ENV) or PLATFORMS[0], PLATFORM_ENV)
     if reason is None and environ.get(REASON_ENV, "").startswith(f"{decided}: "):
         return Selection(decided, environ[REASON_ENV].removeprefix(f"{decided}: "), inherited=True)
@@ -152,7 +163,8 @@ def _take_option(argv: list[str], option: str) -> str | None:
 
 
 def _example(option: str) -> str:
-    return "xllm" if option == "--platform" else "xllm.yaml"
+    examples = {"--platform": "xllm", "--register": "http://service:8001"}
+    return examples.get(option, "xllm.yaml")
 
 
 def _checked(platform: str, source: str) -> str:

@@ -117,7 +117,7 @@ def test_a_service_from_start_to_end(started: Started) -> None:
 def test_check_says_what_is_wrong_and_starts_nothing(tmp_path: Path) -> None:
     assert invoke("--check", "--set", "timeouts.drain_s=3").output == "The settings are valid.\n"
     for arguments, says in (
-        (("--policy", "best"), "known are least-loaded"),
+        (("--policy", "best"), "known are cost, least-loaded"),
         (("--set", "listen.prt=3"), "unknown setting 'listen.prt'"),
         (("--set", "listen"), "write SECTION.NAME=VALUE"),
         (("--set", "listen.port=["), "is not YAML"),

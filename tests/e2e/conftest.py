@@ -20,6 +20,7 @@ from xllm_plugin.models import prepare
 from xllm_plugin.testing.dialogues import hold_all
 
 MODEL_NAME = "smollm2"
+REGISTRATION_TOKEN = "join"
 
 # Float32, so that answers do not depend on which requests happened to share a batch; both sides
 # compute on all cores, since a sum may depend on the number of threads.
@@ -74,14 +75,32 @@ def native_answers(
 
 
 @pytest.fixture(scope="session")
+def registry_port() -> int:
+    """Admin port of a service that need not run: the xllm server registers there."""
+    return find_free_port()
+
+
+def registration(port: int) -> dict[str, str]:
+    """Environment of a server that registers at a service on loopback, KV events included."""
+    return {
+        "XLLM_REGISTRATION__URL": f"http://127.0.0.1:{port}",
+        "XLLM_REGISTRATION__TOKEN": REGISTRATION_TOKEN,
+        "XLLM_REGISTRATION__KV_EVENTS": "1",
+        "VLLM_HOST_IP": "127.0.0.1",  # events are published on this address
+    }
+
+
+@pytest.fixture(scope="session")
 def xllm_url(
     model: Path,
     threads: dict[str, str],
     native_answers: dict[str, Any],
+    registry_port: int,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[str]:
     """A running xllm server, started after stock vLLM's has stopped."""
-    with serving(model, tmp_path_factory.mktemp("xllm") / "log", **threads) as url:
+    environment = {**threads, **registration(registry_port)}
+    with serving(model, tmp_path_factory.mktemp("xllm") / "log", **environment) as url:
         yield url
 
 

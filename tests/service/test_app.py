@@ -290,7 +290,7 @@ def test_a_port_that_is_taken_and_a_policy_that_is_not_there(run: Any) -> None:
             with pytest.raises(NotNowError, match=f"127.0.0.1:{one.port}.*listen.port"):
                 await service.start()
             await service.abandon()
-        with pytest.raises(ConfigError, match="known are least-loaded, power-of-two"):
+        with pytest.raises(ConfigError, match="known are cost, least-loaded, power-of-two"):
             Service(settings(routing={"policy": "best"}))
 
     run(check())

@@ -79,11 +79,14 @@ def test_without_a_lease_nothing_goes_by_itself() -> None:
         assert next_life(life, Tick(), 1e9, TIMINGS) is life
 
 
-def test_a_leased_instance_that_is_drained_goes_when_nothing_runs() -> None:
+def test_a_leased_instance_that_is_drained_stays_so_until_it_is_silent() -> None:
+    """Forgotten while it sends heartbeats, it would register again and be used again."""
     life = after(Drain(), leased=True)
-    assert next_life(life, Tick(in_flight=1), 1.0, TIMINGS).state is State.DRAINING
-    assert next_life(life, Tick(in_flight=0), 1.0, TIMINGS).state is State.GONE
-    assert next_life(life, Tick(in_flight=1), 30.1, TIMINGS).state is State.GONE
+    beaten = next_life(life, Alive("a", ready=False), 4.0, TIMINGS)
+    assert next_life(beaten, Tick(in_flight=0), 8.0, TIMINGS).state is State.DRAINING
+    assert next_life(beaten, Tick(in_flight=1), 10.0, TIMINGS).state is State.DRAINING
+    assert next_life(beaten, Tick(in_flight=0), 10.0, TIMINGS).state is State.GONE
+    assert next_life(beaten, Tick(in_flight=1), 30.1, TIMINGS).state is State.GONE
 
 
 class Lives(RuleBasedStateMachine):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
@@ -19,6 +19,9 @@ from xllm_plugin.service.policies import (
     work_tokens,
 )
 from xllm_plugin.service.policy import Choice
+from xllm_plugin.service.speed import Speed
+
+DEFAULT_SPEED = Speed()
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class Asked:
     draw: int = 0
     session_key: str = ""
     cost_tokens: int = 10
+    prompt_tokens: int = 8
+    output_tokens: int = 2
+    cached_tokens: Mapping[str, float] = field(default_factory=lambda: {"a": 4.0})
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class There:
     in_flight: int = 0
     outstanding_tokens: int = 0
     foreign_requests: int = 0
+    prefill_tokens: float = 0.0
+    speed: Speed = DEFAULT_SPEED
 
 
 THERE = st.builds(
@@ -45,6 +53,7 @@ THERE = st.builds(
     capacity=st.floats(0.1, 10),
     outstanding_tokens=st.integers(0, 10**6),
     foreign_requests=st.integers(0, 100),
+    prefill_tokens=st.floats(0, 1e6),
 )
 ASKED = st.builds(
     Asked,

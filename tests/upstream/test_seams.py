@@ -263,6 +263,14 @@ def test_rotary_operator_is_wrong_for_three_dimensions() -> None:
     assert result.stdout.splitlines()[-2:] == ["three False", "two True"]
 
 
+def test_a_server_stops_its_engine_before_its_plugins_are_told() -> None:
+    """SIGTERM reaches no endpoint plugin; the engine client is stopped first, on a thread."""
+    assert "shutdown" not in vllm_source("plugins", "endpoint_plugins", "interface.py").lower()
+    source = vllm_source("entrypoints", "launchers", "launcher.py")
+    stop = source.index("partial(engine_client.shutdown, timeout=timeout)")
+    assert stop < source.index("server.should_exit = True", stop)
+
+
 def test_every_row_has_a_test_here() -> None:
     """Every row of the table names tests of this file that are there, and no other row is named."""
     assert set(TESTS) == {seam.name for seam in SEAMS}
@@ -276,6 +284,7 @@ TESTS = {
     "torchcodec-error": "test_torchcodec_fails_with_what_vllm_does_not_catch",
     "platform-from-argv": "test_platform_is_chosen_before_arguments_are_parsed",
     "platform-errors-swallowed": "test_what_a_platform_plugin_raises_is_swallowed",
+    "server-shutdown": "test_a_server_stops_its_engine_before_its_plugins_are_told",
     "own-endpoints": "test_endpoint_plugins_are_opt_in",
     "executor-by-path": "test_executor_is_taken_by_path",
     "scheduler-internals": "test_scheduler_stats_do_not_reach_plugins_in_the_engine",

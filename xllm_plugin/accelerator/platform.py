@@ -17,7 +17,7 @@ from xllm_plugin.channel.paths import usable
 from xllm_plugin.config import load_config
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.scheduler.config import slo_refusal
-from xllm_plugin.selection import PLATFORM_ENV, PLATFORMS
+from xllm_plugin.selection import PLATFORM_ENV, PLATFORMS, REGISTER_ENV
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -69,6 +69,7 @@ class XllmPlatformMixin:
         cls.choose_async_scheduling(vllm_config, asked)
         choose_executor(vllm_config)
         choose_scheduler(vllm_config)
+        choose_kv_events(vllm_config)
 
     @classmethod
     def choose_async_scheduling(cls, vllm_config: VllmConfig, asked: bool | None) -> None:
@@ -137,6 +138,22 @@ def choose_scheduler(vllm_config: Any) -> None:
     )
 
 
+def choose_kv_events(vllm_config: Any) -> None:
+    """Publish what the prefix cache holds, if the settings say so and the user's flags do not."""
+    registration = load_config(vllm_config.additional_config).registration
+    if not (registration.url and registration.kv_events) or vllm_config.kv_events_config:
+        return
+    if not vllm_config.cache_config.enable_prefix_caching:
+        logger.warning("xllm-plugin: registration.kv_events is of no use without a prefix cache.")
+        return
+    from vllm.config.kv_events import KVEventsConfig
+
+    # Port 0: several servers share a machine; the one that was taken is registered.
+    vllm_config.kv_events_config = KVEventsConfig(
+        enable_kv_cache_events=True, endpoint="tcp://*:0", replay_endpoint="tcp://*:0"
+    )
+
+
 def allow_own_endpoints(environ: MutableMapping[str, str]) -> None:
     """Name every ordinary plugin and our own endpoint plugin in VLLM_PLUGINS, if it is unset.
 
@@ -182,7 +199,7 @@ class _AlreadyDecided(argparse.Action):
         parser.error(
             f"{option_string} {values} comes too late here: vLLM chose platform {active!r} before "
             "it read this. Give the option in full on the command line, or in the environment "
-            "(XLLM_PLATFORM, XLLM_CONFIG)."
+            "(XLLM_PLATFORM, XLLM_CONFIG, XLLM_REGISTRATION__URL)."
         )
 
 
@@ -202,4 +219,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         action=_AlreadyDecided,
         help="Settings of this plugin, YAML or JSON. Also XLLM_CONFIG; see `xllm doctor`.",
+    )
+    group.add_argument(
+        "--register",
+        metavar="URL",
+        default=os.environ.get(REGISTER_ENV),
+        action=_AlreadyDecided,
+        help="Admin port of an `xllm service` to register at. Also XLLM_REGISTRATION__URL.",
     )

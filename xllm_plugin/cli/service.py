@@ -25,7 +25,7 @@ ADMIN_URL = "http://127.0.0.1:8001"
 @click.option("--admin-host", help="[default: 127.0.0.1]")
 @click.option("--admin-port", type=int, help="[default: 8001]")
 @click.option("--instance", "instances", multiple=True, metavar="URL", help="Repeat for each.")
-@click.option("--policy", help="Routing policy.  [default: least-loaded]")
+@click.option("--policy", help="Routing policy.  [default: cost]")
 @click.option(
     "--set", "others", multiple=True, metavar="SECTION.NAME=VALUE", help="Any other setting."
 )

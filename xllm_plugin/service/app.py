@@ -27,6 +27,8 @@ from xllm_plugin.plugins import manager_here, routing_policies
 from xllm_plugin.service.admin import AdminApi
 from xllm_plugin.service.config import InstanceEntry, ServiceConfig
 from xllm_plugin.service.fleet import Fleet
+from xllm_plugin.service.kv_index.directory import KvDirectory
+from xllm_plugin.service.kv_index.tokens import PromptReader
 from xllm_plugin.service.policy import RoutingPolicy
 from xllm_plugin.service.probes import Prober
 from xllm_plugin.service.proxy import Proxy
@@ -98,11 +100,18 @@ class Service:
             aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self._tls, limit=0))
         )
         self._prober = Prober(self.fleet, session, self.config.instances)
+        self._directory = KvDirectory(self.fleet, self.config.kv_index)
+        self._prompts = PromptReader(session, self.config)
+        self._stack.callback(self._prompts.close)
+        self.proxy.use_kv_index(self._directory, self._prompts)
         self.admin_port = await self._open_admin(session)
         listen = self.config.listen
         self.port = await _opened(self.proxy.listen(), "listen", listen.host, listen.port)
         self._follow_registries()
-        self._probing = asyncio.create_task(_said(self._prober.run(), "probing"))
+        self._running = [
+            asyncio.create_task(_said(self._prober.run(), "probing")),
+            asyncio.create_task(_said(self._directory.run(), "following KV events")),
+        ]
         logger.info("serving on %s:%d", listen.host, self.port)
 
     def reload(self) -> None:
@@ -123,6 +132,8 @@ class Service:
         self.router.retry_after_s = config.routing.retry_after_s
         self.proxy.reconfigure(config)
         self._prober.config = config.instances
+        self._directory.config = config.kv_index
+        self._prompts.config = config
         for instance in self.fleet:
             instance.pool.connect_timeout_s = config.timeouts.connect_s
         self._follow_registries()
@@ -138,9 +149,10 @@ class Service:
         num_cut = await self.proxy.drain(self.config.timeouts.drain_s)
         if num_cut:
             logger.warning("%d clients were cut off after the drain's time", num_cut)
-        for task in (*self._registries, self._probing):
+        tasks = (*self._registries, *self._running)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._registries, self._probing, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._stack.aclose()
 
     def _make_pool(self, entry: InstanceEntry) -> Pool:

@@ -332,7 +332,7 @@ class ClientConnection(asyncio.Protocol):
         elif kind is Kind.MODELS and exchange.method in (b"GET", b"HEAD"):
             self._answer_models(exchange)
         else:
-            exchange.dispatch()
+            self.proxy.dispatch(exchange)
 
     def _answer_health(self, exchange: Exchange) -> None:
         if self.proxy.fleet.candidates(None):

@@ -20,6 +20,7 @@ from pydantic_settings import (
 )
 
 from xllm_plugin.errors import ConfigError
+from xllm_plugin.registration import KvEventSource, Role
 from xllm_plugin.service.lifecycle import Timings
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "AdminConfig",
     "InstanceEntry",
     "InstancesConfig",
+    "KvIndexConfig",
     "LimitsConfig",
     "ListenConfig",
     "LogConfig",
@@ -89,10 +91,27 @@ class TimeoutsConfig(_Section):
     drain_s: float = Field(default=30.0, ge=0, description="after SIGTERM, for what is running")
 
 
+class KvIndexConfig(_Section):
+    """What is known of the instances' prefix caches."""
+
+    enabled: bool = Field(default=True, description="follow KV events of instances that have them")
+    replay_timeout_s: float = Field(default=5.0, gt=0, description="of silence in a replay")
+    host_weight: float = Field(
+        default=0.8, ge=0, le=1, description="of a cached token in host memory; 1 on the device"
+    )
+    disk_weight: float = Field(default=0.5, ge=0, le=1, description="of one on a disk, or remote")
+    tokenize_timeout_s: float = Field(
+        default=1.0, gt=0, description="then a request is routed without its tokens"
+    )
+    token_cache_bytes: int = Field(
+        default=64 * _MIB, ge=0, description="token ids of prompts that are remembered"
+    )
+
+
 class RoutingConfig(_Section):
     """Which instance gets a request."""
 
-    policy: str = Field(default="least-loaded", description="a name that a plugin registers")
+    policy: str = Field(default="cost", description="a name that a plugin registers")
     session_header: str = Field(default="x-session-id", description="names a request's session")
     num_retries: int = Field(default=2, ge=0, description="other instances tried before an answer")
     retry_after_s: float = Field(default=1.0, gt=0, description="told to clients with a 503")
@@ -104,6 +123,10 @@ class InstanceEntry(_Section):
     url: str = Field(description="http://host:port or https://host:port")
     name: str = Field(default="", pattern=r"^[\w.:-]{0,128}$", description="host:port unless given")
     capacity: float = Field(default=1.0, gt=0, description="relative speed")
+    role: Role = Field(default=Role.MIXED, description="phases of a request it is for")
+    kv_events: tuple[KvEventSource, ...] = Field(
+        default=(), description="where it publishes its prefix cache; else it is asked"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -205,6 +228,7 @@ class ServiceConfig(BaseSettings):
     admin: AdminConfig = Field(default_factory=AdminConfig)
     instances: InstancesConfig = Field(default_factory=InstancesConfig)
     routing: RoutingConfig = Field(default_factory=RoutingConfig)
+    kv_index: KvIndexConfig = Field(default_factory=KvIndexConfig)
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
     log: LogConfig = Field(default_factory=LogConfig)

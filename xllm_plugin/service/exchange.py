@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from xllm_plugin.service.client import ClientConnection
     from xllm_plugin.service.fleet import Instance
     from xllm_plugin.service.proxy import Proxy
-    from xllm_plugin.service.router import Decision
+    from xllm_plugin.service.router import Decision, Sent
     from xllm_plugin.service.upstream import UpstreamConnection
 
 __all__ = ["Exchange", "Peek", "peek"]
@@ -109,6 +109,7 @@ class Exchange:
         "refusal",
         "response_id",
         "route",
+        "sent",
         "sent_s",
         "sequence",
         "session_key",
@@ -148,6 +149,7 @@ class Exchange:
         self.draw = 0
         self.tried: tuple[Instance, ...] = ()
         self.decision: Decision | None = None
+        self.sent: Sent | None = None
         self.instance: Instance | None = None
         self.started_s = 0.0
         self.sent_s = 0.0
@@ -425,6 +427,7 @@ class Exchange:
     def _leave(self) -> None:
         assert self.instance is not None
         self.proxy.fleet.release(self.instance, self._booked_tokens)
+        self.proxy.router.left(self)
         self.instance.stats.bytes_to += len(self.head) + len(self.body)
         self.instance.stats.bytes_from += self._num_bytes
         self.instance = None
@@ -456,6 +459,7 @@ class Exchange:
         assert self.instance is not None
         self.ttft_s = self.proxy.loop.time() - self.started_s
         self.instance.stats.observe_ttft(self.ttft_s)
+        self.proxy.router.first_byte(self, is_stream=b"text/event-stream" in self._lower_head)
         if self.route.kind is Kind.RESPONSES:
             found = _RESPONSE_ID.search(data)
             if found:

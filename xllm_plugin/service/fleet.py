@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from xllm_plugin.errors import InternalError, MisuseError
+from xllm_plugin.registration import KvEventSource, Load
 from xllm_plugin.service import lifecycle
 from xllm_plugin.service.config import InstanceEntry
 from xllm_plugin.service.lifecycle import Life, State, Timings
+from xllm_plugin.service.speed import Speed, SpeedMeter
 from xllm_plugin.service.upstream import Pool
 
 __all__ = ["TTFT_BOUNDS_S", "Fleet", "Instance", "Stats"]
@@ -73,6 +75,14 @@ class Instance:
         self.foreign_requests = 0
         self.reported: dict[str, float] = {}
         """What its /metrics said last."""
+        self.load: Load | None = None
+        """What its heartbeat said last; plain servers send none."""
+        self.kv_events: tuple[KvEventSource, ...] = ()
+        """Where it says that it publishes its prefix cache, if its entry does not."""
+        self.prefill_tokens = 0.0
+        """Prompt tokens sent there that it has not computed yet, as far as we know."""
+        self.meter = SpeedMeter()
+        self.speed = Speed()
         self.stats = Stats()
 
 
@@ -96,6 +106,8 @@ class Fleet:
         self._make_pool = make_pool
         self._instances: dict[str, Instance] = {}
         self._candidates: dict[str | None, list[Instance]] = {}
+        self._meter = SpeedMeter()
+        """Of all instances together, as if each had capacity 1: where a new one begins."""
 
     def __iter__(self) -> Any:
         return iter(tuple(self._instances.values()))
@@ -127,6 +139,7 @@ class Fleet:
             return known
         life = lifecycle.begin(event, self.clock())
         instance = Instance(entry, source, life, self._make_pool(entry))
+        self._reckon(instance)
         if known is not None:
             instance.stats = known.stats
             self._retire(known, "replaced")
@@ -160,6 +173,31 @@ class Fleet:
         if instance.models != models:
             instance.models = dict(models)
             self._candidates.clear()
+
+    def set_load(self, instance: Instance, load: Load) -> None:
+        """Take over how many requests it has, ours included, and how fast it decodes them."""
+        num_requests = load.num_running + load.num_waiting
+        instance.foreign_requests = max(0, num_requests - instance.in_flight)
+        if load.tpot_s is not None:
+            instance.meter.observe_tpot(load.num_running, load.tpot_s)
+            self._meter.observe_tpot(load.num_running, load.tpot_s * instance.capacity)
+            self._reckon(instance)
+
+    def observe_ttft(self, instance: Instance, num_tokens: float, seconds: float) -> None:
+        """A first token came `seconds` after its request, `num_tokens` computed before it."""
+        instance.meter.observe_ttft(num_tokens, seconds)
+        self._meter.observe_ttft(num_tokens, seconds * instance.capacity)
+        self._reckon(instance)
+
+    def _reckon(self, instance: Instance) -> None:
+        fleet, capacity = self._meter.speed(Speed()), instance.capacity
+        prior = Speed(
+            fleet.ttft_base_s / capacity,
+            fleet.prefill_s_per_token / capacity,
+            fleet.tpot_base_s / capacity,
+            fleet.tpot_s_per_request / capacity,
+        )
+        instance.speed = instance.meter.speed(prior)
 
     def candidates(self, model: str | None) -> Sequence[Instance]:
         """Who can take a request for `model` (None: for any): the ready, or else the suspect."""
@@ -212,6 +250,10 @@ class Fleet:
         instance.pool.close_idle()
         instance.models = {}
         instance.reported = {}
+        instance.load = None
+        instance.kv_events = ()
+        instance.meter = SpeedMeter()
+        self._reckon(instance)
         instance.foreign_requests = 0
         self._candidates.clear()
 

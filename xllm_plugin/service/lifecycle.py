@@ -4,7 +4,8 @@
 
     joining --alive--> ready --failed, or lease lapsed--> suspect --alive--> ready
        any of them --drain--> draining --undrain--> joining
-       any of them --withdrawn--> gone; with a lease also: suspect or joining too long, drained
+       any of them --withdrawn--> gone; with a lease also: suspect or joining too long, drained and
+       silent
 
 Rule 1: only `Registered` begins a life or changes its incarnation.  A restarted server is another
 incarnation, and what is said about the one before it is ignored.
@@ -193,7 +194,9 @@ def _tick(life: Life, event: Tick, now_s: float, timings: Timings) -> Life:
         age_s > timings.joining_s or silent_s > timings.lease_s + timings.suspect_s
     ):
         return _to(life, State.GONE, now_s, "never became ready")
-    if life.state is State.DRAINING and (age_s > timings.drain_s or not event.in_flight):
+    # While it sends heartbeats it stays: forgotten, it would register again and be used again.
+    is_drained = age_s > timings.drain_s or not event.in_flight
+    if life.state is State.DRAINING and silent_s > timings.lease_s and is_drained:
         return _to(life, State.GONE, now_s, "drained")
     return life
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from xllm_plugin.hookspecs import hookimpl
 from xllm_plugin.service.policy import Choice, InstanceView, RequestView, RoutingPolicy
 
 __all__ = [
     "FOREIGN_REQUEST_TOKENS",
+    "Cost",
+    "cost_in_seconds",
+    "cost_of",
     "least_loaded",
     "power_of_two",
     "round_robin",
@@ -61,6 +65,65 @@ def least_loaded(request: RequestView, candidates: Sequence[InstanceView]) -> Ch
     return Choice(best, f"{least:.0f} tokens outstanding")
 
 
+class Cost(NamedTuple):
+    """What a request is predicted to cost at one instance, in seconds."""
+
+    queue_s: float
+    """Until the prompts in front of it are computed."""
+    prefill_s: float
+    """Of the part of its prompt that is not cached there."""
+    decode_s: float
+    """Of its output, among the requests that run there."""
+    transfer_s: float = 0.0
+    """Of KV blocks from elsewhere; nothing moves them yet."""
+
+    @property
+    def total_s(self) -> float:
+        """What decides."""
+        return self.queue_s + self.prefill_s + self.decode_s + self.transfer_s
+
+
+def cost_of(request: RequestView, instance: InstanceView) -> Cost:
+    """Predict a request's cost at `instance`."""
+    speed = instance.speed
+    uncached = max(1.0, request.prompt_tokens - request.cached_tokens.get(instance.name, 0.0))
+    num_running = instance.in_flight + instance.foreign_requests + 1
+    tpot_s = speed.tpot_base_s + speed.tpot_s_per_request * num_running
+    return Cost(
+        queue_s=speed.prefill_s_per_token * instance.prefill_tokens,
+        prefill_s=speed.ttft_base_s + speed.prefill_s_per_token * uncached,
+        decode_s=tpot_s * request.output_tokens,
+    )
+
+
+def cost_in_seconds(request: RequestView, candidates: Sequence[InstanceView]) -> Choice:
+    """Take the instance where the request is done first: queue, uncached prefill and decode.
+
+    One sum in one unit.  Affinity to a cache and balance of load are not modes between which a
+    threshold switches, so a hot prefix moves as soon as its queue costs more than computing it
+    elsewhere, and no earlier.  Equals take turns.
+    """
+    count = len(candidates)
+    best = request.sequence % count
+    least = cost_of(request, candidates[best])
+    next_s = float("inf")
+    for index, candidate in enumerate(candidates):
+        if index == best:
+            continue
+        cost = cost_of(request, candidate)
+        if cost.total_s < least.total_s:
+            best, least, next_s = index, cost, least.total_s
+        else:
+            next_s = min(next_s, cost.total_s)
+    cached = request.cached_tokens.get(candidates[best].name, 0.0)
+    return Choice(
+        best,
+        f"{least.total_s:.3f} s = queue {least.queue_s:.3f} + prefill {least.prefill_s:.3f} "
+        f"({cached:.0f} of {request.prompt_tokens} tokens cached) + decode {least.decode_s:.3f}; "
+        f"next best {next_s:.3f} s",
+    )
+
+
 def session_affinity(request: RequestView, candidates: Sequence[InstanceView]) -> Choice:
     """Send a session where it was before, by rendezvous hashing (Thaler and Ravishankar 1998).
 
@@ -82,6 +145,7 @@ def session_affinity(request: RequestView, candidates: Sequence[InstanceView]) -
 @hookimpl
 def register_routing_policies(register: Callable[[RoutingPolicy], None]) -> None:
     """Register the policies of this module."""
+    register(RoutingPolicy("cost", "least predicted seconds", cost_in_seconds, uses_prefixes=True))
     register(RoutingPolicy("least-loaded", "fewest outstanding tokens", least_loaded))
     register(RoutingPolicy("round-robin", "each in turn", round_robin))
     register(RoutingPolicy("power-of-two", "the less loaded of two drawn", power_of_two))

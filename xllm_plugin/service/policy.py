@@ -6,9 +6,11 @@ as arguments (a random number too) and changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from xllm_plugin.service.speed import Speed
 
 __all__ = ["Choice", "InstanceView", "RequestView", "RoutingPolicy"]
 
@@ -31,6 +33,18 @@ class RequestView(Protocol):
     @property
     def cost_tokens(self) -> int:
         """Estimated work: prompt tokens plus the output tokens that are likely."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt: exact where its tokens are known, else estimated."""
+
+    @property
+    def output_tokens(self) -> int:
+        """Output tokens that are likely."""
+
+    @property
+    def cached_tokens(self) -> Mapping[str, float]:
+        """Instance's name -> tokens of the prompt that it need not compute; 0 where it lacks."""
 
 
 class InstanceView(Protocol):
@@ -60,6 +74,14 @@ class InstanceView(Protocol):
     def foreign_requests(self) -> int:
         """Requests there that somebody else sent, by its last report."""
 
+    @property
+    def prefill_tokens(self) -> float:
+        """Prompt tokens of ours that it still has to compute before a new request's."""
+
+    @property
+    def speed(self) -> Speed:
+        """How fast it is, by what was measured."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -76,3 +98,5 @@ class RoutingPolicy:
     name: str
     what: str
     choose: Callable[[RequestView, Sequence[InstanceView]], Choice]
+    uses_prefixes: bool = False
+    """Whether it looks at `cached_tokens`; else nobody tokenises for it."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 
+from xllm_plugin.registration import KvEventSource, Load
 from xllm_plugin.service import lifecycle
 from xllm_plugin.service.config import InstancesConfig
 from xllm_plugin.service.fleet import Fleet, Instance
@@ -19,7 +20,8 @@ _MODELS_EVERY = 10
 _METRICS_EVERY = 3
 _METRIC = re.compile(
     r"^(vllm:num_requests_running|vllm:num_requests_waiting|vllm:kv_cache_usage_perc"
-    r"|process_start_time_seconds)(?:\{[^\n]*\})? ([0-9.eE+-]+)$",
+    r"|vllm:inter_token_latency_seconds_(?:sum|count)|process_start_time_seconds)"
+    r"(?:\{[^\n]*\})? ([0-9.eE+-]+)$",
     re.MULTILINE,
 )
 
@@ -30,6 +32,15 @@ def read_metrics(text: str) -> dict[str, float]:
     for name, value in _METRIC.findall(text):
         found[name] = found.get(name, 0.0) + float(value)
     return found
+
+
+def _mean_since(before: dict[str, float], now: dict[str, float], name: str) -> float | None:
+    """Mean of a histogram's observations between two readings; None if there were none."""
+    count, total = (
+        now.get(f"{name}_{part}", 0.0) - before.get(f"{name}_{part}", 0.0)
+        for part in ("count", "sum")
+    )
+    return total / count if before and count > 0 and total >= 0 else None
 
 
 class Prober:
@@ -69,6 +80,8 @@ class Prober:
                     self._take_metrics(instance, await self._get(instance, "/metrics"))
                 if models or not instance.models:
                     self._take_models(instance, await self._get(instance, "/v1/models"))
+                    if not instance.entry.kv_events:
+                        instance.kv_events = await self._kv_events(instance)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             reason = str(error) or f"no answer within {self.config.probe_timeout_s:g} s"
             self._fleet.report(instance, lifecycle.Failed(f"probe: {reason}"))
@@ -82,10 +95,28 @@ class Prober:
             await self.probe(
                 instance,
                 models=number % _MODELS_EVERY == 0,
-                metrics=number % _METRICS_EVERY == 0,
+                metrics=number % _METRICS_EVERY == 0 and instance.load is None,
             )
             number += 1
             await asyncio.sleep(self.config.probe_interval_s)
+
+    async def _kv_events(self, instance: Instance) -> tuple[KvEventSource, ...]:
+        """Where a server publishes KV events, as vLLM since 0.32 says itself."""
+        try:
+            found = json.loads(await self._get(instance, "/kv_event_sources"))
+            return tuple(
+                KvEventSource.model_validate(
+                    {
+                        "dp_rank": rank,
+                        "topic": config["topic"],
+                        "endpoint": _reachable(config["endpoint"], instance),
+                        "replay_endpoint": _reachable(config["replay_endpoint"], instance),
+                    }
+                )
+                for rank, config in sorted(found.items())
+            )
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return ()  # an older server has no such route
 
     async def _get(self, instance: Instance, path: str) -> bytes:
         key = self.config.api_key
@@ -115,6 +146,17 @@ class Prober:
         if started is not None and not instance.life.leased:
             # A plain server says no incarnation; the start of its process is one.
             self._fleet.report(instance, lifecycle.Registered(f"{started:.2f}"))
-        instance.reported = found
-        load = found.get("vllm:num_requests_running", 0) + found.get("vllm:num_requests_waiting", 0)
-        instance.foreign_requests = max(0, round(load) - instance.in_flight)
+        before, instance.reported = instance.reported, found
+        self._fleet.set_load(
+            instance,
+            Load(
+                num_running=round(found.get("vllm:num_requests_running", 0)),
+                num_waiting=round(found.get("vllm:num_requests_waiting", 0)),
+                tpot_s=_mean_since(before, found, "vllm:inter_token_latency_seconds"),
+            ),
+        )
+
+
+def _reachable(endpoint: str | None, instance: Instance) -> str | None:
+    """A publisher that listens on every address is reached on the server's."""
+    return endpoint.replace("*", instance.entry.host) if endpoint else None

@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING
 from xllm_plugin.service.client import ClientConnection
 from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.fleet import Fleet
-from xllm_plugin.service.router import Router
+from xllm_plugin.service.router import Router, Sent
+from xllm_plugin.service.routes import Kind
 
 if TYPE_CHECKING:
     from xllm_plugin.service.exchange import Exchange
+    from xllm_plugin.service.kv_index.directory import KvDirectory
+    from xllm_plugin.service.kv_index.tokens import PromptReader
 
 __all__ = ["Proxy"]
 
+logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("xllm_plugin.service.access")
 
 _SWEEP_S = 1.0
@@ -43,7 +47,47 @@ class Proxy:
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._sweep_s = _SWEEP_S
+        self.directory: KvDirectory | None = None
+        self.prompts: PromptReader | None = None
+        self._reading: set[asyncio.Task[None]] = set()
         self.reconfigure(config)
+
+    def use_kv_index(self, directory: KvDirectory, prompts: PromptReader) -> None:
+        """Route by what the instances' caches hold."""
+        self.directory, self.prompts = directory, prompts
+
+    def dispatch(self, exchange: Exchange) -> None:
+        """Send a request on its way, after its tokens are known if that can matter."""
+        directory, model = self.directory, exchange.model
+        if (
+            directory is None
+            or model is None
+            or not directory.is_useful
+            or not self.router.policy.uses_prefixes
+            or exchange.route.kind is not Kind.INFERENCE
+            or len(self.fleet.candidates(model)) < 2  # noqa: PLR2004 - no choice, no question
+        ):
+            exchange.dispatch()
+            return
+        task = self.loop.create_task(self._read_and_dispatch(exchange, model))
+        self._reading.add(task)
+        task.add_done_callback(self._reading.discard)
+
+    async def _read_and_dispatch(self, exchange: Exchange, model: str) -> None:
+        assert self.directory is not None
+        assert self.prompts is not None
+        try:
+            prompt = await self.prompts.read(
+                exchange.route.path, exchange.body, model, self.fleet.candidates(model)
+            )
+            if prompt is not None:
+                cached = self.directory.lookup(prompt, self.fleet.candidates(model))
+                exchange.sent = Sent(prompt.num_tokens, cached)
+        except Exception:
+            # What it would have told helps to choose; a request is not lost for it.
+            logger.exception("a prompt could not be looked up; please report this")
+        if not exchange.is_done:
+            exchange.dispatch()
 
     def reconfigure(self, config: ServiceConfig) -> None:
         """Take new settings; connections that are open keep theirs where it matters."""

@@ -15,6 +15,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from xllm_plugin.errors import ConfigError, MisuseError
+from xllm_plugin.registration import Heartbeat, Registration
 from xllm_plugin.service import lifecycle
 from xllm_plugin.service.config import InstanceEntry
 from xllm_plugin.service.fleet import Fleet, Instance
@@ -97,19 +98,42 @@ class Embedded:
     async def run(self, fleet: Fleet) -> None:
         """Nothing to follow: instances come by themselves."""
 
-    def register(self, entry: InstanceEntry, incarnation: str) -> Instance:
-        """Take an instance in.  Raises `MisuseError` if its name is somebody else's."""
-        return self._fleet.register(entry, source=self.source, incarnation=incarnation, leased=True)
+    def register(self, asked: Registration) -> Instance:
+        """Take an instance in.
 
-    def heartbeat(self, name: str, incarnation: str) -> None:
-        """Renew a lease.
+        Raises:
+            MisuseError: its name is somebody else's.
+            ValidationError: its address is none (pydantic's).
+        """
+        entry = InstanceEntry(
+            url=asked.url,
+            name=asked.name,
+            capacity=asked.capacity,
+            role=asked.role,
+            kv_events=asked.kv_events,
+        )
+        instance = self._fleet.register(
+            entry, source=self.source, incarnation=asked.incarnation, leased=True
+        )
+        if not instance.models:  # until it is asked: its models are known, though not ready
+            self._fleet.set_models(instance, {name: {"id": name} for name in asked.models})
+        return instance
+
+    def heartbeat(self, name: str, beat: Heartbeat) -> Instance:
+        """Renew a lease and take the load over.
 
         Raises:
             MisuseError: there is no such lease (any more): register again.
         """
+        instance = self._leased(name, beat.incarnation)
         # Whether it can take requests is what probes find out; a heartbeat keeps it known.
-        event = lifecycle.Alive(incarnation, ready=False)
-        self._fleet.report(self._leased(name, incarnation), event)
+        self._fleet.report(instance, lifecycle.Alive(beat.incarnation, ready=False))
+        if beat.is_draining:
+            self._fleet.report(instance, lifecycle.Drain())
+        if beat.load is not None:
+            instance.load = beat.load
+            self._fleet.set_load(instance, beat.load)
+        return instance
 
     def deregister(self, name: str, incarnation: str) -> None:
         """Let an instance go.  Raises `MisuseError` as `heartbeat` does."""
@@ -123,6 +147,7 @@ class Embedded:
             instance is None
             or instance.source != self.source
             or instance.life.incarnation != incarnation
+            or instance.life.state is lifecycle.State.GONE
         ):
             raise MisuseError(
                 f"no lease of {name!r} with incarnation {incarnation!r} is known here; register "

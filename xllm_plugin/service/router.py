@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.lifecycle import State
+from xllm_plugin.service.policies import cost_of
 from xllm_plugin.service.policy import Choice, RoutingPolicy
 from xllm_plugin.service.replies import Refusal, unknown_model
 from xllm_plugin.service.routes import Kind
@@ -16,11 +19,14 @@ from xllm_plugin.service.routes import Kind
 if TYPE_CHECKING:
     from xllm_plugin.service.exchange import Exchange
 
-__all__ = ["Decision", "Router"]
+__all__ = ["Asked", "Decision", "Router", "Sent"]
 
 logger = logging.getLogger(__name__)
 
 _MAX_OWNERS = 65536
+_BYTES_PER_TOKEN: Final = 4  # as an exchange estimates its cost_tokens
+_MAX_PROMPT_TOKENS: Final = 100_000
+_STREAMS = re.compile(rb'"stream"\s*:\s*true')
 
 
 class Decision(NamedTuple):
@@ -34,6 +40,35 @@ class Decision(NamedTuple):
     num_candidates: int
     attempt: int
     """1 for the first instance, 2 for the one after it failed, ..."""
+
+
+class Asked(NamedTuple):
+    """A request as policies see it (`RequestView`)."""
+
+    sequence: int
+    draw: int
+    session_key: str
+    cost_tokens: int
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: Mapping[str, float]
+
+
+@dataclass(slots=True)
+class Sent:
+    """What the router remembers of a request on its way."""
+
+    prompt_tokens: int = 0
+    """0: not known, to be estimated."""
+    cached_tokens: Mapping[str, float] = field(default_factory=dict)
+    instance: Instance | None = None
+    """Where `uncached_tokens` are counted as not computed yet."""
+    uncached_tokens: float = 0.0
+    ahead_tokens: float = 0.0
+    """That had to be computed before, when it was sent."""
+
+
+_NOTHING = Sent()
 
 
 class Router:
@@ -85,8 +120,26 @@ class Router:
             self._require_one_model()
         request.sequence = self._sequence
         self._sequence += 1
-        choice, instance = self._ask_policy(request, candidates)
+        asked = self._asked(request)
+        choice, instance = self._ask_policy(asked, candidates)
+        self._send(request, asked, instance)
         return self._decided(request, instance, self.policy.name, choice.reason, len(candidates))
+
+    def first_byte(self, request: Exchange, *, is_stream: bool) -> None:
+        """An answer begins: its prompt is computed, and how long that took is known of a stream."""
+        sent = request.sent
+        if sent is None or sent.instance is None:
+            return
+        if is_stream:
+            num_tokens = sent.ahead_tokens + sent.uncached_tokens
+            seconds = request.proxy.loop.time() - request.sent_s
+            self.fleet.observe_ttft(sent.instance, num_tokens, seconds)
+        self._computed(sent)
+
+    def left(self, request: Exchange) -> None:
+        """A request no longer runs where it was sent."""
+        if request.sent is not None:
+            self._computed(request.sent)
 
     def no_instance(self, why: str) -> Refusal:
         """503: the request was right, the moment was not."""
@@ -101,8 +154,44 @@ class Router:
         if len(self._owners) > _MAX_OWNERS:
             self._owners.popitem(last=False)
 
+    @staticmethod
+    def _asked(request: Exchange) -> Asked:
+        sent = request.sent or _NOTHING
+        estimated = min(len(request.body) // _BYTES_PER_TOKEN, _MAX_PROMPT_TOKENS)
+        return Asked(
+            request.sequence,
+            request.draw,
+            request.session_key,
+            request.cost_tokens,
+            sent.prompt_tokens or estimated,
+            max(1, request.cost_tokens - estimated),
+            sent.cached_tokens,
+        )
+
+    def _send(self, request: Exchange, asked: Asked, instance: Instance) -> None:
+        """Count the prompt among those that the instance has to compute."""
+        cached = asked.cached_tokens.get(instance.name, 0.0)
+        request.sent = sent = Sent(
+            asked.prompt_tokens,
+            asked.cached_tokens,
+            instance,
+            uncached_tokens=max(1.0, asked.prompt_tokens - cached),
+            ahead_tokens=instance.prefill_tokens,
+        )
+        if not _STREAMS.search(request.body):
+            # Its first byte is its last: when its prompt is computed can only be predicted.
+            cost = cost_of(asked, instance)
+            request.proxy.loop.call_later(cost.queue_s + cost.prefill_s, self._computed, sent)
+        instance.prefill_tokens += sent.uncached_tokens
+
+    @staticmethod
+    def _computed(sent: Sent) -> None:
+        if sent.instance is not None:
+            sent.instance.prefill_tokens -= sent.uncached_tokens
+            sent.instance = None
+
     def _ask_policy(
-        self, request: Exchange, candidates: Sequence[Instance]
+        self, request: Asked, candidates: Sequence[Instance]
     ) -> tuple[Choice, Instance]:
         try:
             choice = self.policy.choose(request, candidates)

@@ -7,7 +7,8 @@
         ...
         instance.requests[-1].body
 
-It answers `/health`, `/v1/models` and `/metrics` as vLLM does, and everything else by its script.
+It answers `/health`, `/v1/models`, `/metrics` and `/kv_event_sources` as vLLM does, and
+everything else by its script.
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ class FakeInstance:
         self.tls = tls
         self.is_healthy = True
         self.metrics = ""
+        self.kv_event_sources: dict[str, dict[str, str]] = {}
+        """Data-parallel rank -> where it says that it publishes its cache."""
         self.requests: list[Received] = []
         self.num_connections = 0
         self._server: asyncio.Server | None = None
@@ -191,6 +194,8 @@ class FakeInstance:
             records = [{"id": name, "object": "model", "root": self.url} for name in self.models]
             body = json.dumps({"object": "list", "data": records}).encode()
             await answer(body)(request, writer)
+        elif path == "/kv_event_sources":
+            await answer(json.dumps(self.kv_event_sources).encode())(request, writer)
         elif path == "/metrics":
             await answer(self.metrics.encode())(request, writer)
         else:

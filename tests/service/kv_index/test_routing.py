@@ -1,0 +1,265 @@
+"""Requests go where their prefix is: the whole service, real sockets, scripted instances."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import msgspec
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from xllm_plugin.service.app import Service
+from xllm_plugin.service.config import ServiceConfig
+from xllm_plugin.service.kv_index import tokens as tokens_module
+from xllm_plugin.service.kv_index.wire import Batch, BlockStored
+from xllm_plugin.service.lifecycle import State
+from xllm_plugin.testing.fake_instance import FakeInstance, Received, answer
+from xllm_plugin.testing.fake_publisher import FakePublisher
+
+SIZE = 4
+TEXT = "a b c d e f g h i j k l m n o p q r s t u v w x y z"
+
+
+def word_level() -> tokenizers.Tokenizer:
+    words = {word: number + 7 for number, word in enumerate([*TEXT.split(), "[UNK]"])}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+TOKENIZER = word_level()
+
+
+def ids(text: str) -> list[int]:
+    found: list[int] = TOKENIZER.encode(text).ids
+    return found
+
+
+class Cached(FakeInstance):
+    """An instance that publishes its cache and tokenises."""
+
+    def __init__(self, *, hands_out_tokenizer: bool = True) -> None:
+        super().__init__()
+        self.publisher = FakePublisher()
+        self.hands_out_tokenizer = hands_out_tokenizer
+        self.kv_event_sources = {
+            "0": {
+                "endpoint": self.publisher.endpoint,
+                "replay_endpoint": self.publisher.replay_endpoint or "",
+                "topic": "",
+            }
+        }
+        self.num_asked = 0
+        self.script = self._script
+
+    async def _script(self, request: Received, writer: asyncio.StreamWriter) -> None:
+        path = request.target
+        if path == b"/xllm/tokenizer" and self.hands_out_tokenizer:
+            await answer(TOKENIZER.to_str().encode())(request, writer)
+        elif path == b"/tokenize":
+            self.num_asked += 1
+            asked = json.loads(request.body)
+            messages, text = asked.get("messages"), asked.get("prompt")
+            if isinstance(messages, list):
+                text = " ".join(message["content"] for message in messages)
+            elif text is None:
+                await answer(b"", "400 Bad Request")(request, writer)
+                return
+            await answer(json.dumps({"tokens": ids(text)}).encode())(request, writer)
+        elif path.startswith(b"/v1/"):
+            await answer(b"{}")(request, writer)
+        else:
+            await answer(b"", "404 Not Found")(request, writer)
+
+    def cache(self, token_ids: list[int], **fields: Any) -> None:
+        count = len(token_ids) // SIZE
+        event = BlockStored(
+            [str(token_ids[: SIZE * (number + 1)]).encode() for number in range(count)],
+            None,
+            token_ids[: count * SIZE],
+            SIZE,
+            **fields,
+        )
+        self.publisher.publish(msgspec.msgpack.encode(Batch(0.0, [event])))
+
+
+class Site:
+    def __init__(self, service: Service, session: aiohttp.ClientSession) -> None:
+        self.service = service
+        self.session = session
+
+    async def until(self, is_so: Any) -> None:
+        async with asyncio.timeout(30):
+            while not is_so():
+                await asyncio.sleep(0.005)
+
+    async def where(self, body: Any, path: str = "/v1/completions") -> dict[str, Any]:
+        """The decision on a request."""
+        url = f"http://127.0.0.1:{self.service.port}{path}"
+        headers = {"x-xllm-explain": "1"}
+        async with self.session.post(url, json=body, headers=headers) as reply:
+            assert reply.status == 200
+            found: dict[str, Any] = json.loads(reply.headers["x-xllm-explain"])
+            return found
+
+
+@asynccontextmanager
+async def site(*instances: Cached, **sections: Any) -> AsyncIterator[Site]:
+    for instance in instances:
+        await instance.__aenter__()
+    config = ServiceConfig(
+        listen={"host": "127.0.0.1", "port": 0},
+        admin={"port": 0, "token": "t"},
+        instances={"static": [one.url for one in instances], "probe_interval_s": 0.05},
+        **sections,
+    )
+    service = Service(config)
+    await service.start()
+    try:
+        with contextlib.ExitStack() as stack:
+            for instance in instances:
+                stack.enter_context(instance.publisher)
+            async with aiohttp.ClientSession() as session:
+                it = Site(service, session)
+                await it.until(lambda: len(service.fleet.candidates(None)) == len(instances))
+                assert all(one.life.state is State.READY for one in service.fleet)
+                yield it
+    finally:
+        await service.stop()
+        for instance in instances:
+            await instance.die()
+
+
+def name(instance: FakeInstance) -> str:
+    return f"127.0.0.1:{instance.port}"
+
+
+def test_a_prompt_goes_where_its_prefix_is(run: Any) -> None:
+    """Ids, texts and chats; plain servers, which say themselves where they publish."""
+
+    async def check() -> None:
+        one, two = Cached(), Cached()
+        async with site(one, two) as it:
+            index = it.service._directory.index
+            two.cache(ids(TEXT))
+            await it.until(lambda: len(index) == 6)
+            prompts: list[Any] = [ids(TEXT), TEXT]
+            for prompt in prompts:
+                for _ in range(3):
+                    decision = await it.where({"model": "fake", "prompt": prompt})
+                    assert decision["instance"] == name(two)
+                    assert "(24 of 26 tokens cached)" in decision["reason"]
+            chat = [{"role": "user", "content": TEXT}]
+            body = {"model": "fake", "messages": chat, "max_tokens": 5}
+            decision = await it.where(body, "/v1/chat/completions")
+            assert (decision["instance"], decision["policy"]) == (name(two), "cost")
+            one.cache(ids(TEXT), extra_keys=[["salt"], *[None] * 5])
+            await it.until(lambda: len(index) == 12)
+            decision = await it.where({"model": "fake", "prompt": TEXT, "cache_salt": "salt"})
+            assert decision["instance"] == name(one)
+
+    run(check())
+
+
+def test_texts_are_tokenised_here_once_that_is_known_to_be_the_same(run: Any) -> None:
+    async def check() -> None:
+        one, two = Cached(), Cached()
+        async with site(one, two) as it:
+            two.cache(ids(TEXT))
+            await it.until(lambda: it.service._directory.is_useful)
+            for number in range(4):  # fetches the tokenizer of each, compares it with its server
+                await it.where({"model": "fake", "prompt": f"x {number}"})
+            local = it.service._prompts._local
+            await it.until(lambda: len(local) == 2 and all(local.values()))
+            asked = one.num_asked + two.num_asked
+            decision = await it.where({"model": "fake", "prompt": TEXT + " a"})
+            assert decision["instance"] == name(two)
+            assert one.num_asked + two.num_asked == asked
+            # The same text again is remembered: nobody is asked.
+            chat = {"model": "fake", "messages": [{"role": "user", "content": "b"}]}
+            for expected in (1, 1):
+                await it.where(chat, "/v1/chat/completions")
+                assert one.num_asked + two.num_asked == asked + expected
+
+    run(check())
+
+
+def test_a_tokenizer_that_differs_from_its_server_is_not_used(run: Any, monkeypatch: Any) -> None:
+    async def check() -> None:
+        one, two = Cached(), Cached()
+        async with site(one, two) as it:
+            two.cache(ids(TEXT))
+            await it.until(lambda: it.service._directory.is_useful)
+            monkeypatch.setitem(globals(), "ids", lambda text: [1, 2, 3])
+            for number in range(2):
+                await it.where({"model": "fake", "prompt": f"x {number}"})
+            await it.until(lambda: one.num_asked > 1 and two.num_asked > 1)
+            await it.until(lambda: not it.service._prompts._loading)
+            assert not any(it.service._prompts._local.values())
+            assert tokens_module.PROBES
+
+    run(check())
+
+
+def test_a_server_that_dies_is_purged_and_one_that_says_nothing_is_served(run: Any) -> None:
+    async def check() -> None:
+        one, two = Cached(hands_out_tokenizer=False), Cached()
+        one.kv_event_sources = {}
+        one.metrics = two.metrics = "process_start_time_seconds 1\n"
+        async with site(one, two) as it:
+            two.cache(ids(TEXT))
+            directory = it.service._directory
+            await it.until(lambda: directory.is_useful)
+            assert (await it.where({"model": "fake", "prompt": TEXT}))["instance"] == name(two)
+            (known,) = [one for one in it.service.fleet if directory.describe(one)]
+            assert directory.is_exact(known)
+            # Another process on the same port: its cache is empty, whatever was known.
+            two.publisher = FakePublisher()
+            two.publisher.__enter__()
+            two.metrics = "process_start_time_seconds 2\n"
+            await it.until(lambda: not directory.is_useful)
+            await it.where({"model": "fake", "prompt": TEXT})
+            two.publisher.__exit__(None, None, None)
+
+    run(check())
+
+
+def test_wrong_bodies_are_the_instances_to_answer(run: Any) -> None:
+    async def check() -> None:
+        one, two = Cached(), Cached()
+        async with site(one, two) as it:
+            two.cache(ids(TEXT))
+            await it.until(lambda: it.service._directory.is_useful)
+            bodies: list[Any] = [
+                {"prompt": [-1]},
+                {"prompt": 5},
+                {"prompt": ["several", "prompts"]},
+                {"prompt": None},
+                {"prompt": []},
+                {},
+                {"prompt": TEXT, "truncate_prompt_tokens": 3},
+                {"messages": "no list"},
+            ]
+            for body in bodies:
+                for path in ("/v1/completions", "/v1/chat/completions", "/v1/embeddings"):
+                    assert await it.where({"model": "fake", **body}, path)
+        it.service.fleet.check_integrity()
+
+    run(check())
+
+
+def test_counted_prompt_tokens_are_taken_back(run: Any) -> None:
+    async def check() -> None:
+        one, two = Cached(), Cached()
+        async with site(one, two) as it:
+            for number in range(5):
+                await it.where({"model": "fake", "prompt": "y" * number, "stream": True})
+            assert [instance.prefill_tokens for instance in it.service.fleet] == [0, 0]
+
+    run(check())

@@ -1,0 +1,247 @@
+"""The cost policy on what breaks others: hot spots, flapping, one cache against many queues.
+
+A small discrete-event simulation: instances compute prompts one after the other, decode together,
+and keep prefixes in an LRU cache; the policy is the one in production, and learns as it does there.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+import statistics
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from xllm_plugin.service.policies import Cost, cost_in_seconds, cost_of, least_loaded, round_robin
+from xllm_plugin.service.policy import Choice
+from xllm_plugin.service.router import Asked
+from xllm_plugin.service.speed import Speed, SpeedMeter
+
+PREFILL_S = 2e-4
+TPOT_S = 0.02
+TPOT_MORE_S = 4e-4
+FAST = Speed(0.01, PREFILL_S, TPOT_S, TPOT_MORE_S)
+
+
+@dataclass
+class View:
+    """An `InstanceView` by hand."""
+
+    name: str
+    capacity: float = 1.0
+    name_hash: int = 0
+    in_flight: int = 0
+    outstanding_tokens: int = 0
+    foreign_requests: int = 0
+    prefill_tokens: float = 0.0
+    speed: Speed = FAST
+
+
+def asked(prompt: int = 1000, output: int = 100, sequence: int = 0, **cached: float) -> Asked:
+    return Asked(sequence, 0, "", prompt + output, prompt, output, cached)
+
+
+def test_the_cost_is_seconds_of_each_part() -> None:
+    one = View("a", in_flight=4, prefill_tokens=500)
+    cost = cost_of(asked(a=600), one)
+    assert cost == pytest.approx(
+        Cost(0.1, 0.01 + 400 * PREFILL_S, 100 * (TPOT_S + 5 * TPOT_MORE_S))
+    )
+    choice = cost_in_seconds(asked(a=600), [one])
+    assert "queue 0.100 + prefill 0.090 (600 of 1000 tokens cached)" in choice.reason
+
+
+def test_a_cache_is_worth_its_prefill_and_no_more() -> None:
+    """At the point where its queue costs what the cache saves, the choice turns: no threshold."""
+    for queue, expected in ((0, 0), (799, 0), (801, 1), (5000, 1)):
+        views = [View("a", prefill_tokens=queue), View("b")]
+        assert cost_in_seconds(asked(a=800), views).index == expected
+
+
+def test_equals_take_turns_and_the_faster_wins() -> None:
+    views = [View("a"), View("b"), View("c")]
+    assert [cost_in_seconds(asked(sequence=n), views).index for n in range(4)] == [0, 1, 2, 0]
+    views[1].speed = Speed(0.01, PREFILL_S / 2, TPOT_S, TPOT_MORE_S)
+    assert {cost_in_seconds(asked(sequence=n), views).index for n in range(4)} == {1}
+
+
+def test_foreign_requests_count_as_ours_do() -> None:
+    views = [View("a", foreign_requests=5), View("b", in_flight=4)]
+    assert cost_in_seconds(asked(), views).index == 1
+
+
+# -- simulation ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Request:
+    at_s: float
+    prefix: int
+    prefix_tokens: int
+    own_tokens: int
+    output: int = 60
+
+
+@dataclass
+class Sim(View):
+    """A simulated instance; what a policy sees are its `View` fields."""
+
+    cache_tokens: int = 20_000
+    slowness: float = 1.0
+    busy_until_s: float = 0.0
+    cache: OrderedDict[int, int] = field(default_factory=OrderedDict)
+    meter: SpeedMeter = field(default_factory=SpeedMeter)
+
+    def hit(self, request: Request) -> int:
+        return min(self.cache.get(request.prefix, 0), request.prefix_tokens)
+
+    def run(self, request: Request, now_s: float) -> tuple[float, float]:
+        """Take a request; when its first token comes, and when it is done."""
+        uncached = request.prefix_tokens + request.own_tokens - self.hit(request)
+        start_s = max(now_s, self.busy_until_s)
+        self.busy_until_s = start_s + (0.01 + PREFILL_S * uncached) * self.slowness
+        self.cache[request.prefix] = request.prefix_tokens
+        self.cache.move_to_end(request.prefix)
+        while sum(self.cache.values()) > self.cache_tokens:
+            self.cache.popitem(last=False)
+        tpot_s = (TPOT_S + TPOT_MORE_S * (self.in_flight + 1)) * self.slowness
+        return self.busy_until_s, self.busy_until_s + request.output * tpot_s
+
+
+Policy = Callable[[Any, Sequence[Any]], Choice]
+
+
+def simulate(policy: Policy, requests: Sequence[Request], sims: Sequence[Sim]) -> list[float]:
+    """Times to first token, in the order of arrival."""
+    events: list[tuple[float, int, Callable[[], None]]] = []
+    ttfts: list[float] = []
+    number = 0
+
+    def at(time_s: float, action: Callable[[], None]) -> None:
+        nonlocal number
+        number += 1
+        heapq.heappush(events, (time_s, number, action))
+
+    def arrive(sequence: int, request: Request) -> None:
+        prompt = request.prefix_tokens + request.own_tokens
+        cached = {sim.name: float(hit) for sim in sims if (hit := sim.hit(request))}
+        view = Asked(
+            sequence,
+            random.Random(sequence).getrandbits(64),
+            "",
+            prompt + request.output,
+            prompt,
+            request.output,
+            cached,
+        )
+        sim = sims[policy(view, sims).index]
+        uncached, ahead = prompt - cached.get(sim.name, 0.0), sim.prefill_tokens
+        first_s, done_s = sim.run(request, request.at_s)
+        ttfts.append(first_s - request.at_s)
+        sim.prefill_tokens += uncached
+        sim.in_flight += 1
+        sim.outstanding_tokens += view.cost_tokens
+
+        def computed() -> None:
+            sim.prefill_tokens -= uncached
+            sim.meter.observe_ttft(ahead + uncached, first_s - request.at_s)
+            sim.speed = sim.meter.speed(Speed())
+
+        def done() -> None:
+            tpot_s = (done_s - first_s) / request.output
+            sim.meter.observe_tpot(sim.in_flight, tpot_s)
+            sim.in_flight -= 1
+            sim.outstanding_tokens -= view.cost_tokens
+
+        at(first_s, computed)
+        at(done_s, done)
+
+    for sequence, request in enumerate(requests):
+        at(request.at_s, lambda sequence=sequence, request=request: arrive(sequence, request))
+    while events:
+        heapq.heappop(events)[2]()
+    return ttfts
+
+
+def sims(count: int = 4, **fields: Any) -> list[Sim]:
+    return [Sim(str(number), speed=Speed(), **fields) for number in range(count)]
+
+
+def arrivals(rate: float, seconds: float, seed: int = 0) -> Iterator[float]:
+    draw, now_s = random.Random(seed), 0.0
+    while (now_s := now_s + draw.expovariate(rate)) < seconds:
+        yield now_s
+
+
+def p90(values: Sequence[float]) -> float:
+    return statistics.quantiles(values, n=10)[-1]
+
+
+def counted(policy: Policy, into: Counter[int]) -> Policy:
+    def choose(request: Any, candidates: Sequence[Any]) -> Choice:
+        choice = policy(request, candidates)
+        into[choice.index] += 1
+        return choice
+
+    return choose
+
+
+def test_one_hot_prefix_makes_no_hot_instance() -> None:
+    """Everybody's system prompt: pure affinity sends all to one (the death spiral of sglang)."""
+    requests = [Request(at_s, 0, 2000, 300) for at_s in arrivals(30, 60)]
+    where: Counter[int] = Counter()
+    ttfts = simulate(counted(cost_in_seconds, where), requests, sims())
+    assert max(where.values()) < 0.4 * len(requests)
+    assert p90(ttfts) < 0.5
+
+
+def test_many_prefixes_stay_where_they_are_cached() -> None:
+    """40 prefixes of 2000 tokens, caches for 10 of them each: together they hold them all."""
+    draw = random.Random(2)
+    requests = [Request(at_s, draw.randrange(40), 2000, 100) for at_s in arrivals(16, 120)]
+    found = {
+        policy.__name__: p90(simulate(policy, requests, sims())[200:])
+        for policy in (cost_in_seconds, least_loaded, round_robin)
+    }
+    assert found["cost_in_seconds"] < 0.5 * min(found["least_loaded"], found["round_robin"]), found
+
+
+def test_sessions_do_not_flap() -> None:
+    """At moderate load a conversation stays: it changes place for a queue, not for noise."""
+    draw = random.Random(3)
+    requests = [Request(at_s, draw.randrange(16), 1500, 100) for at_s in arrivals(8, 120)]
+    homes: dict[int, list[int]] = {}
+
+    def policy(request: Any, candidates: Sequence[Any]) -> Choice:
+        choice = cost_in_seconds(request, candidates)
+        homes.setdefault(requests[request.sequence].prefix, []).append(choice.index)
+        return choice
+
+    simulate(policy, requests, sims())
+    moves = sum(a != b for home in homes.values() for a, b in pairwise(home))
+    assert moves < 0.15 * len(requests)
+
+
+def test_a_slow_instance_gets_less_and_is_found_out_by_measuring() -> None:
+    fleet = sims()
+    fleet[0].slowness = 4.0
+    requests = [Request(at_s, number, 500, 500) for number, at_s in enumerate(arrivals(10, 120))]
+    where: Counter[int] = Counter()
+    ttfts = simulate(counted(cost_in_seconds, where), requests, fleet)
+    assert where[0] < 0.5 * statistics.mean(where[index] for index in (1, 2, 3))
+    others = sims()
+    others[0].slowness = 4.0
+    assert p90(ttfts) < 0.7 * p90(simulate(round_robin, requests, others))
+
+
+def test_a_burst_on_an_idle_fleet_is_spread_at_once() -> None:
+    """Load is booked at dispatch: 64 equal requests in one instant do not meet in one place."""
+    requests = [Request(0.0, 0, 1000, 10) for _ in range(64)]
+    where: Counter[int] = Counter()
+    simulate(counted(cost_in_seconds, where), requests, sims())
+    assert max(where.values()) - min(where.values()) <= 8

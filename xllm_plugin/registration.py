@@ -1,0 +1,135 @@
+"""What an instance tells the service about itself: the messages, and the instance's settings.
+
+::
+
+    POST   /v1/registrations                   Registration -> Lease
+    POST   /v1/registrations/NAME/heartbeat    Heartbeat -> Lease       within lease_s; 409: again
+    DELETE /v1/registrations/NAME?incarnation=...
+
+Both sides skip fields that they do not know, so that each can be the older one.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+__all__ = [
+    "Heartbeat",
+    "KvEventSource",
+    "Lease",
+    "Load",
+    "Registration",
+    "RegistrationConfig",
+    "Role",
+]
+
+
+class Role(StrEnum):
+    """Which phases of a request an instance is for."""
+
+    MIXED = "mixed"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    ENCODE = "encode"
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class KvEventSource(_Message):
+    """Where one data-parallel rank publishes what its prefix cache holds (ZeroMQ PUB)."""
+
+    endpoint: str = Field(pattern=r"^(tcp|ipc)://.")
+    replay_endpoint: str | None = Field(default=None, pattern=r"^(tcp|ipc)://.")
+    topic: str = ""
+    dp_rank: int = Field(default=0, ge=0)
+
+
+class Registration(_Message):
+    """An instance that wants requests.  The same incarnation may register again."""
+
+    url: str
+    incarnation: str = Field(min_length=1, max_length=128)
+    name: str = ""
+    """Empty: host:port."""
+    capacity: float = Field(default=1.0, gt=0)
+    role: Role = Role.MIXED
+    models: tuple[str, ...] = ()
+    kv_events: tuple[KvEventSource, ...] = ()
+
+
+class Load(_Message):
+    """What an instance has on its hands, and how fast it was since its last heartbeat."""
+
+    num_running: int = Field(default=0, ge=0)
+    num_waiting: int = Field(default=0, ge=0)
+    kv_usage: float = Field(default=0.0, ge=0, le=1)
+    ttft_s: float | None = Field(default=None, ge=0)
+    """Mean time to first token; None if no request got one."""
+    tpot_s: float | None = Field(default=None, ge=0)
+    """Mean time between two tokens of a request; None if there were none."""
+
+
+class Heartbeat(_Message):
+    """A sign of life; `load` is None if the engine could not be asked."""
+
+    incarnation: str
+    load: Load | None = None
+    is_draining: bool = False
+    """It takes nothing new and leaves once its requests have finished."""
+
+
+class Lease(_Message):
+    """The service's answer."""
+
+    name: str
+    lease_s: float = Field(gt=0)
+    in_flight: int = 0
+    """Requests of this service that run there."""
+
+
+class RegistrationConfig(BaseModel):
+    """Where an instance registers itself: ``XLLM_REGISTRATION__URL``, or ``--register URL``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    url: str = ""
+    """Admin port of an `xllm service`, such as http://service:8001; empty: do not register."""
+
+    token: SecretStr | None = None
+    """What the service has as `instances.registration_token`.  Best given in the environment:
+    command lines are seen by everybody on the machine."""
+
+    advertise_url: str = ""
+    """Where the service reaches this server.  Empty means the address that leads to the service, or
+    `--host` if that names one, and `--port`."""
+
+    name: str = Field(default="", pattern=r"^[\w.:-]{0,128}$")
+    """Names this instance at the service; empty means host:port of its address."""
+
+    role: Role = Role.MIXED
+    """Which phases of a request it is for."""
+
+    capacity: float = Field(default=1.0, gt=0)
+    """Relative speed."""
+
+    kv_events: bool = False
+    """Publish what the prefix cache holds, on free ports of this machine's address, where
+    `--kv-events-config` is not given.  Off, because anybody who reaches the ports reads the token
+    ids of all prompts: vLLM's event sockets have no key."""
+
+    drain_s: float = Field(default=25.0, ge=0)
+    """After SIGTERM, for requests that run.  Kubernetes kills after 30 s."""
+
+    @model_validator(mode="after")
+    def _has_addresses(self) -> Self:
+        for name, value in (("url", self.url), ("advertise_url", self.advertise_url)):
+            parts = urlsplit(value)
+            if value and (parts.scheme not in ("http", "https") or not parts.hostname):
+                raise ValueError(f"{name} {value!r}: write http://host:port")
+        return self

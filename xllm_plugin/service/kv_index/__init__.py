@@ -1,0 +1,7 @@
+"""Which instance holds which prefix in its KV cache, exactly: from the events that vLLM publishes.
+
+The way of one event: `wire.py` (bytes to an event) -> `subscriber.py` (in order, nothing missing)
+-> `index.py` (who holds what).  The way of one request: `tokens.py` (its prompt's token ids, as the
+instance will see them) -> `index.py` (how much of it each instance has).  `directory.py` owns all
+of it and follows the fleet.
+"""

@@ -1,0 +1,162 @@
+"""Follows the KV events of all instances, and answers who has how much of a prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import zmq.asyncio
+
+from xllm_plugin.registration import KvEventSource
+from xllm_plugin.service.config import KvIndexConfig
+from xllm_plugin.service.fleet import Fleet, Instance
+from xllm_plugin.service.kv_index.index import Held, PrefixIndex
+from xllm_plugin.service.kv_index.subscriber import Follower, State, Subscriber
+from xllm_plugin.service.kv_index.tokens import Prompt
+
+__all__ = ["KvDirectory"]
+
+logger = logging.getLogger(__name__)
+
+_LOOK_S = 0.1
+
+
+@dataclass(slots=True)
+class _Followed:
+    """One incarnation of one instance."""
+
+    incarnation: str
+    sources: tuple[KvEventSource, ...]
+    followers: list[Follower]
+    tasks: list[asyncio.Task[None]]
+
+
+class KvDirectory:
+    """Owns the index and its subscribers.
+
+    Args:
+        fleet: whose instances to follow.
+        config: in force; replaced by a reload.
+    """
+
+    def __init__(self, fleet: Fleet, config: KvIndexConfig) -> None:
+        self.config = config
+        self.index = PrefixIndex()
+        self._fleet = fleet
+        self._followed: dict[Instance, _Followed] = {}
+        self._context = zmq.asyncio.Context()
+
+    async def run(self) -> None:
+        """Follow the fleet until cancelled."""
+        try:
+            while True:
+                self._follow_fleet()
+                await asyncio.sleep(_LOOK_S)
+        finally:
+            for instance in tuple(self._followed):
+                self._leave(instance)
+            self._context.destroy(linger=0)
+
+    @property
+    def is_useful(self) -> bool:
+        """Whether any instance is known to hold anything."""
+        return len(self.index) > 0
+
+    def lookup(self, prompt: Prompt, candidates: Sequence[Instance]) -> dict[str, float]:
+        """Tokens of `prompt` that each of `candidates` need not compute; none: left out.
+
+        A block in slower memory counts by its tier's weight.  Of several data-parallel ranks it is
+        the mean, since the instance chooses among them without looking.
+        """
+        found = self.index.match(prompt.tokens, prompt.extra)
+        cached: dict[str, float] = {}
+        for instance in candidates:
+            followed = self._followed.get(instance)
+            if followed is None or not followed.followers:
+                continue
+            total = sum(
+                self._weighted(*found[follower.cache])
+                for follower in followed.followers
+                if follower.cache in found
+            )
+            if total:
+                cached[instance.name] = total / len(followed.followers)
+        return cached
+
+    def describe(self, instance: Instance) -> list[dict[str, Any]]:
+        """What is known of an instance's ranks, for people."""
+        followed = self._followed.get(instance)
+        if followed is None:
+            return []
+        return [
+            {
+                "dp_rank": source.dp_rank,
+                "state": follower.state.value,
+                "reason": follower.reason,
+                "num_blocks": sum(map(len, follower.cache.held)),
+                "num_events": follower.num_events,
+                "num_gaps": follower.num_gaps,
+                "num_orphans": follower.cache.num_orphans,
+            }
+            for source, follower in zip(followed.sources, followed.followers, strict=True)
+        ]
+
+    def is_exact(self, instance: Instance) -> bool:
+        """Whether all that it holds is known."""
+        followed = self._followed.get(instance)
+        return followed is not None and all(
+            follower.state is State.LIVE for follower in followed.followers
+        )
+
+    def _weighted(self, held: Held, block_size: int) -> float:
+        config = self.config
+        blocks = held.device + config.host_weight * held.host + config.disk_weight * held.disk
+        return blocks * block_size
+
+    def _follow_fleet(self) -> None:
+        known = set(self._fleet)
+        for instance in self._followed.keys() - known:
+            self._leave(instance)
+        for instance in known:
+            sources = instance.entry.kv_events or instance.kv_events
+            followed = self._followed.get(instance)
+            is_same = followed is not None and (
+                (followed.incarnation, followed.sources) == (instance.life.incarnation, sources)
+            )
+            if is_same:
+                self._raise_faults(instance)
+                continue
+            if followed is not None:
+                self._leave(instance)
+            if sources and self.config.enabled:
+                self._join(instance, sources)
+
+    def _join(self, instance: Instance, sources: tuple[KvEventSource, ...]) -> None:
+        followed = _Followed(instance.life.incarnation, sources, [], [])
+        self._followed[instance] = followed
+        for source in sources:
+            name = f"{instance.name}, rank {source.dp_rank}"
+            follower = Follower(self.index, self.index.add(), name)
+            subscriber = Subscriber(
+                source,
+                follower,
+                replay_timeout_s=self.config.replay_timeout_s,
+                context=self._context,
+            )
+            followed.followers.append(follower)
+            followed.tasks.append(asyncio.create_task(subscriber.run()))
+
+    def _leave(self, instance: Instance) -> None:
+        followed = self._followed.pop(instance)
+        for task in followed.tasks:
+            task.cancel()
+        for follower in followed.followers:
+            follower.drop()
+
+    def _raise_faults(self, instance: Instance) -> None:
+        for task in self._followed[instance].tasks:
+            if task.done():
+                task.result()  # it never ends but by a fault of ours

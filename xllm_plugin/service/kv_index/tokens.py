@@ -1,0 +1,243 @@
+"""The token ids of a request's prompt, as its instance will see them.
+
+Prompts of ids are taken as they are.  Texts are tokenised here, on threads (the tokenizer releases
+the interpreter's lock), once a tokenizer that an instance of ours hands out (`GET /xllm/tokenizer`)
+has given the same ids as that instance for every probe.  All else (chats, whose template only the
+instance applies, and texts for plain servers) is asked of an instance: `POST /tokenize`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, NamedTuple
+
+import aiohttp
+import msgspec
+import tokenizers
+
+from xllm_plugin.service.config import ServiceConfig
+from xllm_plugin.service.fleet import Instance
+from xllm_plugin.service.kv_index.index import Extra, packed, prompt_extra
+
+__all__ = ["PROBES", "Prompt", "PromptReader"]
+
+logger = logging.getLogger(__name__)
+
+PROBES: Final = (
+    "Once upon a time, there were 12,345 dragons.\n\n\tThey said: “naïve façade”",
+    "你好, мир! 🐉👩‍👩‍👧",
+    "def f(x):\n    return x**2  # a   b\r\n\r\n<|im_start|>user</s><s>[INST] <unk>",
+    " leading and trailing ",
+    "",
+)
+_NUM_THREADS = 2
+_PATHS = ("/v1/completions", "/v1/chat/completions")
+_CHAT_FIELDS = (
+    *("messages", "tools", "add_generation_prompt", "continue_final_message"),
+    *("add_special_tokens", "chat_template", "chat_template_kwargs", "mm_processor_kwargs"),
+)
+
+
+class Prompt(NamedTuple):
+    """A prompt as the index takes it."""
+
+    tokens: bytes
+    extra: Extra
+
+    @property
+    def num_tokens(self) -> int:
+        """Its length."""
+        return len(self.tokens) // 4
+
+
+class _Body(msgspec.Struct):
+    """The fields that decide on the prompt; parts of chats go on as they came."""
+
+    prompt: str | list[int] | msgspec.UnsetType = msgspec.UNSET
+    cache_salt: str | None = None
+    truncate_prompt_tokens: int | None = None
+    messages: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    tools: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    add_generation_prompt: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    continue_final_message: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    add_special_tokens: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    chat_template: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    chat_template_kwargs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    mm_processor_kwargs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Answer(msgspec.Struct):
+    tokens: list[int]
+
+
+_decode_body = msgspec.json.Decoder(_Body).decode
+_decode_answer = msgspec.json.Decoder(_Answer).decode
+
+
+class PromptReader:
+    """Finds token ids, and remembers them.
+
+    Args:
+        session: asks instances.
+        config: in force; replaced by a reload.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, config: ServiceConfig) -> None:
+        self.config = config
+        self.num_failures = 0
+        self._session = session
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenize")
+        self._known: OrderedDict[bytes, bytes] = OrderedDict()
+        self._known_bytes = 0
+        self._local: dict[tuple[str, str], tokenizers.Tokenizer | None] = {}
+        self._loading: set[asyncio.Task[None]] = set()
+        self._turn = 0
+
+    async def read(
+        self, path: str, body: bytes, model: str, candidates: Sequence[Instance]
+    ) -> Prompt | None:
+        """The prompt of a request; None if its tokens cannot be known in time.
+
+        Args:
+            path: of the request.
+            body: JSON.
+            model: named in it.
+            candidates: who can be asked.
+        """
+        if path not in _PATHS:
+            return None
+        try:
+            wanted = _decode_body(body)
+            extra = prompt_extra(_adapter(model, candidates), wanted.cache_salt)
+            async with asyncio.timeout(self.config.kv_index.tokenize_timeout_s):
+                tokens = await self._tokens(wanted, model, candidates)
+        except (msgspec.DecodeError, UnicodeDecodeError, OverflowError):
+            return None  # a wrong body, or several prompts: the instance's to answer
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            self.num_failures += 1
+            logger.debug("a prompt is routed without its tokens: %s", error)
+            return None
+        return Prompt(tokens, extra) if tokens else None
+
+    def close(self) -> None:
+        """End the threads."""
+        for task in self._loading:
+            task.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _tokens(self, wanted: _Body, model: str, candidates: Sequence[Instance]) -> bytes:
+        if isinstance(wanted.prompt, list):
+            return packed(wanted.prompt)
+        if wanted.truncate_prompt_tokens is not None:
+            return b""
+        asked = _question(wanted, model)
+        if asked is None:
+            return b""
+        key = hashlib.blake2b(asked, digest_size=16).digest()
+        tokens = self._known.get(key)
+        if tokens is not None:
+            self._known.move_to_end(key)
+            return tokens
+        instance = candidates[self._turn % len(candidates)]
+        self._turn += 1
+        local = self._local_tokenizer(model, instance)
+        if local is None or not isinstance(wanted.prompt, str):
+            tokens = packed(await self._ask(instance, asked))
+        else:
+            special = wanted.add_special_tokens is msgspec.UNSET or (
+                bytes(wanted.add_special_tokens) == b"true"
+            )
+            tokens = await self._encode(local, wanted.prompt, add_special_tokens=special)
+        self._remember(key, tokens)
+        return tokens
+
+    async def _encode(
+        self, local: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool
+    ) -> bytes:
+        def encode() -> bytes:
+            return packed(local.encode(text, add_special_tokens=add_special_tokens).ids)
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+
+    async def _ask(self, instance: Instance, question: bytes) -> list[int]:
+        """Raises `ValueError` (aiohttp's errors, TimeoutError) if the instance cannot say."""
+        headers = {"Content-Type": "application/json", **self._authorization()}
+        url = f"{instance.entry.url.rstrip('/')}/tokenize"
+        async with self._session.post(url, data=question, headers=headers) as reply:
+            if reply.status != 200:  # noqa: PLR2004
+                raise ValueError(f"/tokenize of {instance.name} answers {reply.status}")
+            return _decode_answer(await reply.read()).tokens
+
+    def _authorization(self) -> dict[str, str]:
+        key = self.config.instances.api_key
+        return {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+
+    def _local_tokenizer(self, model: str, instance: Instance) -> tokenizers.Tokenizer | None:
+        """The model's tokenizer, if it is here; else it is fetched for the next request."""
+        key = (model, instance.name + instance.life.incarnation)
+        if key not in self._local:
+            self._local[key] = None
+            task = asyncio.get_running_loop().create_task(self._load(key, instance))
+            self._loading.add(task)
+            task.add_done_callback(self._loading.discard)
+        return self._local[key]
+
+    async def _load(self, key: tuple[str, str], instance: Instance) -> None:
+        url = f"{instance.entry.url.rstrip('/')}/xllm/tokenizer"
+        try:
+            async with self._session.get(url, headers=self._authorization()) as reply:
+                if reply.status != 200:  # noqa: PLR2004
+                    return  # a plain server, or a tokenizer that has no such form
+                text = await reply.text()
+            loaded = await asyncio.to_thread(tokenizers.Tokenizer.from_str, text)
+            for probe in PROBES:
+                question = msgspec.json.encode({"model": key[0], "prompt": probe})
+                expected = await self._ask(instance, question)
+                if loaded.encode(probe).ids != expected:
+                    logger.warning(
+                        "tokenizer of %s differs from what its server does; it is asked instead",
+                        key[0],
+                    )
+                    return
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            logger.info("no tokenizer of %s from %s: %s", key[0], instance.name, error)
+            return
+        except Exception as error:  # noqa: BLE001 - the library raises bare ones for what it cannot read
+            logger.info("the tokenizer of %s cannot be read: %s", key[0], error)
+            return
+        self._local[key] = loaded
+
+    def _remember(self, key: bytes, tokens: bytes) -> None:
+        self._known[key] = tokens
+        self._known_bytes += len(tokens)
+        while self._known_bytes > self.config.kv_index.token_cache_bytes:
+            _, old = self._known.popitem(last=False)
+            self._known_bytes -= len(old)
+
+
+def _question(wanted: _Body, model: str) -> bytes | None:
+    """The body of a request to `/tokenize`."""
+    names: tuple[str, ...] = ("add_special_tokens",)
+    fields: dict[str, Any] = {"model": model}
+    if isinstance(wanted.prompt, str):
+        fields["prompt"] = wanted.prompt
+    elif wanted.messages is not msgspec.UNSET:
+        names = _CHAT_FIELDS
+    else:
+        return None
+    for name in names:
+        value = getattr(wanted, name)
+        if value is not msgspec.UNSET and bytes(value) != b"null":
+            fields[name] = value
+    return msgspec.json.encode(fields)
+
+
+def _adapter(model: str, candidates: Sequence[Instance]) -> str | None:
+    """The model's name if it is a LoRA adapter: vLLM lists its base as its parent."""
+    record = candidates[0].models.get(model, {}) if candidates else {}
+    return model if record.get("parent") else None
