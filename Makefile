@@ -10,10 +10,10 @@ PORT ?= 8000
 # Nothing here needs a model hub, and none is waited for.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install serve test test-all lint format clean
+.PHONY: help install serve test test-all npu-emulator lint format clean
 
 help:  ## Show this list.
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(VENV)/.cpu  ## Make .venv with everything that serving on a CPU needs.
 
@@ -25,6 +25,9 @@ test: $(VENV)/.dev lint  ## Run every test tier, one model each (under 15 minute
 
 test-all: $(VENV)/.dev lint  ## Run the full matrix.
 	$(BIN)/python -m pytest --durations=25
+
+npu-emulator: $(VENV)/.dev  ## Prepare the emulated Ascend NPU (44 MB); prints what to export.
+	@$(BIN)/python -m xllm_plugin.testing.cann
 
 lint: $(VENV)/.dev  ## Check format, style, types and the direction of imports.
 	$(BIN)/ruff format --check .

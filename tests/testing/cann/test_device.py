@@ -1,0 +1,286 @@
+"""Operators on the emulated device, against plain torch on the host.
+
+Importing torch_npu takes seconds, so a process does many things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.npu
+
+ATEN = """
+import torch
+result = {}
+torch.manual_seed(0)
+layer = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.SiLU(), torch.nn.Linear(32, 4))
+x = torch.randn(5, 16)
+with torch.no_grad():
+    here = layer(x)
+    there = layer.to("npu")(x.to("npu"))
+result["layer"] = [str(there.device), torch.equal(there.cpu(), here)]
+
+t = torch.arange(12, dtype=torch.int32, device="npu").view(3, 4)
+result["views"] = t.t()[1:3, ::2].contiguous().tolist()
+t[1].add_(100)
+t[:, 0] = -1
+result["in place"] = t.tolist()
+t.copy_(torch.ones(3, 4, dtype=torch.int64))
+result["converted"] = [t.dtype == torch.int32, int(t.sum())]
+out = torch.empty(0, dtype=torch.int64, device="npu")
+torch.cumsum(t, 1, out=out)
+result["out"] = out.tolist()
+values, indices = torch.sort(torch.tensor([3.0, 1.0, 2.0], device="npu"), descending=True)
+result["sorted"] = [values.tolist(), indices.tolist()]
+result["indexed"] = t[torch.tensor([0, 2])].shape[0]
+result["to host"] = [str(t.to("cpu").device), str(t.float().device), t[0, 0].item()]
+result["on both"] = [torch.zeros(2, device="npu").add(1).tolist(), (t > 0).all().item()]
+
+def drawn(seed):
+    generator = torch.Generator("npu").manual_seed(seed)
+    first = torch.empty(4, device="npu").exponential_(generator=generator)
+    return first.tolist() + torch.empty(4, device="npu").exponential_(generator=generator).tolist()
+result["drawn"] = [drawn(1) == drawn(1), drawn(1) != drawn(2), len(set(drawn(1)))]
+try:
+    torch.ones(3, device="npu") + torch.ones(3)
+except RuntimeError as error:
+    result["mixed"] = str(error)
+"""
+
+
+def test_aten_runs_on_the_device(on_device: Callable[..., Any]) -> None:
+    found = on_device(ATEN, operators=True)
+    assert found == {
+        "layer": ["npu:0", True],
+        "views": [[1, 9], [2, 10]],
+        "in place": [[-1, 1, 2, 3], [-1, 105, 106, 107], [-1, 9, 10, 11]],
+        "converted": [True, 12],
+        "out": [[1, 2, 3, 4]] * 3,
+        "sorted": [[3.0, 2.0, 1.0], [0, 2, 1]],
+        "indexed": 2,
+        "to host": ["cpu", "npu:0", 1],
+        "on both": [[1.0, 1.0], True],
+        "drawn": [True, True, 8],
+        "mixed": found["mixed"],
+    }
+    assert "on the same device" in found["mixed"]
+
+
+PREAMBLE = """
+import inspect, torch, torch_npu
+from torch.nn import functional as F
+result = {}
+torch.manual_seed(0)
+npu = lambda *tensors: tuple(t.to("npu") for t in tensors)
+def close(found, expected, tolerance=1e-2):
+    return torch.allclose(found.cpu().float(), expected.float(), tolerance, tolerance)
+def refused(call):
+    try:
+        call()
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        return str(error)
+    return "accepted"
+"""
+
+DENSE = """
+x, residual, gamma = torch.randn(6, 64), torch.randn(6, 64), torch.rand(64)
+y, rstd = torch_npu.npu_rms_norm(*npu(x, gamma), epsilon=1e-5)
+result["rms_norm"] = [close(y, F.rms_norm(x, (64,), gamma, 1e-5), 1e-5), list(rstd.shape)]
+y, _, total = torch_npu.npu_add_rms_norm(*npu(x, residual, gamma), 1e-5)
+result["add_rms_norm"] = [
+    close(y, F.rms_norm(x + residual, (64,), gamma, 1e-5), 1e-5), close(total, x + residual, 1e-6)
+]
+result["swiglu"] = close(torch_npu.npu_swiglu(x.npu()), F.silu(x[:, :32]) * x[:, 32:], 1e-5)
+
+heads, size, positions = 3, 64, torch.tensor([0, 5, 2, 9])
+angles = torch.outer(torch.arange(10.0), 10000 ** (-torch.arange(0, 32, 2) / 32))
+cache = torch.cat((angles.cos(), angles.sin()), -1)
+query, key = torch.randn(4, heads * size), torch.randn(4, size)
+def turned(states, order):
+    states = states.view(4, -1, size).double()
+    pairs = torch.complex(*order(states[..., :32]))
+    pairs = pairs * torch.exp(1j * angles[positions].double()).unsqueeze(1)
+    return pairs
+for mode, order in (("half", lambda s: s.chunk(2, -1)),
+                    ("interleave", lambda s: (s[..., ::2], s[..., 1::2]))):
+    q, k = torch_npu.npu_mrope(
+        *npu(positions, query, key, cache), size, mrope_section=[0, 0, 0], rotary_mode=mode)
+    same = []
+    for found, states in ((q, query), (k, key)):
+        found = found.cpu().view(4, -1, size)
+        pairs = turned(states, order)
+        same += [
+            torch.allclose(torch.complex(*order(found[..., :32].double())), pairs, 1e-5, 1e-5),
+            torch.equal(found[..., 32:], states.view(4, -1, size)[..., 32:]),
+        ]
+    result["mrope " + mode] = all(same)
+
+X, G = npu(x, gamma)
+result["refused"] = {
+    "keyword": refused(lambda: torch_npu.npu_rms_norm(X, G, eps=1e-5)),
+    "host": refused(lambda: torch_npu.npu_rms_norm(X, gamma)),
+    "dtype": refused(lambda: torch_npu.npu_rms_norm(X, G.half())),
+    "rank": refused(lambda: torch_npu.npu_rms_norm(X[0], G)),
+    "shape": refused(lambda: torch_npu.npu_add_rms_norm(X, X[:3], G)),
+    "halves": refused(lambda: torch_npu.npu_swiglu(X[:, :63])),
+    "rotary dim": refused(
+        lambda: torch_npu.npu_mrope(*npu(positions, query, key, cache[:, :8]), size)),
+    "position": refused(lambda: torch_npu.npu_mrope(*npu(positions + 9, query, key, cache), size)),
+    "not emulated": refused(lambda: torch_npu.npu_gelu(X)),
+}
+"""
+
+
+def test_dense_operators_against_plain_torch(on_device: Callable[..., Any]) -> None:
+    found = on_device(PREAMBLE + DENSE, operators=True)
+    refused = found.pop("refused")
+    assert found == {
+        "rms_norm": [True, [6, 1]],
+        "add_rms_norm": [True, True],
+        "swiglu": True,
+        "mrope half": True,
+        "mrope interleave": True,
+    }
+    for name, part in {
+        "keyword": "eps",
+        "host": "on the same device",
+        "dtype": "gamma is torch.float16",
+        "rank": "1 dimensions",
+        "shape": "x1 is (6, 64), x2 is (3, 64)",
+        "halves": "no two halves",
+        "rotary dim": "rotary_dim 8",
+        "position": "are not cached",
+        "not emulated": "npu_gelu is not emulated",
+    }.items():
+        assert part in refused[name], (name, refused[name])
+
+
+ATTENTION = """
+from math import ceil
+block, heads, kv_heads, dim, dtype = 128, 8, 2, 128, torch.bfloat16
+table = torch.tensor([[3, 1, 9], [6, 0, 0], [2, 4, 5]], dtype=torch.int32)
+num_keys, num_queries = [200, 5, 300], [4, 5, 1]  # a chunk, a whole prompt, a decode
+keys = [torch.randn(n, kv_heads, dim, dtype=dtype) for n in num_keys]
+values = [torch.randn(n, kv_heads, dim, dtype=dtype) for n in num_keys]
+caches = npu(*(torch.zeros(10, block, kv_heads, dim, dtype=dtype) for _ in range(2)))
+for row, k, v in zip(table, keys, values):
+    slots = torch.tensor([int(row[t // block]) * block + t % block for t in range(len(k))])
+    torch_npu.npu_scatter_pa_kv_cache(*npu(k, v), *caches, slots.npu(), cache_mode="Norm")
+result["scattered"] = [
+    torch.equal(caches[0].cpu()[3], keys[0][:128]), torch.equal(caches[1].cpu()[4][:72],
+    values[2][128:200]), bool((caches[0].cpu()[7:9] == 0).all())]
+
+query = torch.randn(sum(num_queries), heads, dim, dtype=dtype)
+mask = torch.ones(2048, 2048, dtype=torch.int8).triu(1)
+flat = [cache.view(10, block, -1) for cache in caches]
+def attend(query=query, flat=flat, **changed):
+    arguments = dict(
+        num_query_heads=heads, num_key_value_heads=kv_heads, input_layout="TND", sparse_mode=3,
+        atten_mask=mask.npu(), actual_seq_qlen=[4, 9, 10], actual_seq_kvlen=num_keys,
+        block_table=table.npu(), block_size=block, softmax_scale=dim ** -0.5)
+    return torch_npu.npu_fused_infer_attention_score_v2(
+        query.npu(), *flat, **{**arguments, **changed})
+out, lse = attend(return_softmax_lse=True)
+start, same, same_lse = 0, [], []
+for n, m, k, v in zip(num_queries, num_keys, keys, values):
+    q = query[start:start + n].double().transpose(0, 1)
+    seen = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+    k, v = (t.double().transpose(0, 1) for t in (k, v))
+    expected = F.scaled_dot_product_attention(
+        q[None], k[None], v[None], attn_mask=seen, enable_gqa=True)[0]
+    same.append(close(out[start:start + n], expected.transpose(0, 1)))
+    scores = q @ k.repeat_interleave(4, 0).transpose(1, 2) * dim ** -0.5
+    expected = scores.masked_fill(~seen, -torch.inf).logsumexp(-1)
+    same_lse.append(close(lse[start:start + n, :, 0], expected.t(), 1e-4))
+    start += n
+result["attention"], result["lse"] = same, same_lse
+result["shapes"] = [list(out.shape), str(out.dtype), list(lse.shape), attend()[1].numel()]
+K, V = npu(keys[1], values[1])
+slot = torch.arange(5)
+scatter = lambda *args, **kw: torch_npu.npu_scatter_pa_kv_cache(*args, **kw)
+result["refused"] = {
+    "v1 keyword": refused(lambda: attend(num_heads=8)),
+    "float32": refused(lambda: attend(query.float())),
+    "head dim": refused(lambda: attend(query[..., :64].contiguous())),
+    "strided": refused(lambda: attend(query.transpose(0, 1).contiguous().npu().transpose(0, 1))),
+    "block size": refused(lambda: attend(block_size=64)),
+    "no mask": refused(lambda: attend(atten_mask=None)),
+    "wrong mask": refused(lambda: attend(atten_mask=mask.t().contiguous().npu())),
+    "no running sum": refused(lambda: attend(actual_seq_qlen=[4, 5, 1])),
+    "int64 table": refused(lambda: attend(block_table=table.long().npu())),
+    "short table": refused(lambda: attend(block_table=table[:, :1].contiguous().npu())),
+    "layout": refused(lambda: attend(input_layout="BSH")),
+    "default cache mode": refused(lambda: scatter(K, V, *caches, slot.npu())),
+    "slot": refused(lambda: scatter(K, V, *caches, (slot - 1).npu(), cache_mode="Norm")),
+    "slot twice": refused(lambda: scatter(K, V, *caches, (slot * 0).npu(), cache_mode="Norm")),
+    "key dtype": refused(lambda: scatter(K.float(), V, *caches, slot.npu(), cache_mode="Norm")),
+}
+"""
+
+
+def test_paged_attention_against_plain_torch(on_device: Callable[..., Any]) -> None:
+    found = on_device(PREAMBLE + ATTENTION, operators=True)
+    refused = found.pop("refused")
+    assert found == {
+        "scattered": [True] * 3,
+        "attention": [True] * 3,
+        "lse": [True] * 3,
+        "shapes": [[10, 8, 128], "torch.bfloat16", [10, 8, 1], 0],
+    }
+    for name, part in {
+        "v1 keyword": "num_heads",
+        "float32": "query is torch.float32",
+        "head dim": "head dimension of 128, not 64",
+        "strided": "query is not contiguous",
+        "block size": "block_size 64",
+        "no mask": "needs a mask",
+        "wrong mask": "above the diagonal",
+        "no running sum": "no running sum",
+        "int64 table": "block_table is torch.int64",
+        "short table": "do not fit",
+        "layout": "'BSH' is not emulated",
+        "default cache mode": "'PA_NZ' is not emulated",
+        "slot": "outside the cache",
+        "slot twice": "named twice",
+        "key dtype": "cache is torch.bfloat16",
+    }.items():
+        assert part in refused[name], (name, refused[name])
+
+
+def test_every_emulated_operator_has_the_wheels_own_parameters(
+    on_device: Callable[..., Any],
+) -> None:
+    """A name, order or default that is not the schema's would let a wrong call pass."""
+    wrong = on_device(
+        """
+        import inspect, torch
+        from xllm_plugin.testing.cann.device.contract import EMULATED
+        result = {}
+        for name, function in EMULATED.items():
+            schema = getattr(torch.ops.npu, name).default._schema
+            ours = dict(inspect.signature(function).parameters)
+            rest = [n for n, p in ours.items() if p.kind is p.VAR_KEYWORD]
+            theirs = [a.name for a in schema.arguments]
+            for n in rest:
+                del ours[n]
+            bad = [n for n in ours if n not in theirs]
+            bad += [n for n in theirs if n not in ours and not rest]
+            for a in schema.arguments:
+                if a.name not in ours:
+                    continue
+                p = ours[a.name]
+                default = a.default_value if a.has_default_value() else p.empty
+                if p.default != default or (p.kind is p.KEYWORD_ONLY) != a.kwarg_only:
+                    bad.append(a.name)
+            positional = [a.name for a in schema.arguments if not a.kwarg_only]
+            if positional != [n for n, p in ours.items() if p.kind is not p.KEYWORD_ONLY]:
+                bad.append("order")
+            if bad:
+                result[name] = bad
+        """,
+        operators=True,
+    )
+    assert wrong == {}
