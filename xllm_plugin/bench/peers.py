@@ -34,6 +34,11 @@ class PeerServer:
     command: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def port(self) -> int:
+        """Where it listens, as its command says."""
+        return int(self.command[self.command.index("--port") + 1])
+
     def record(self, model: str) -> schema.Peer:
         """The peer as a result tells it: interpreter and model by name, not by this disk's path."""
         shown = [Path(model).name if part == model else part for part in self.command]

@@ -193,11 +193,10 @@ def running(
     if isinstance(target, External):
         yield target.url, None, lambda: None
         return
-    port = int(target.command[target.command.index("--port") + 1])
     with Server(
         target.name,
         target.command,
-        port=port,
+        port=target.port,
         log_path=log,
         environment=clean_environment(target.environment),
         on_wait=on_wait,

@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,15 @@ import httpx
 
 from xllm_plugin.errors import MisuseError, NotNowError, XllmError
 
-__all__ = ["Server", "Waiting", "clean_environment", "find_free_port", "last_line", "tail"]
+__all__ = [
+    "Server",
+    "Waiting",
+    "clean_environment",
+    "find_free_port",
+    "group_cpu_s",
+    "last_line",
+    "tail",
+]
 
 LOOPBACK = "127.0.0.1"
 POLL_S = 0.5
@@ -233,12 +241,23 @@ def _wait_for_group(process: subprocess.Popen[bytes], limit_s: float) -> None:
         time.sleep(0.05)
 
 
+def group_cpu_s(group: int) -> float:
+    """Processor seconds, user and system, that the living processes of a group have used."""
+    # Fields 14 and 15 of proc(5) are the 12th and 13th behind the name.
+    ticks = sum(int(fields[11]) + int(fields[12]) for fields in _processes(group))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _has_living_members(group: int) -> bool:
     """Whether any process of the group is neither gone nor a zombie (which nobody may reap)."""
+    return any(fields[0] not in "ZX" for fields in _processes(group))
+
+
+def _processes(group: int) -> Iterator[list[str]]:
+    """What /proc says of every process of the group, from its state on."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             # "pid (name) state ppid pgrp ...", where the name may hold spaces and brackets.
-            state, _, process_group = stat.read_text().rpartition(")")[2].split()[:3]
-            if int(process_group) == group and state not in "ZX":
-                return True
-    return False
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group:
+                yield fields

@@ -11,6 +11,7 @@ Needs starlette and uvicorn, which come with vLLM.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import signal
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 import click
@@ -29,8 +31,10 @@ __all__ = ["Behaviour", "main", "make_app"]
 class Behaviour:
     """What the server does.
 
-    `max_tokens` cuts every answer short; every `fail_every`-th request is answered 500;
-    `token_shift` changes the tokens, as a wrong engine would.
+    `max_tokens` cuts every answer short; every `fail_every`-th request is answered with
+    `fail_status`, or breaks off in mid-stream if that is 200; `token_shift` changes the tokens, as
+    a wrong engine would.  At most `slots` requests are served at once, the others wait in turn;
+    with `offline_apart` those of class offline need no slot.
     """
 
     model: str = "fake"
@@ -38,7 +42,10 @@ class Behaviour:
     tpot_ms: float = 0.0
     max_tokens: int | None = None
     fail_every: int | None = None
+    fail_status: int = 500
     token_shift: int = 0
+    slots: int = 1_000_000
+    offline_apart: bool = False
 
 
 def make_app(behaviour: Behaviour) -> Any:
@@ -49,6 +56,8 @@ def make_app(behaviour: Behaviour) -> Any:
     from starlette.routing import Route
 
     seen = 0
+    slots = asyncio.Semaphore(behaviour.slots)
+    no_slot = contextlib.nullcontext()
 
     async def health(_: Request) -> Response:
         return Response()
@@ -59,14 +68,19 @@ def make_app(behaviour: Behaviour) -> Any:
     async def completions(request: Request) -> Response:
         nonlocal seen
         seen += 1
-        if behaviour.fail_every and seen % behaviour.fail_every == 0:
-            return JSONResponse({"error": {"message": "a fault on demand"}}, status_code=500)
+        is_fault = bool(behaviour.fail_every) and seen % (behaviour.fail_every or 1) == 0
+        if is_fault and behaviour.fail_status != HTTPStatus.OK:
+            fault = {"error": {"message": "a fault on demand"}}
+            return JSONResponse(fault, status_code=behaviour.fail_status)
         body = await request.json()
+        is_offline = body.get("vllm_xargs", {}).get("xllm_class") == "offline"
+        slot = no_slot if behaviour.offline_apart and is_offline else slots
         tokens = _tokens(behaviour, body)
         if body.get("stream"):
-            stream = _events(behaviour, tokens, len(body["prompt"]))
+            stream = _events(behaviour, tokens, body, slot, is_whole=not is_fault)
             return StreamingResponse(stream, media_type="text/event-stream")
-        await asyncio.sleep((behaviour.ttft_ms + behaviour.tpot_ms * len(tokens)) / 1e3)
+        async with slot:
+            await asyncio.sleep((behaviour.ttft_ms + behaviour.tpot_ms * len(tokens)) / 1e3)
         return JSONResponse(_answer(tokens, body.get("logprobs")))
 
     return Starlette(
@@ -86,14 +100,25 @@ def _tokens(behaviour: Behaviour, body: dict[str, Any]) -> list[int]:
 
 
 async def _events(
-    behaviour: Behaviour, tokens: list[int], prompt_tokens: int
+    behaviour: Behaviour,
+    tokens: list[int],
+    body: dict[str, Any],
+    slot: contextlib.AbstractAsyncContextManager[None],
+    *,
+    is_whole: bool,
 ) -> AsyncIterator[str]:
-    await asyncio.sleep(behaviour.ttft_ms / 1e3)
-    for step, token in enumerate(tokens):
-        if step:
-            await asyncio.sleep(behaviour.tpot_ms / 1e3)
-        yield _event({"choices": [{"index": 0, "text": f" {token}"}]})
-    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(tokens)}
+    usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": 0}
+    is_counted = (body.get("stream_options") or {}).get("continuous_usage_stats", False)
+    async with slot:
+        await asyncio.sleep(behaviour.ttft_ms / 1e3)
+        for step, token in enumerate(tokens):
+            if step:
+                await asyncio.sleep(behaviour.tpot_ms / 1e3)
+            usage["completion_tokens"] = step + 1
+            chunk = {"choices": [{"index": 0, "text": f" {token}"}]}
+            yield _event({**chunk, "usage": usage} if is_counted else chunk)
+            if not is_whole:
+                return
     yield _event({"choices": [], "usage": usage})
     yield "data: [DONE]\n\n"
 
@@ -127,7 +152,10 @@ def _answer(tokens: list[int], logprobs: int | None) -> dict[str, Any]:
 @click.option("--tpot-ms", type=float, default=0.0)
 @click.option("--max-tokens", type=int)
 @click.option("--fail-every", type=int)
+@click.option("--fail-status", type=int, default=500)
 @click.option("--token-shift", type=int, default=0)
+@click.option("--slots", type=int, default=1_000_000)
+@click.option("--offline-apart", is_flag=True)
 @click.option("--die", help="Print this and exit with code 3, as an engine that cannot start.")
 @click.option("--hang", is_flag=True, help="Never listen, and ignore SIGTERM.")
 def main(port: int, die: str | None, hang: bool, **behaviour: Any) -> None:

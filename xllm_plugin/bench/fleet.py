@@ -1,0 +1,91 @@
+"""Several servers, each started once and kept until it is not needed any more.
+
+A start costs half a minute to two, a trial less.  Servers that wait for their turn hold memory and
+no processor: how true that is gets measured, as every ratio leans on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from xllm_plugin.bench.peers import PeerServer
+from xllm_plugin.bench.servers import Server, Waiting, clean_environment, group_cpu_s
+from xllm_plugin.errors import NotNowError
+
+__all__ = ["Fleet"]
+
+NEEDED_BYTES = 3 * 2**30
+"""Free memory that a start asks for: SmolLM2 with 1 GiB of KV cache holds about two."""
+
+
+class Fleet:
+    """Servers by name, for the length of a `with` block.
+
+    Args:
+        log_folder: gets a log for each.
+        on_wait: told how a start goes.
+    """
+
+    def __init__(self, log_folder: Path, on_wait: Callable[[Waiting], None]) -> None:
+        self.ready_s: dict[str, float] = {}
+        self._log_folder = log_folder
+        self._on_wait = on_wait
+        self._servers: dict[str, Server] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with contextlib.ExitStack() as stack:  # all are stopped, whatever one of them raises
+            for name in list(self._servers):
+                stack.callback(self.stop, name)
+
+    def is_running(self, name: str) -> bool:
+        """Whether it has been started and not stopped."""
+        return name in self._servers
+
+    def server(self, peer: PeerServer) -> Server:
+        """The running server, started if it is not.  Raises `NotNowError` for too little memory."""
+        if peer.name not in self._servers:
+            self._require_memory(peer.name)
+            server = Server(
+                peer.name,
+                peer.command,
+                port=peer.port,
+                log_path=self._log_folder / f"{peer.name}.log",
+                environment=clean_environment(peer.environment),
+                on_wait=self._on_wait,
+            )
+            self._servers[peer.name] = server.__enter__()
+            self.ready_s[peer.name] = server.ready_after_s
+        return self._servers[peer.name]
+
+    def stop(self, name: str) -> None:
+        """Stop one.  Safe to repeat."""
+        if server := self._servers.pop(name, None):
+            server.stop()
+
+    def waiting_cpu_s(self, name: str) -> float:
+        """Processor seconds that all servers but this have used so far."""
+        pids = [server.pid for other, server in self._servers.items() if other != name]
+        return sum(group_cpu_s(pid) for pid in pids if pid is not None)
+
+    def _require_memory(self, name: str) -> None:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        sizes = dict(line.split(":", 1) for line in lines)
+        free = int(sizes["MemAvailable"].split()[0]) * 1024
+        if free < NEEDED_BYTES:
+            raise NotNowError(
+                f"{free / 2**30:.1f} GiB of memory are free with {len(self._servers)} servers "
+                f"running, and {name!r} wants {NEEDED_BYTES / 2**30:.0f}; free some, or compare "
+                "fewer sides"
+            )
