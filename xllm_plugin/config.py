@@ -35,6 +35,7 @@ from xllm_plugin.errors import ConfigError
 from xllm_plugin.graph.config import GraphConfig
 from xllm_plugin.plugins import LOAD_ENV
 from xllm_plugin.selection import CONFIG_ENV, DEVICE_ENV, PLATFORM_ENV, REASON_ENV
+from xllm_plugin.xtensor.config import XTensorConfig
 
 __all__ = [
     "ADDITIONAL_CONFIG_KEY",
@@ -79,6 +80,9 @@ class XllmConfig(BaseSettings):
         default_factory=EngineConfig, description="The start of the engine's process."
     )
     graph: GraphConfig = Field(default_factory=GraphConfig, description="Graph mode.")
+    xtensor: XTensorConfig = Field(
+        default_factory=XTensorConfig, description="Elastic memory of the KV cache."
+    )
 
     @classmethod
     def settings_customise_sources(

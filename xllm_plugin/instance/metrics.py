@@ -32,6 +32,7 @@ from prometheus_client.registry import Collector
 
 from xllm_plugin.channel.messages import Reading, Snapshot
 from xllm_plugin.instance.engines import EngineReader
+from xllm_plugin.instance.memory import memory_families
 
 __all__ = ["XllmCollector", "extend_metrics_route", "is_multiprocess", "register"]
 
@@ -144,6 +145,7 @@ def _families(readings: tuple[tuple[list[str], Reading], ...]) -> Iterator[Metri
         yield _filled(GaugeMetricFamily(name, text, labels=_LABELS), known, value)
     for name, (text, value) in _COUNTERS.items():
         yield _filled(CounterMetricFamily(name, text, labels=_LABELS), known, value)
+    yield from memory_families(known, _LABELS)
 
 
 def _filled(

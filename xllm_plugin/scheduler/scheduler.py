@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from xllm_plugin.scheduler.memory import MemoryControl
 from xllm_plugin.scheduler.telemetry import Telemetry
+from xllm_plugin.scheduler.wake import EngineWaker
 from xllm_plugin.seams import Process, check_all
 from xllm_plugin.worker.messages import StepMessage, attach, attached
 
@@ -25,15 +27,20 @@ class XllmSchedulerMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_all(Process.ENGINE)
         super().__init__(*args, **kwargs)
-        self._telemetry = Telemetry(self)
+        self._waker = EngineWaker()
+        self._telemetry = Telemetry(self, self._waker.wake)
+        self._memory = MemoryControl(self, self._telemetry.channel, self._waker)
         self._telemetry.start()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Plan, let vLLM schedule, and send our message along with the step."""
+        self._waker.take()
         self._telemetry.drain_calls()
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        if output.total_num_scheduled_tokens:
-            attach(output, StepMessage(step=self._telemetry.count_step()))
+        change, has_tokens = self._memory.take_change(), output.total_num_scheduled_tokens > 0
+        if has_tokens or change is not None:
+            step = self._telemetry.count_step() if has_tokens else 0
+            attach(output, StepMessage(step, memory=change))
         self._telemetry.record_change()
         return output
 
@@ -42,8 +49,17 @@ class XllmSchedulerMixin:
     ) -> Any:
         """Let vLLM take the step's tokens in, then record what the step was."""
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        self._memory.record(attached(model_runner_output))
         self._telemetry.record_step(scheduler_output, outputs, attached(model_runner_output))
         return outputs
+
+    def has_requests(self) -> bool:
+        """Whether a step is wanted: by vLLM, a queued call or the KV cache's memory."""
+        return (
+            super().has_requests()  # type: ignore[misc]
+            or self._waker.is_pending
+            or self._memory.has_work()
+        )
 
     def add_request(self, request: Request) -> None:
         """Let vLLM queue the request; an idle engine that got work says so."""
@@ -63,6 +79,7 @@ class XllmSchedulerMixin:
     def shutdown(self) -> None:
         """Close the control socket with the scheduler."""
         try:
+            self._memory.close()
             self._telemetry.close()
         finally:
             super().shutdown()  # type: ignore[misc]
