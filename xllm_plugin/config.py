@@ -37,6 +37,7 @@ from xllm_plugin.plugins import LOAD_ENV
 from xllm_plugin.registration import RegistrationConfig
 from xllm_plugin.scheduler.config import SchedulerConfig
 from xllm_plugin.selection import CONFIG_ENV, DEVICE_ENV, PLATFORM_ENV, REASON_ENV
+from xllm_plugin.xtensor.config import XTensorConfig
 
 __all__ = [
     "ADDITIONAL_CONFIG_KEY",
@@ -86,6 +87,9 @@ class XllmConfig(BaseSettings):
     )
     registration: RegistrationConfig = Field(
         default_factory=RegistrationConfig, description="Where this server registers itself."
+    )
+    xtensor: XTensorConfig = Field(
+        default_factory=XTensorConfig, description="Elastic memory of the KV cache."
     )
 
     @classmethod

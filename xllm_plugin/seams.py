@@ -150,6 +150,32 @@ def _a_worker_can_run_on_a_thread() -> None:
         raise AttributeError("GPUModelRunner no longer decides by async_scheduling when it is made")
 
 
+def _block_pool_can_be_extended() -> None:
+    pool = _attribute("vllm.v1.core.block_pool:BlockPool")
+    expected = {
+        "get_num_free_blocks": ("free_block_queue", "num_free_blocks"),
+        "get_new_blocks": ("get_num_free_blocks", "free_block_queue", "popleft_n"),
+        "touch": ("free_block_queue", "remove"),
+        "free_blocks": ("prepend_n", "append_n"),
+        "unpin_blocks": ("append_n",),
+        "_maybe_evict_cached_block": ("_remove_cached_block_hashes",),
+        "reset_prefix_cache": ("num_gpu_blocks", "get_num_free_blocks", "reset_hash"),
+    }
+    for method, names in expected.items():
+        missing = set(names) - set(getattr(pool, method).__code__.co_names)
+        if missing:
+            raise AttributeError(f"BlockPool.{method} no longer uses {', '.join(sorted(missing))}")
+
+
+def _an_engine_can_be_woken() -> None:
+    engine = _attribute("vllm.v1.engine.core:EngineCoreProc")
+    if "input_queue" not in engine._process_input_queue.__code__.co_names:  # noqa: SLF001
+        raise AttributeError("EngineCoreProc._process_input_queue no longer reads input_queue")
+    if "has_requests" not in engine.has_work.__code__.co_names:
+        raise AttributeError("EngineCoreProc.has_work no longer asks the scheduler has_requests()")
+    _attribute("vllm.v1.engine:EngineCoreRequestType.WAKEUP")
+
+
 def _packing_is_looked_up_late() -> None:
     linear = _attribute("vllm.model_executor.layers.linear:UnquantizedLinearMethod")
     called = linear.process_weights_after_loading.__code__.co_names
@@ -469,6 +495,29 @@ SEAMS: tuple[Seam, ...] = (
         leaves_when="a platform can bring the KV cache's memory.",
         process=Process.WORKER,
         fits=_attributes("vllm.v1.worker.utils:allocate_kv_cache"),
+    ),
+    Seam(
+        name="block-pool-class",
+        target="vllm.v1.core.block_pool:BlockPool",
+        why="vLLM builds its block pool by name and shares the object among the parts of its KV "
+        "cache manager; elastic memory decides in a subclass which block is handed out, and counts "
+        "as free what its budget has room for.",
+        versions="0.32",
+        upstream="vllm/v1/core/kv_cache_coordinator.py, KVCacheCoordinator.__init__",
+        leaves_when="a scheduler can name the class of its block pool.",
+        process=Process.ENGINE,
+        fits=_block_pool_can_be_extended,
+    ),
+    Seam(
+        name="engine-wake",
+        target="vllm.v1.engine.core:EngineCoreProc._process_input_queue",
+        why="an engine without requests sleeps, and a scheduler cannot wake it: for a control "
+        "call, or to give memory back.",
+        versions="0.32",
+        upstream="vllm/v1/engine/core.py, EngineCoreProc",
+        leaves_when="a scheduler is given a way to wake its engine.",
+        process=Process.ENGINE,
+        fits=_an_engine_can_be_woken,
     ),
     Seam(
         name="amx-init",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from xllm_plugin import shims
 from xllm_plugin.cpu.threads import OpenMPEnvironment, ThreadPlan
-from xllm_plugin.errors import PlatformError
+from xllm_plugin.errors import ConfigError, PlatformError
 
 pytestmark = pytest.mark.engine  # imports vLLM, some seconds
 
@@ -250,6 +250,7 @@ def test_an_engine_with_other_processes_does_not_inherit_the_binding(
     monkeypatch.setattr(platform.XllmPlatformMixin, "check_and_update_config", lambda *_: None)
     config = alone(world_size=2)
     config.use_v2_model_runner, config.model_config = False, None
+    config.additional_config = {}
     platform.XllmCpuPlatform.check_and_update_config(config)
     assert environ == {"OMP_PLACES": "{0}"}
 
@@ -344,6 +345,7 @@ def armed(platform: Any, monkeypatch: pytest.MonkeyPatch) -> list[ThreadPlan]:
 def check(platform: Any, backend: str) -> None:
     config = alone(distributed_executor_backend=backend)
     config.use_v2_model_runner, config.model_config = False, None
+    config.additional_config = {}
     platform.XllmCpuPlatform.check_and_update_config(config)
 
 
@@ -378,3 +380,31 @@ def test_a_server_says_why_it_does_not_fork(
         check(platform, "mp")
     assert armed == []
     assert "not forked: engine.fork is off" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv_transfer_config": object()}, "connector"),
+        ({"scheduler_config": SimpleNamespace(scheduler_cls="a.Scheduler")}, "--scheduler-cls a.S"),
+        ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2)}, "pipeline parallelism"),
+    ],
+)
+def test_elastic_memory_is_refused_beside_what_holds_on_to_the_kv_cache(
+    platform: Any, changes: dict[str, Any], message: str
+) -> None:
+    settings = {
+        "additional_config": {"xllm": {"xtensor": {"enabled": True}}},
+        "kv_transfer_config": None,
+        "ec_transfer_config": None,
+        "cache_config": SimpleNamespace(kv_offloading_size=None),
+        "scheduler_config": SimpleNamespace(
+            scheduler_cls="xllm_plugin.scheduler.scheduler.XllmScheduler"
+        ),
+        "parallel_config": SimpleNamespace(pipeline_parallel_size=1),
+    }
+    platform.check_elastic_memory(SimpleNamespace(**settings))
+    with pytest.raises(ConfigError, match=message):
+        platform.check_elastic_memory(SimpleNamespace(**settings | changes))
+    fixed = {"additional_config": {}}
+    platform.check_elastic_memory(SimpleNamespace(**settings | changes | fixed))

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("fastapi", reason="vLLM's API server brings FastAPI")
 
 from xllm_plugin.channel import ChannelConfig, EngineChannel, EngineIdentity, EngineLoad
+from xllm_plugin.xtensor.messages import MemoryReport, MemorySection
 
 LOAD = EngineLoad(
     num_running=3,
@@ -26,6 +27,43 @@ LOAD = EngineLoad(
     num_generated_tokens=1234,
     num_preemptions=1,
 )
+
+
+MEMORY = MemorySection(
+    block_bytes=500,
+    slab_blocks=2,
+    num_slabs=10,
+    budget_slabs=8,
+    min_budget_slabs=3,
+    num_resident_slabs=5,
+    num_draining_slabs=1,
+    num_used_blocks=5,
+    num_cached_blocks=3,
+    pages=MemoryReport(
+        page_bytes=100,
+        num_free=1,
+        num_allocated=2,
+        num_mapped=50,
+        num_retired=3,
+        num_reusable=4,
+        num_created=70,
+        num_released=10,
+        num_maps=90,
+        num_unmaps=20,
+        num_reused=30,
+        num_premapped=5,
+        commit_s=0.25,
+        release_s=0.5,
+        num_commits=6,
+        num_releases=7,
+    ),
+)
+
+
+@pytest.fixture
+def memory() -> MemorySection:
+    """What an engine with an elastic KV cache says of it."""
+    return MEMORY
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from xllm_plugin.channel import EngineChannel, Readings
 from xllm_plugin.instance.endpoints import XllmEndpoints
+from xllm_plugin.xtensor.messages import MemorySection
 
 Start = Callable[[int], EngineChannel]
 
@@ -71,7 +72,7 @@ def test_engines_of_other_machines_only_is_503(vllm_config: Any) -> None:
     assert "no engine of instance abcde runs on this machine" in response.text
 
 
-@pytest.mark.parametrize("route", ["/xllm/snapshot", "/xllm/info"])
+@pytest.mark.parametrize("route", ["/xllm/snapshot", "/xllm/memory", "/xllm/info"])
 def test_a_server_without_engine_says_so(route: str) -> None:
     response = get(route, None)
     assert response.status_code == 503
@@ -83,6 +84,28 @@ def test_a_disabled_channel_says_how_to_enable_it(vllm_config: Any) -> None:
     response = get("/xllm/snapshot", SimpleNamespace(vllm_config=vllm_config))
     assert response.status_code == 503
     assert "the engine channel is off" in response.json()["error"]["message"]
+
+
+def test_memory_is_shown_where_the_kv_cache_is_elastic(
+    vllm_config: Any, start_engine: Start, memory: MemorySection
+) -> None:
+    vllm_config.parallel_config.data_parallel_size_local = 3
+    engine = start_engine(0)
+    engine.add_section("memory", lambda: memory)
+    engine.publish_if_due(force=True)
+    start_engine(1)
+    response = get("/xllm/memory", SimpleNamespace(vllm_config=vllm_config))
+    assert response.status_code == 200
+    elastic, fixed, absent = response.json()["engines"]
+    assert (elastic["is_elastic"], fixed["is_elastic"], absent["is_elastic"]) == (
+        True,
+        False,
+        False,
+    )
+    assert (elastic["budget_bytes"], elastic["resident_bytes"]) == (8000, 5000)
+    assert elastic["memory"]["pages"]["num_mapped"] == 50
+    assert fixed["memory"] is fixed["error"] is None
+    assert "no engine listens" in absent["error"]
 
 
 def test_info_tells_platform_versions_and_settings(vllm_config: Any, directory: Path) -> None:

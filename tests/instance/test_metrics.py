@@ -18,6 +18,7 @@ from xllm_plugin.channel import EngineChannel
 from xllm_plugin.instance.engines import EngineGroup, EngineReader
 from xllm_plugin.instance.metrics import XllmCollector, extend_metrics_route, register
 from xllm_plugin.scheduler.slo_metrics import SLO_SECTION, Attainment, SloSnapshot
+from xllm_plugin.xtensor.messages import MemorySection
 
 Start = Callable[[int], EngineChannel]
 
@@ -61,6 +62,38 @@ def test_a_scrape_shows_the_engines_figures(collector: XllmCollector, start_engi
         ("xllm:preemptions_total", "0"): 1,
     }
     assert 'model_name="served"' in text
+
+
+def test_an_elastic_kv_cache_shows_its_memory(
+    collector: XllmCollector, start_engine: Start, memory: MemorySection
+) -> None:
+    engine = start_engine(0)
+    engine.add_section("memory", lambda: memory)
+    engine.publish_if_due(force=True)
+    start_engine(1)
+    registry = CollectorRegistry()
+    register(collector, registry)
+    text = generate_latest(registry).decode()
+    found = samples(text)
+    assert {name: value for (name, _), value in found.items() if "kv_memory" in name} == {
+        "xllm:kv_memory_budget_bytes": 8000,
+        "xllm:kv_memory_resident_bytes": 5000,
+        "xllm:kv_memory_draining_bytes": 1000,
+        "xllm:kv_memory_fragmentation_ratio": pytest.approx(0.2),
+        "xllm:kv_memory_pages": 4,  # the last state's
+        "xllm:kv_memory_pages_created_total": 70,
+        "xllm:kv_memory_pages_released_total": 10,
+        "xllm:kv_memory_pages_mapped_total": 90,
+        "xllm:kv_memory_pages_unmapped_total": 20,
+        "xllm:kv_memory_pages_reused_total": 30,
+        "xllm:kv_memory_pages_premapped_total": 5,
+        "xllm:kv_memory_commit_seconds_count": 6,
+        "xllm:kv_memory_commit_seconds_sum": 0.25,
+        "xllm:kv_memory_release_seconds_count": 7,
+        "xllm:kv_memory_release_seconds_sum": 0.5,
+    }
+    assert ("xllm:kv_memory_budget_bytes", "1") not in found
+    assert 'engine="0",model_name="served",state="mapped"} 50.0' in text
 
 
 def test_every_rank_has_its_own_label(collector: XllmCollector, start_engine: Start) -> None:

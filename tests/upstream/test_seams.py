@@ -271,6 +271,22 @@ def test_a_server_stops_its_engine_before_its_plugins_are_told() -> None:
     assert stop < source.index("server.should_exit = True", stop)
 
 
+def test_the_block_pool_is_built_by_name() -> None:
+    """No setting or argument names the class of the block pool."""
+    source = vllm_source("v1", "core", "kv_cache_coordinator.py")
+    assert "        self.block_pool = BlockPool(\n" in source
+    assert "block_pool_cls" not in source + vllm_source("config", "scheduler.py")
+
+
+def test_an_idle_engine_is_woken_by_its_input_alone() -> None:
+    """It sleeps on its queue, and the scheduler that it makes is given nothing of it."""
+    source = vllm_source("v1", "engine", "core.py")
+    assert "                req = self.input_queue.get(block=block)\n" in source
+    made = source.partition("        self.scheduler: SchedulerInterface = Scheduler(")[2]
+    assert made, "the scheduler is made in another way"
+    assert "queue" not in made.partition("\n        )\n")[0]
+
+
 def test_every_row_has_a_test_here() -> None:
     """Every row of the table names tests of this file that are there, and no other row is named."""
     assert set(TESTS) == {seam.name for seam in SEAMS}
@@ -301,6 +317,8 @@ TESTS = {
     "aot-function": "test_vllm_rejects_what_it_compiled_for_the_cpu",
     "cpu-generator-offset": "test_generators_are_rewound_by_an_offset_that_a_cpu_s_lack",
     "kv-cache-zeros": "test_kv_cache_is_one_tensor_of_zeros",
+    "block-pool-class": "test_the_block_pool_is_built_by_name",
+    "engine-wake": "test_an_idle_engine_is_woken_by_its_input_alone",
     "amx-init": "test_cpu_worker_does_not_ask_for_amx",
     "cpu-rotary-3d": "test_rotary_operator_is_wrong_for_three_dimensions",
 }

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from xllm_plugin import shims
+from xllm_plugin.errors import InternalError
 from xllm_plugin.worker.messages import StepMessage, StepStamp, attach, attached
+from xllm_plugin.xtensor.messages import MemoryChange
 
 pytestmark = pytest.mark.engine  # imports vLLM, some seconds
 
@@ -60,11 +62,11 @@ def worker(module: Any) -> Any:
     return made
 
 
-def step(number: int | None = 1) -> Any:
+def step(number: int | None = 1, memory: MemoryChange | None = None) -> Any:
     """A schedule; None for one that does not come from our scheduler."""
     scheduler_output = SimpleNamespace()
     if number is not None:
-        attach(scheduler_output, StepMessage(number))
+        attach(scheduler_output, StepMessage(number, memory))
     return scheduler_output
 
 
@@ -138,3 +140,46 @@ def test_a_worker_makes_its_own_timer(module: Any, worker: Any) -> None:
     assert isinstance(timer, module.StepTimer)
     assert worker._timer is timer
     assert type(worker)._step_timer is None
+
+
+class ElasticMemory:
+    """Says what it was told, and when."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        self.clock = clock
+        self.changes: list[tuple[Any, float]] = []
+
+    def apply(self, change: Any) -> None:
+        self.changes.append((change, self.clock.now_s))
+        self.clock.now_s += 1.0
+
+    def report(self) -> str:
+        return f"report {len(self.changes)}"
+
+
+def test_memory_is_changed_before_its_step_and_counts_as_its_time(worker: Any) -> None:
+    worker.memory = ElasticMemory(worker.clock)
+    worker.elastic_memory = lambda: worker.memory
+    worker.executed = output = model_output("a")
+    change = MemoryChange(budget_slabs=2, committed=(1,))
+    worker.execute_model(step(1, change))
+    assert worker.memory.changes == [(change, 50.0)]
+    assert attached(output) == StepStamp(1, 1250.0, "report 1")  # type: ignore[arg-type]
+    worker.executed = output = model_output("a")
+    worker.execute_model(step(2))
+    assert attached(output).memory is None
+
+
+def test_a_step_without_tokens_reports_and_leaves_vllm_s_empty_output_alone(worker: Any) -> None:
+    worker.memory = ElasticMemory(worker.clock)
+    worker.elastic_memory = lambda: worker.memory
+    worker.executed = empty = model_output()
+    answer = worker.execute_model(step(0, MemoryChange(budget_slabs=2)))
+    assert attached(empty) is None
+    assert attached(answer).memory == "report 1"
+    assert attached(worker.execute_model(step(0))) is None
+
+
+def test_a_worker_without_elastic_memory_cannot_be_told_to_change_it(worker: Any) -> None:
+    with pytest.raises(InternalError, match="this worker's is not"):
+        worker.execute_model(step(1, MemoryChange(budget_slabs=2)))

@@ -1,80 +1,140 @@
-"""Where blocks and pages lie, against counting bytes one by one."""
+"""Layouts: columns found in vLLM's tensors, and where the blocks of a slab lie."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm_plugin.xtensor.layout import KVLayout
+from xllm_plugin.errors import ConfigError
+from xllm_plugin.xtensor.config import XTensorConfig
+from xllm_plugin.xtensor.layout import MAX_MAPPINGS, Column, KVLayout, slab_blocks_of
 
-LAYOUTS = st.builds(
-    lambda make, layers, blocks, size, page: make(
-        num_layers=layers, num_blocks=blocks, block_bytes=size, page_bytes=page
-    ),
-    st.sampled_from([KVLayout.layer_outermost, KVLayout.block_outermost]),
+
+@dataclass
+class Tensor:
+    """As vLLM's `KVCacheTensor`."""
+
+    size: int
+    layers: list[str]
+    layer_stride: int
+    block_stride: int
+    offset: int = 0
+
+
+@dataclass
+class Cache:
+    """A KV cache, and every byte of its blocks as vLLM's formula gives it."""
+
+    num_blocks: int
+    page_bytes: int
+    tensors: Sequence[Tensor] = field(default_factory=tuple)
+
+    def layout(self) -> KVLayout:
+        return KVLayout.of_tensors(self.num_blocks, self.tensors)
+
+    def bytes_of(self, block: int) -> set[int]:
+        return {
+            at
+            for tensor in self.tensors
+            for layer in range(len(tensor.layers))
+            for first in [tensor.offset + layer * tensor.layer_stride + block * tensor.block_stride]
+            for at in range(first, first + self.page_bytes)
+        }
+
+
+def names(num_layers: int) -> list[str]:
+    return [f"layer{i}" for i in range(num_layers)]
+
+
+def layers_outermost(num_layers: int, num_blocks: int, page: int, num_groups: int = 1) -> Cache:
+    """Groups of a hybrid model lie over each other."""
+    size = num_layers * num_blocks * page
+    tensor = Tensor(size, names(num_layers), num_blocks * page, page)
+    return Cache(num_blocks, page, [tensor] * num_groups)
+
+
+def blocks_outermost(num_layers: int, num_blocks: int, page: int, num_groups: int = 1) -> Cache:
+    """Layers of a group lie inside each block; here a group is a tensor of its own there."""
+    size = num_layers * num_blocks * page
+    first = Tensor(size, names(num_layers), page, num_layers * page)
+    return Cache(num_blocks, page, [first] * num_groups)
+
+
+caches = st.builds(
+    lambda make, *sizes: make(*sizes),
+    st.sampled_from([layers_outermost, blocks_outermost]),
     st.integers(1, 4),
     st.integers(1, 9),
-    st.integers(1, 40),
-    st.sampled_from([4, 16, 32]),
+    st.integers(1, 12),
+    st.integers(1, 2),
 )
 
 
-def bytes_of_block(layout: KVLayout, block: int) -> list[int]:
-    return [
-        layout.offset_bytes(layer, block) + at
-        for layer in range(layout.num_layers)
-        for at in range(layout.block_bytes)
-    ]
-
-
-@given(LAYOUTS)
-def test_blocks_are_disjoint_and_inside_the_range(layout: KVLayout) -> None:
-    used = [at for block in range(layout.num_blocks) for at in bytes_of_block(layout, block)]
-    assert len(set(used)) == len(used)
-    assert max(used) < layout.num_bytes
-    assert layout.num_bytes == layout.num_pages * layout.page_bytes
-
-
-@given(LAYOUTS)
-def test_a_block_touches_the_pages_of_its_bytes_and_a_page_knows_its_blocks(
-    layout: KVLayout,
+@given(caches, st.data())
+def test_the_pieces_of_a_slab_are_the_bytes_of_its_blocks(
+    cache: Cache, data: st.DataObject
 ) -> None:
-    touched: dict[int, set[int]] = {page: set() for page in range(layout.num_pages)}
-    for block in range(layout.num_blocks):
-        pages = sorted({at // layout.page_bytes for at in bytes_of_block(layout, block)})
-        assert list(layout.pages_of_block(block)) == pages
-        for page in pages:
-            touched[page].add(block)
-    for page, blocks in touched.items():
-        assert set(layout.blocks_of_page(page)) == blocks
+    layout = cache.layout()
+    first = data.draw(st.integers(0, cache.num_blocks - 1))
+    num = data.draw(st.integers(1, cache.num_blocks - first))
+    found = [at for piece in layout.pieces(first, num) for at in piece]
+    expected = set().union(*(cache.bytes_of(block) for block in range(first, first + num)))
+    assert sorted(found) == sorted(expected)
+    assert all(not piece.start % layout.alignment_bytes for piece in layout.pieces(first, num))
 
 
-def test_the_two_layouts_of_one_cache() -> None:
-    sizes = {"num_layers": 30, "num_blocks": 1024, "block_bytes": 16 * 1024, "page_bytes": 2**21}
-    layers, blocks = KVLayout.layer_outermost(**sizes), KVLayout.block_outermost(**sizes)
-    assert layers.num_bytes == blocks.num_bytes == 30 * 1024 * 16 * 1024
-    assert layers.pages_of_block(130) == tuple(range(1, 240, 8))
-    assert layers.blocks_of_page(9) == range(128, 256)
-    assert blocks.pages_of_block(130) == (30,)
-    assert blocks.blocks_of_page(30) == range(128, 133)
+@given(caches)
+def test_blocks_fill_the_buffer(cache: Cache) -> None:
+    layout = cache.layout()
+    assert layout.num_bytes == cache.tensors[0].size == cache.num_blocks * layout.block_bytes
 
 
-@pytest.mark.parametrize("wrong", ["num_layers", "num_blocks", "block_bytes", "page_bytes"])
-def test_nothing_may_be_zero(wrong: str) -> None:
-    sizes = {"num_layers": 1, "num_blocks": 1, "block_bytes": 1, "page_bytes": 1} | {wrong: 0}
-    for make in (KVLayout.layer_outermost, KVLayout.block_outermost):
-        with pytest.raises(ValueError, match="more than zero"):
-            make(**sizes)
+def test_the_two_orders_have_a_column_a_layer_and_one() -> None:
+    assert layers_outermost(3, 5, 8).layout().columns == (
+        Column(0, 8),
+        Column(40, 8),
+        Column(80, 8),
+    )
+    assert blocks_outermost(3, 5, 8).layout().columns == (Column(0, 24),)
 
 
-def test_what_is_outside_is_refused() -> None:
-    layout = KVLayout.layer_outermost(num_layers=2, num_blocks=3, block_bytes=4, page_bytes=8)
-    for call in (
-        lambda: layout.offset_bytes(2, 0),
-        lambda: layout.pages_of_block(3),
-        lambda: layout.pages_of_block(-1),
-        lambda: layout.blocks_of_page(layout.num_pages),
-    ):
-        with pytest.raises(IndexError):
-            call()
+def test_layers_of_different_sizes_are_columns_of_different_strides() -> None:
+    small, large = Tensor(120, ["a", "b"], 20, 4), Tensor(120, ["c"], 80, 16, offset=40)
+    layout = KVLayout.of_tensors(5, [small, large])
+    assert layout.columns == (Column(0, 4), Column(20, 4), Column(40, 16))
+    assert (layout.block_bytes, layout.alignment_bytes) == (24, 4)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        [],
+        [Tensor(64, ["a"], 32, 8)],  # half of the buffer is nobody's
+        [Tensor(64, ["a"], 32, 8), Tensor(64, ["b"], 32, 8, offset=16)],
+        [Tensor(64, ["a"], 64, 16), Tensor(32, ["b"], 32, 8)],
+    ],
+)
+def test_what_is_laid_out_otherwise_is_refused(tensors: list[Tensor]) -> None:
+    with pytest.raises(ConfigError, match=r"set xtensor\.enabled to false"):
+        KVLayout.of_tensors(4, tensors)
+
+
+def test_blocks_that_are_not_there_are_an_error() -> None:
+    layout = layers_outermost(2, 3, 4).layout()
+    with pytest.raises(IndexError, match="blocks 2 to 4 of 3"):
+        list(layout.pieces(2, 2))
+
+
+def test_slabs_are_as_small_as_the_limit_on_mappings_allows() -> None:
+    config = XTensorConfig()
+    small, large = layers_outermost(30, 100, 4).layout(), layers_outermost(30, 3000, 4).layout()
+    assert slab_blocks_of(config, small) == 1
+    slab_blocks = slab_blocks_of(config, large)
+    assert slab_blocks == 6
+    assert 2 * 30 * -(-3000 // slab_blocks) <= MAX_MAPPINGS
+    assert slab_blocks_of(XTensorConfig(slab_blocks=5), small) == 5
+    assert slab_blocks_of(XTensorConfig(slab_blocks=500), small) == 100

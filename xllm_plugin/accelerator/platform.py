@@ -22,7 +22,7 @@ from xllm_plugin.selection import PLATFORM_ENV, PLATFORMS, REGISTER_ENV
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["XllmPlatformMixin", "has_connector"]
+__all__ = ["EXECUTORS", "OWN_SCHEDULERS", "XllmPlatformMixin", "has_connector"]
 
 logger = logging.getLogger("vllm.xllm_plugin")
 
@@ -32,6 +32,7 @@ EXECUTORS = {
 }
 SCHEDULER = "xllm_plugin.scheduler.scheduler.XllmScheduler"
 ASYNC_SCHEDULER = "xllm_plugin.scheduler.scheduler.XllmAsyncScheduler"
+OWN_SCHEDULERS = frozenset({SCHEDULER, ASYNC_SCHEDULER})
 
 # Every group whose members VLLM_PLUGINS selects, but for the endpoint plugins, which are opt-in.
 ORDINARY_GROUPS = (
@@ -123,7 +124,7 @@ def choose_scheduler(vllm_config: Any) -> None:
         logger.warning("xllm-plugin: diffusion models keep vLLM's own scheduler.")
         return
     ours = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
-    if scheduler.scheduler_cls in {None, SCHEDULER, ASYNC_SCHEDULER}:
+    if scheduler.scheduler_cls in {None, *OWN_SCHEDULERS}:
         scheduler.scheduler_cls = ours
         return
     if load_config(vllm_config.additional_config).scheduler.policy != "fcfs":

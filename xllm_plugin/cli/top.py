@@ -27,6 +27,7 @@ from xllm_plugin.channel.client import ChannelClient
 from xllm_plugin.channel.messages import Reading, Readings, Snapshot
 from xllm_plugin.channel.paths import EngineSocket, channel_directory, find_engines
 from xllm_plugin.errors import ChannelError
+from xllm_plugin.xtensor.messages import MemorySection
 
 __all__ = ["top"]
 
@@ -258,11 +259,24 @@ def _caption(readings: Readings) -> Text:
     lines = [
         f"dp{reading.dp_rank}: {reading.error}" for reading in readings.engines if reading.error
     ]
+    lines += [line for reading in readings.engines if (line := _memory_line(reading))]
     if not readings.engines:
         lines.append("No engine is running; waiting for one.")
     if sys.stdin.isatty():
         lines.append("q: quit")
     return Text("\n".join(lines))
+
+
+def _memory_line(reading: Reading) -> str | None:
+    """What an elastic KV cache has taken of its budget, or None."""
+    snapshot = reading.snapshot
+    memory = None if snapshot is None else snapshot.section("memory", MemorySection)
+    if memory is None:
+        return None
+    return (
+        f"dp{reading.dp_rank}: KV memory {memory.resident_bytes / 2**20:.0f} of "
+        f"{memory.budget_bytes / 2**20:.0f} MiB, {100 * memory.fragmentation:.0f} % of it unused"
+    )
 
 
 def _row(reading: Reading, rates: Rates) -> list[Text]:

@@ -1,4 +1,4 @@
-"""Memory of the KV cache that the kernel zeroes page by page, when a page is first used.
+"""Memory of the KV cache: zeroed by the kernel when a page is first used, or an elastic range.
 
 `torch.zeros` writes every byte before the first request is served: seconds for 4 GiB on a small
 machine, and all of it resident, used or not.  Fresh anonymous memory is zero without that.
@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["ZeroOnFirstUse"]
+from xllm_plugin.cpu.memory import PAGE_BYTES, CpuMemoryDriver
+from xllm_plugin.errors import ConfigError, InternalError
+from xllm_plugin.xtensor.config import XTensorConfig
+from xllm_plugin.xtensor.layout import KVLayout
+from xllm_plugin.xtensor.memory import ElasticMemory
+
+__all__ = ["ElasticBuffer", "ZeroOnFirstUse", "elastic_memory"]
 
 MIN_BYTES = 64 * 2**20
 
@@ -41,6 +47,67 @@ class ZeroOnFirstUse(TorchFunctionMode):
             if num_bytes >= MIN_BYTES and str(kwargs.get("device", "cpu")) == "cpu":
                 return untouched_zeros(num_bytes).view(tuple(size))
         return func(*args, **kwargs)
+
+
+class ElasticBuffer(TorchFunctionMode):
+    """Within this context, the int8 tensor of zeros of the KV buffer's size is an elastic range.
+
+    Its bytes are there when their slab is committed, and undefined.
+
+    Args:
+        memory: whose range it is.
+        driver: under `memory`.
+    """
+
+    def __init__(self, memory: ElasticMemory, driver: CpuMemoryDriver) -> None:
+        super().__init__()
+        self._memory = memory
+        self._driver = driver
+        self._num_made = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Replace `torch.zeros(num_bytes, dtype=torch.int8)`; all else is left as it is."""
+        kwargs = dict(kwargs or {})
+        num_bytes = self._memory.range.layout.num_bytes
+        if func is torch.zeros and args == (num_bytes,) and kwargs.get("dtype") is torch.int8:
+            self._num_made += 1
+            return self._driver.tensor(self._memory.range.start, num_bytes)
+        return func(*args, **kwargs)
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        if self._num_made != 1 and error[0] is None:
+            raise InternalError(
+                f"seam 'kv-cache-zeros': vLLM asked {self._num_made} times for a KV buffer of "
+                f"{self._memory.range.layout.num_bytes} bytes; set xtensor.enabled to false and "
+                "report this"
+            )
+
+
+def elastic_memory(
+    layout: KVLayout, config: XTensorConfig
+) -> tuple[ElasticMemory, CpuMemoryDriver]:
+    """An elastic range for a KV buffer, of pages as large as its blocks allow.
+
+    Raises:
+        ConfigError: blocks are of no whole number of the system's pages.
+    """
+    page_bytes = min(layout.alignment_bytes, PAGE_BYTES)
+    if page_bytes < mmap.PAGESIZE:
+        raise ConfigError(
+            f"a KV block has pieces of {[column.stride_bytes for column in layout.columns][:4]} "
+            f"bytes, of which the largest unit is {page_bytes}; elastic memory needs multiples of "
+            f"{mmap.PAGESIZE}. Give a larger --block-size, or set xtensor.enabled to false."
+        )
+    num_bytes = -(-layout.num_bytes // page_bytes) * page_bytes
+    driver = CpuMemoryDriver(page_bytes=page_bytes, capacity_bytes=num_bytes)
+    return ElasticMemory(driver, layout, config), driver
 
 
 def untouched_zeros(num_bytes: int) -> torch.Tensor:

@@ -7,13 +7,14 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from vllm.config import CompilationMode
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from xllm_plugin.config import load_config
 from xllm_plugin.cpu.graphs.background import BackgroundGraph
 from xllm_plugin.cpu.graphs.choice import compiles_later
-from xllm_plugin.cpu.kv_cache import ZeroOnFirstUse
+from xllm_plugin.cpu.kv_cache import ElasticBuffer, ZeroOnFirstUse, elastic_memory
 from xllm_plugin.cpu.native.build import NativeBuildError, built_library
 from xllm_plugin.cpu.native.layers import UnsupportedLayerError
 from xllm_plugin.cpu.native.library import Kernels
@@ -21,6 +22,8 @@ from xllm_plugin.cpu.native.linear import packing
 from xllm_plugin.cpu.native.model import full_refusal, take_over
 from xllm_plugin.cpu.platform import native_refusal
 from xllm_plugin.worker.model_runner import XllmModelRunnerMixin
+from xllm_plugin.xtensor.layout import KVLayout
+from xllm_plugin.xtensor.memory import ElasticMemory
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -35,6 +38,7 @@ class XllmCpuModelRunner(XllmModelRunnerMixin, CPUModelRunner):
 
     _kernels: Kernels | None = None
     _graph: BackgroundGraph | None = None
+    elastic_memory: ElasticMemory | None = None
 
     def initialize_kv_cache_tensors(
         self,
@@ -43,10 +47,19 @@ class XllmCpuModelRunner(XllmModelRunnerMixin, CPUModelRunner):
         kv_cache_allocation_context: AbstractContextManager[Any] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Allocate the KV cache without writing to it; see vLLM's GPUModelRunner."""
-        with ZeroOnFirstUse():
+        with self._kv_buffer(kv_cache_config):
             return super().initialize_kv_cache_tensors(
                 kv_cache_config, kernel_block_sizes, kv_cache_allocation_context
             )
+
+    def _kv_buffer(self, kv_cache_config: KVCacheConfig) -> TorchFunctionMode:
+        config = load_config(self.vllm_config.additional_config).xtensor
+        if not config.enabled or not kv_cache_config.kv_cache_tensors:
+            return ZeroOnFirstUse()
+        layout = KVLayout.of_tensors(kv_cache_config.num_blocks, kv_cache_config.kv_cache_tensors)
+        self.elastic_memory, driver = elastic_memory(layout, config)
+        self.elastic_memory.start()
+        return ElasticBuffer(self.elastic_memory, driver)
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         """Load as vLLM does, and let native code run the layers it knows."""

@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.platforms.cpu import CpuPlatform
 
-from xllm_plugin.accelerator.platform import EXECUTORS, XllmPlatformMixin, has_connector
+from xllm_plugin.accelerator.platform import (
+    EXECUTORS,
+    OWN_SCHEDULERS,
+    XllmPlatformMixin,
+    has_connector,
+)
 from xllm_plugin.config import load_config
 from xllm_plugin.cpu import fork
 from xllm_plugin.cpu.graphs import choice as background
 from xllm_plugin.cpu.native.build import NativeBuildError, built_library
 from xllm_plugin.cpu.native.choice import refusal
 from xllm_plugin.cpu.threads import OpenMPEnvironment, ThreadPlan, allowed_cpus, plan_here
-from xllm_plugin.errors import PlatformError
+from xllm_plugin.errors import ConfigError, PlatformError
 from xllm_plugin.selection import is_server_command
 
 if TYPE_CHECKING:
@@ -72,6 +77,7 @@ class XllmCpuPlatform(XllmPlatformMixin, CpuPlatform):
         # vLLM replaces "uni" by "mp", so what was asked for is read before.
         is_alone = computes_alone(vllm_config, len({cpu.numa_node for cpu in allowed_cpus()}))
         super().check_and_update_config(vllm_config)
+        check_elastic_memory(vllm_config)
         if is_alone:
             plan = compute_in_the_engine(vllm_config, openmp)
             if plan is not None and is_server_command(sys.argv, sys.orig_argv):
@@ -87,6 +93,31 @@ class XllmCpuPlatform(XllmPlatformMixin, CpuPlatform):
             )
         if vllm_config.model_config is not None and vllm_config.model_config.use_mla:
             disable_rotary_operator(vllm_config.compilation_config.custom_ops)
+
+
+def check_elastic_memory(vllm_config: VllmConfig) -> None:
+    """Refuse elastic memory where something else holds on to the KV cache.
+
+    Raises:
+        ConfigError: names both settings.
+    """
+    if not load_config(vllm_config.additional_config).xtensor.enabled:
+        return
+    reasons = {
+        "a KV or encoder-cache connector, which keeps the cache's addresses": has_connector(
+            vllm_config
+        ),
+        f"--scheduler-cls {vllm_config.scheduler_config.scheduler_cls}, for our scheduler decides "
+        "about memory": vllm_config.scheduler_config.scheduler_cls not in OWN_SCHEDULERS,
+        "pipeline parallelism, whose ranks have KV caches of different layouts": (
+            vllm_config.parallel_config.pipeline_parallel_size > 1
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(
+                f"xtensor.enabled is true, and does not go with {reason}. Leave one of them out."
+            )
 
 
 def inspect_models_here() -> None:

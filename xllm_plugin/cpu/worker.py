@@ -16,6 +16,7 @@ from xllm_plugin.cpu.threads import plan_here
 from xllm_plugin.seams import Process, check_all
 from xllm_plugin.worker.model_runner import adopt_runner
 from xllm_plugin.worker.worker import XllmWorkerMixin
+from xllm_plugin.xtensor.memory import ElasticMemory
 
 if TYPE_CHECKING:
     from vllm.config import SchedulerConfig
@@ -38,6 +39,19 @@ class XllmCpuWorker(XllmWorkerMixin, CPUWorker):
         with synchronous_runner(self.scheduler_config):
             super().init_device()
         adopt_runner(self, XllmCpuModelRunner)
+
+    def elastic_memory(self) -> ElasticMemory | None:
+        """What backs the KV cache, or None where all of it is there from the start."""
+        # An engine that fails early shuts a worker down that has no runner.
+        runner: XllmCpuModelRunner | None = getattr(self, "model_runner", None)
+        return None if runner is None else runner.elastic_memory
+
+    def shutdown(self) -> None:
+        """End what runs beside the steps."""
+        memory = self.elastic_memory()
+        if memory is not None:
+            memory.close()
+        super().shutdown()
 
     def compile_or_warm_up_model(self) -> Any:
         """The last thing before the first answer."""

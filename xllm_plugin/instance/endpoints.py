@@ -1,4 +1,4 @@
-"""vLLM endpoint plugin: `GET /xllm/snapshot`, `GET /xllm/info`, and our part of `/metrics`.
+"""vLLM endpoint plugin: `GET /xllm/snapshot`, `/xllm/memory`, `/xllm/info`; our part of `/metrics`.
 
 Like `/metrics` and `/version`, these routes only read, and vLLM's `--api-key` does not guard them.
 vLLM asks endpoint plugins not to open paths of their own into the engine; this one does, on
@@ -21,11 +21,12 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import REGISTRY, CollectorRegistry
 from starlette.datastructures import State
 
-from xllm_plugin.channel.messages import Readings
+from xllm_plugin.channel.messages import Reading, Readings
 from xllm_plugin.channel.paths import usable
 from xllm_plugin.config import XllmConfig, load_config
 from xllm_plugin.instance.engines import AsyncEngineReader, EngineGroup, EngineReader
 from xllm_plugin.instance.latency import LatencyMeter
+from xllm_plugin.instance.memory import memory_readings
 from xllm_plugin.instance.metrics import (
     XllmCollector,
     extend_metrics_route,
@@ -103,6 +104,7 @@ class XllmEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes; called once, before `init_state`."""
         app.add_api_route("/xllm/snapshot", _snapshot, methods=["GET"])
+        app.add_api_route("/xllm/memory", _memory, methods=["GET"])
         app.add_api_route("/xllm/info", _info, methods=["GET"])
         app.add_api_route("/xllm/tokenizer", _tokenizer, methods=["GET"])
         if self._is_multiprocess:
@@ -177,6 +179,20 @@ class XllmEndpoints:
 
 async def _snapshot(request: Request) -> Response:
     """Latest snapshot of every engine of this server; 503 when none of them answers."""
+    readings = await _readings(request)
+    return readings if isinstance(readings, Response) else _json(Readings(engines=readings))
+
+
+async def _memory(request: Request) -> Response:
+    """The KV cache's memory in every engine of this server; 503 when none of them answers."""
+    readings = await _readings(request)
+    if isinstance(readings, Response):
+        return readings
+    return _json({"engines": memory_readings(readings)})
+
+
+async def _readings(request: Request) -> tuple[Reading, ...] | Response:
+    """What each engine says, or the answer when none does."""
     state = _state_of(request)
     if isinstance(state, str):
         return _unavailable(state)
@@ -186,7 +202,7 @@ async def _snapshot(request: Request) -> Response:
         return _unavailable(
             problems or f"no engine of instance {state.group.instance_id} runs on this machine"
         )
-    return _json(Readings(engines=readings))
+    return readings
 
 
 async def _info(request: Request) -> Response:

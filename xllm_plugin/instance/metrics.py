@@ -32,6 +32,7 @@ from prometheus_client.registry import Collector
 
 from xllm_plugin.channel.messages import Reading, Snapshot
 from xllm_plugin.instance.engines import EngineReader
+from xllm_plugin.instance.memory import memory_families
 from xllm_plugin.instance.slo_metrics import slo_families
 
 __all__ = ["XllmCollector", "extend_metrics_route", "is_multiprocess", "register"]
@@ -146,6 +147,7 @@ def _families(readings: tuple[tuple[list[str], Reading], ...]) -> Iterator[Metri
     for name, (text, value) in _COUNTERS.items():
         yield _filled(CounterMetricFamily(name, text, labels=_LABELS), known, value)
     yield from slo_families(known, _LABELS)
+    yield from memory_families(known, _LABELS)
 
 
 def _filled(

@@ -9,9 +9,11 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from xllm_plugin.config import load_config
+from xllm_plugin.scheduler.memory import MemoryControl
 from xllm_plugin.scheduler.slo import SloPolicy
 from xllm_plugin.scheduler.slo_metrics import PREDICTOR_SECTION, SLO_SECTION
 from xllm_plugin.scheduler.telemetry import Telemetry
+from xllm_plugin.scheduler.wake import EngineWaker
 from xllm_plugin.seams import Process, check_all
 from xllm_plugin.worker.messages import StepMessage, attach, attached
 
@@ -29,7 +31,9 @@ class XllmSchedulerMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_all(Process.ENGINE)
         super().__init__(*args, **kwargs)
-        self._telemetry = Telemetry(self)
+        self._waker = EngineWaker()
+        self._telemetry = Telemetry(self, self._waker.wake)
+        self._memory = MemoryControl(self, self._telemetry.channel, self._waker)
         self._slo = self._make_policy()
         self._telemetry.start()
 
@@ -44,14 +48,15 @@ class XllmSchedulerMixin:
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Plan, let vLLM schedule, and send our message along with the step."""
+        self._waker.take()
         self._telemetry.drain_calls()
         output: SchedulerOutput
         with nullcontext() if self._slo is None else self._slo.planned():
             output = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        step = 0
-        if output.total_num_scheduled_tokens:
-            step = self._telemetry.count_step()
-            attach(output, StepMessage(step=step))
+        change, has_tokens = self._memory.take_change(), output.total_num_scheduled_tokens > 0
+        step = self._telemetry.count_step() if has_tokens else 0
+        if has_tokens or change is not None:
+            attach(output, StepMessage(step, memory=change))
         if self._slo is not None:
             self._slo.record_scheduled(output, step)
         self._telemetry.record_change()
@@ -65,8 +70,17 @@ class XllmSchedulerMixin:
         stamp = attached(model_runner_output)
         if self._slo is not None:
             self._slo.record_step(attached(scheduler_output), outputs, stamp)
+        self._memory.record(stamp)
         self._telemetry.record_step(scheduler_output, outputs, stamp)
         return outputs
+
+    def has_requests(self) -> bool:
+        """Whether a step is wanted: by vLLM, a queued call or the KV cache's memory."""
+        return (
+            super().has_requests()  # type: ignore[misc]
+            or self._waker.is_pending
+            or self._memory.has_work()
+        )
 
     def add_request(self, request: Request) -> None:
         """Let vLLM queue the request; an idle engine that got work says so."""
@@ -90,6 +104,7 @@ class XllmSchedulerMixin:
     def shutdown(self) -> None:
         """Close the control socket with the scheduler."""
         try:
+            self._memory.close()
             self._telemetry.close()
         finally:
             super().shutdown()  # type: ignore[misc]

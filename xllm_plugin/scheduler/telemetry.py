@@ -24,9 +24,14 @@ __all__ = ["Telemetry"]
 
 
 class Telemetry:
-    """Counts what vLLM does not keep and owns the engine's end of the channel."""
+    """Counts what vLLM does not keep and owns the engine's end of the channel.
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    Args:
+        scheduler: vLLM's.
+        on_queued: wakes an idle engine for a call that waits for its thread.
+    """
+
+    def __init__(self, scheduler: Scheduler, on_queued: Callable[[], None] | None = None) -> None:
         self._scheduler = scheduler
         self.num_preemptions = 0
         self._num_steps = 0
@@ -37,7 +42,14 @@ class Telemetry:
         self._step_ms = ExponentialMean()
         vllm_config = scheduler.vllm_config
         channel = usable(load_config(vllm_config.additional_config).channel)
-        self._channel = EngineChannel(channel, _identity(vllm_config, channel), self._load_now)
+        self._channel = EngineChannel(
+            channel, _identity(vllm_config, channel), self._load_now, on_queued=on_queued
+        )
+
+    @property
+    def channel(self) -> EngineChannel:
+        """Where parts of the scheduler add their sections and calls, before `start`."""
+        return self._channel
 
     def add_section(self, name: str, build: Callable[[], Any]) -> None:
         """Let `build` add a part to each snapshot, see `EngineChannel.add_section`."""
@@ -69,7 +81,7 @@ class Telemetry:
         if scheduler_output.total_num_scheduled_tokens:
             self._num_scheduled_tokens = scheduler_output.total_num_scheduled_tokens
             self._num_generated_tokens += _count_tokens(outputs)
-        if stamp is not None:
+        if stamp is not None and stamp.step:
             self._last_step_ms = stamp.duration_ms
             self._step_ms.add(stamp.duration_ms)
         self.record_change()

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from xllm_plugin.xtensor.messages import MemoryChange, MemoryReport
+
 __all__ = ["StepMessage", "StepStamp", "attach", "attached"]
 
 ATTRIBUTE = "xllm"
@@ -20,10 +22,12 @@ class StepMessage:
     """From the scheduler: what this step means beyond vLLM's own schedule.
 
     Attributes:
-        step: counts the engine's steps from 1.
+        step: counts the engine's steps from 1; 0 for one without tokens.
+        memory: to be carried out before it, or None.
     """
 
     step: int
+    memory: MemoryChange | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +38,12 @@ class StepStamp:
         step: the `StepMessage.step` it answers.
         duration_ms: from the start of `execute_model` to the sampled tokens, in the worker; the
             time spent waiting for the engine between the two calls is not counted.
+        memory: the pages after a step that brought a `StepMessage.memory`, else None.
     """
 
     step: int
     duration_ms: float
+    memory: MemoryReport | None = None
 
 
 def attach(carrier: Any, record: StepMessage | StepStamp) -> None:

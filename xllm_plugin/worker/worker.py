@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.outputs import ModelRunnerOutput
 
+from xllm_plugin.errors import InternalError
 from xllm_plugin.worker.messages import StepMessage, StepStamp, attach, attached
+from xllm_plugin.xtensor.memory import ElasticMemory
+from xllm_plugin.xtensor.messages import MemoryChange, MemoryReport
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -37,25 +41,33 @@ class StepTimer:
         finally:
             self._elapsed_s += self._clock() - started_s
 
-    def stamp(self) -> StepStamp | None:
+    def stamp(self, memory: MemoryReport | None = None) -> StepStamp | None:
         """Return the step's stamp, or None when the scheduler was not ours."""
         if self._message is None:
             return None
-        return StepStamp(self._message.step, self._elapsed_s * 1e3)
+        return StepStamp(self._message.step, self._elapsed_s * 1e3, memory)
 
 
 class XllmWorkerMixin:
-    """Times each step and stamps its output.
+    """Times each step and stamps its output; carries out what it says about memory.
 
     Stands before vLLM's worker in the bases.  Under tensor parallelism every rank stamps; vLLM
     returns one rank's output.
     """
 
     _step_timer: StepTimer | None = None
+    _memory_report: MemoryReport | None = None
+
+    def elastic_memory(self) -> ElasticMemory | None:
+        """What backs the KV cache, or None where all of it is there from the start."""
+        return None
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Run one step; see vllm/v1/worker/worker_base.py."""
-        self._timer.begin(attached(scheduler_output))
+        message = attached(scheduler_output)
+        self._timer.begin(message)
+        if message is not None and message.memory is not None:
+            self._memory_report = self._timer.measure(self._change_memory, message.memory)
         output = self._timer.measure(super().execute_model, scheduler_output)  # type: ignore[misc]
         return self._stamped(output)
 
@@ -70,10 +82,25 @@ class XllmWorkerMixin:
             self._step_timer = StepTimer()
         return self._step_timer
 
+    def _change_memory(self, change: MemoryChange) -> MemoryReport:
+        memory = self.elastic_memory()
+        if memory is None:
+            raise InternalError(
+                "the scheduler's KV cache is elastic and this worker's is not; please report this"
+            )
+        memory.apply(change)
+        return memory.report()
+
     def _stamped(self, output: Any) -> Any:
-        # vLLM shares one empty output among all idle steps: it is not ours to write on.
-        if isinstance(output, ModelRunnerOutput) and output.req_ids:
-            stamp = self._timer.stamp()
-            if stamp is not None:
-                attach(output, stamp)
+        report = self._memory_report
+        if not isinstance(output, ModelRunnerOutput) or not (output.req_ids or report):
+            return output
+        stamp = self._timer.stamp(report)
+        if stamp is None:
+            return output
+        if not output.req_ids:
+            # vLLM shares one empty output among all idle steps: it is not ours to write on.
+            output = copy.copy(output)
+        attach(output, stamp)
+        self._memory_report = None
         return output

@@ -1,134 +1,138 @@
-"""Which pages hold a block: the two layouts of vLLM's KV cache, as pure functions.
+"""Which pages are behind a slab of KV blocks, for every order that vLLM lays blocks out in.
 
 vLLM allocates one buffer for all layers and shows it to them with strides
-(vllm/v1/kv_cache_interface.py, `create_kv_cache_views`): layer l, block b lie at
-``l * layer_stride + b * block_stride``, `block_bytes` long.  Its two orders
-(vllm/v1/kv_cache_layout.py)::
+(vllm/v1/kv_cache_interface.py, `KVCacheTensor`): layer l, block b begin at
+``offset + l * layer_stride + b * block_stride``.  Its orders (vllm/v1/kv_cache_layout.py)::
 
-    layer-outermost (LBNHC)   | l0: b0 b1 b2 ... | l1: b0 b1 b2 ... | ...
-    block-outermost (BLNHC)   | b0: l0 l1 ... | b1: l0 l1 ... | ...
+    layer-outermost (LBHNC)   | l0: b0 b1 b2 ... | l1: b0 b1 b2 ... | ...
+    block-outermost (BLHNC)   | b0: l0 l1 ... | b1: l0 l1 ... | ...
 
-With the layers outermost a page holds many blocks of one layer, and a block lies on one page or
-more in every layer; with the blocks outermost all layers of a block lie side by side and may share
-a page.  Either way a page may hold parts of several blocks: it is needed while one is in use.
+Either is one or more *columns* side by side: consecutive blocks of one stride.  With the layers
+outermost there is a column a layer, with the blocks outermost a single one.  The cache groups of a
+hybrid model lie over each other and share their columns.
+
+A *slab* is so many consecutive blocks, in all columns: the unit in which memory is given and taken
+back, as in the allocators that the word comes from.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
-__all__ = ["KVLayout"]
+from xllm_plugin.errors import ConfigError
+from xllm_plugin.xtensor.config import XTensorConfig
+
+__all__ = ["Column", "KVLayout", "TensorPlacement", "slab_blocks_of"]
+
+MAX_MAPPINGS = 32_768
+"""At most so many mappings for a range; half of Linux's default for a process
+(vm.max_map_count)."""
+
+
+class TensorPlacement(Protocol):
+    """What is read of vLLM's `KVCacheTensor`; sizes in bytes."""
+
+    size: int
+    layers: list[str]
+    layer_stride: int
+    block_stride: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Column:
+    """Block b of it lies at ``start_bytes + b * stride_bytes`` and fills the stride."""
+
+    start_bytes: int
+    stride_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """How the blocks of one KV tensor set lie in its range.
+    """How the blocks of one KV buffer lie in it.
 
     Attributes:
-        num_layers: layers that share the range.
-        num_blocks: virtual blocks; more than there is memory for.
-        block_bytes: of one block in one layer, keys and values.
-        layer_stride_bytes: from a layer's block to the next layer's block of the same number.
-        block_stride_bytes: from a block to the next, within a layer.
-        page_bytes: of the memory driver.
+        num_blocks: virtual blocks; there may be less memory than that.
+        columns: in order; they fill the buffer without a gap.
     """
 
-    num_layers: int
     num_blocks: int
-    block_bytes: int
-    layer_stride_bytes: int
-    block_stride_bytes: int
-    page_bytes: int
+    columns: tuple[Column, ...]
 
     @classmethod
-    def layer_outermost(
-        cls, *, num_layers: int, num_blocks: int, block_bytes: int, page_bytes: int
-    ) -> KVLayout:
-        """All blocks of a layer, then the next layer; each layer begins at a page.
+    def of_tensors(cls, num_blocks: int, tensors: Iterable[TensorPlacement]) -> KVLayout:
+        """The layout of vLLM's `KVCacheConfig.kv_cache_tensors`.
 
         Raises:
-            ValueError: a number is not positive.
+            ConfigError: the tensors are placed in a way that is neither of the orders above.
         """
-        _check_positive(num_layers, num_blocks, block_bytes, page_bytes)
-        layer_bytes = _round_up(num_blocks * block_bytes, page_bytes)
-        return cls(num_layers, num_blocks, block_bytes, layer_bytes, block_bytes, page_bytes)
-
-    @classmethod
-    def block_outermost(
-        cls, *, num_layers: int, num_blocks: int, block_bytes: int, page_bytes: int
-    ) -> KVLayout:
-        """All layers of a block, then the next block.
-
-        Raises:
-            ValueError: a number is not positive.
-        """
-        _check_positive(num_layers, num_blocks, block_bytes, page_bytes)
-        stride = num_layers * block_bytes
-        return cls(num_layers, num_blocks, block_bytes, block_bytes, stride, page_bytes)
+        sizes, columns = set(), set()
+        for tensor in tensors:
+            sizes.add(tensor.size)
+            stride = tensor.block_stride
+            for layer in range(len(tensor.layers)):
+                start = tensor.offset + layer * tensor.layer_stride
+                if tensor.layer_stride < stride:  # the layers lie inside each block
+                    start -= start % (num_blocks * stride)
+                columns.add(Column(start, stride))
+        layout = cls(num_blocks, tuple(sorted(columns)))
+        end = 0
+        for column in layout.columns:
+            if column.start_bytes != end:
+                break
+            end += num_blocks * column.stride_bytes
+        if not columns or sizes != {end}:
+            raise ConfigError(
+                f"this model's KV cache of {sorted(sizes)} bytes is laid out in {len(columns)} "
+                "pieces that neither follow each other nor lie over each other, which elastic "
+                "memory cannot take apart; set xtensor.enabled to false."
+            )
+        return layout
 
     @property
-    def is_layer_outermost(self) -> bool:
-        """Say which of the two it is; with one layer they are the same."""
-        return self.layer_stride_bytes >= self.num_blocks * self.block_stride_bytes
+    def block_bytes(self) -> int:
+        """Of one block in all columns."""
+        return sum(column.stride_bytes for column in self.columns)
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole range, in whole pages."""
-        last = self.offset_bytes(self.num_layers - 1, self.num_blocks - 1)
-        return _round_up(last + self.block_bytes, self.page_bytes)
+        """Of the whole buffer."""
+        return self.num_blocks * self.block_bytes
 
     @property
-    def num_pages(self) -> int:
-        """Of the whole range."""
-        return self.num_bytes // self.page_bytes
+    def alignment_bytes(self) -> int:
+        """The largest power of two that divides where every block of every column begins."""
+        unit = math.gcd(*(part for column in self.columns for part in _parts(column)))
+        return unit & -unit
 
-    def offset_bytes(self, layer: int, block: int) -> int:
-        """Where a block of a layer begins, from the start of the range.
+    @property
+    def min_slab_blocks(self) -> int:
+        """The fewest blocks a slab may have so that the mappings of all slabs are not too many."""
+        # A slab that is mapped between two that are not makes two mappings a column.
+        return max(1, math.ceil(2 * len(self.columns) * self.num_blocks / MAX_MAPPINGS))
 
-        Raises:
-            IndexError: there is no such layer or block.
-        """
-        self._check_block(block)
-        if not 0 <= layer < self.num_layers:
-            raise IndexError(f"layer {layer} of {self.num_layers}")
-        return layer * self.layer_stride_bytes + block * self.block_stride_bytes
-
-    def pages_of_block(self, block: int) -> tuple[int, ...]:
-        """Every page, by number from the start of the range, that a block touches; in order.
+    def pieces(self, first_block: int, num_blocks: int) -> Iterator[range]:
+        """Where consecutive blocks lie, as ranges of bytes, one a column.
 
         Raises:
-            IndexError: there is no such block.
+            IndexError: there are no such blocks.
         """
-        pages: dict[int, None] = {}
-        for layer in range(self.num_layers):
-            first = self.offset_bytes(layer, block)
-            end = first + self.block_bytes
-            pages.update(dict.fromkeys(range(first // self.page_bytes, -(-end // self.page_bytes))))
-        return tuple(pages)
-
-    def blocks_of_page(self, page: int) -> range:
-        """The blocks that touch a page.
-
-        Raises:
-            IndexError: there is no such page.
-        """
-        if not 0 <= page < self.num_pages:
-            raise IndexError(f"page {page} of {self.num_pages}")
-        first_byte = page * self.page_bytes
-        if self.is_layer_outermost:
-            first_byte %= self.layer_stride_bytes
-        last = (first_byte + self.page_bytes - 1) // self.block_stride_bytes
-        return range(first_byte // self.block_stride_bytes, min(last + 1, self.num_blocks))
-
-    def _check_block(self, block: int) -> None:
-        if not 0 <= block < self.num_blocks:
-            raise IndexError(f"block {block} of {self.num_blocks}")
+        if not 0 <= first_block <= self.num_blocks - num_blocks:
+            raise IndexError(
+                f"blocks {first_block} to {first_block + num_blocks} of {self.num_blocks}"
+            )
+        for column in self.columns:
+            start = column.start_bytes + first_block * column.stride_bytes
+            yield range(start, start + num_blocks * column.stride_bytes)
 
 
-def _check_positive(*numbers: int) -> None:
-    if any(number <= 0 for number in numbers):
-        raise ValueError(f"layers, blocks, block and page bytes are {numbers}; give more than zero")
+def _parts(column: Column) -> tuple[int, int]:
+    return column.start_bytes, column.stride_bytes
 
 
-def _round_up(num_bytes: int, page_bytes: int) -> int:
-    return -(-num_bytes // page_bytes) * page_bytes
+def slab_blocks_of(config: XTensorConfig, layout: KVLayout) -> int:
+    """How many blocks a slab has; the same on the scheduler's and on the worker's side."""
+    return min(config.slab_blocks or layout.min_slab_blocks, layout.num_blocks)

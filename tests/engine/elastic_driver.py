@@ -1,0 +1,164 @@
+"""One tiny engine in this process, its KV cache elastic or not; what it answered, as JSON.
+
+``python elastic_driver.py MODEL`` with XLLM_XTENSOR__ENABLED; `test_elastic_memory` compares.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, SamplingParams
+
+BLOCK_TOKENS = 32
+NUM_BLOCKS = 65
+PROMPTS = (
+    "The sun rises in the",
+    "Once upon a time there was a fox who",
+    "One two three four five six seven eight nine ten eleven twelve " * 6,
+    "def fibonacci(n):",
+)
+
+
+def greedy(**changes: Any) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **changes})
+
+
+def rss_of_pages() -> int:
+    """Bytes of the driver's file that this process has in memory (/proc/PID/smaps)."""
+    found, is_ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            is_ours = "memfd:xllm-pages" in line
+        elif is_ours and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+class Driver:
+    """The scenarios; every method that does not start with an underscore is one."""
+
+    def __init__(self, model: str) -> None:
+        self._llm = LLM(
+            model,
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=512,
+            max_num_seqs=8,
+            max_num_batched_tokens=64,
+            block_size=BLOCK_TOKENS,
+            num_gpu_blocks_override=NUM_BLOCKS,
+            kv_cache_memory_bytes=2**27,
+            disable_log_stats=False,
+        )
+        core: Any = self._llm.llm_engine.engine_core
+        self._core = core.engine_core
+        self._scheduler = self._core.scheduler
+        self._cache = self._scheduler._memory._cache
+        self.found_memory: dict[str, Any] = {}
+
+    def _generate(self, prompts: Sequence[str], params: Any) -> list[list[int]]:
+        outputs = self._llm.generate(list(prompts), params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def _check(self) -> None:
+        if self._cache is not None:
+            self._cache._pool.check_integrity()
+
+    def _set_budget(self, num_blocks: int) -> None:
+        if self._cache is not None:
+            self._scheduler._memory.set_memory_budget(num_blocks * self._cache._layout.block_bytes)
+
+    def _settle(self) -> Any:
+        """Let the workers hear of everything; the section afterwards."""
+        while self._scheduler.has_requests():
+            self._core.step_fn()
+        return self._cache.section()
+
+    def chunked_prefill(self) -> list[list[int]]:
+        """Prompts longer than a step, beside others that decode."""
+        return self._generate(PROMPTS, greedy(max_tokens=60))
+
+    def prefix_caching(self) -> dict[str, Any]:
+        """The same long prompt again finds its blocks."""
+        prompt = PROMPTS[2] + "and then"
+        self._generate([prompt], greedy())
+        again = self._llm.generate([prompt] * 3, greedy(), use_tqdm=False)
+        cached = [output.num_cached_tokens for output in again]
+        return {"tokens": [list(o.outputs[0].token_ids) for o in again], "cached": cached}
+
+    def preemption(self) -> list[list[int]]:
+        """More tokens than the budget holds."""
+        before = self._scheduler._telemetry.num_preemptions
+        self._set_budget(20)
+        found = self._generate([f"{i} {PROMPTS[i % 2]}" for i in range(8)], greedy(max_tokens=150))
+        self.found_memory["preemptions"] = self._scheduler._telemetry.num_preemptions - before
+        self._set_budget(NUM_BLOCKS)
+        self._check()
+        return found
+
+    def resized_while_running(self) -> list[list[int]]:
+        """The budget goes down, up and down again under eight requests."""
+        engine = self._llm.llm_engine
+        for i in range(8):
+            engine.add_request(str(i), f"{i} {PROMPTS[i % 4]}", greedy(max_tokens=100))
+        finished = {}
+        budgets = {20: 18, 60: NUM_BLOCKS, 100: 25}
+        step = 0
+        while engine.has_unfinished_requests():
+            if step in budgets:
+                self._set_budget(budgets[step])
+            finished.update({o.request_id: o for o in engine.step() if o.finished})
+            self._check()
+            step += 1
+        self._set_budget(NUM_BLOCKS)
+        return [list(finished[str(i)].outputs[0].token_ids) for i in range(8)]
+
+    def _follow_memory(self) -> None:
+        """Memory in this process is that of the blocks which requests use."""
+        block_bytes = self._cache._layout.block_bytes
+        self._llm.reset_prefix_cache()
+        self._settle()
+        pages = self._core.model_executor.driver_worker.worker.elastic_memory().pool
+        pages.policy = type(pages.policy)(premap_pages=0, keep_mapped_pages=0, idle_s=0.0)
+        pages.maintain()
+        idle_bytes = rss_of_pages()
+        engine = self._llm.llm_engine
+        for i in range(4):
+            engine.add_request(f"m{i}", PROMPTS[2], greedy(max_tokens=40))
+        live = []
+        while engine.has_unfinished_requests():
+            engine.step()
+            pages.maintain()
+            section = self._cache.section()
+            live.append((section.num_resident_slabs * block_bytes, rss_of_pages()))
+        self._llm.reset_prefix_cache()
+        section = self._settle()
+        pages.maintain()
+        self.found_memory |= {
+            "block_bytes": block_bytes,
+            "idle_bytes": idle_bytes,
+            "most_bytes": max(rss for _, rss in live),
+            "is_rss_of_live_blocks": all(slabs == rss for slabs, rss in live),
+            "after_bytes": rss_of_pages(),
+            "num_resident_slabs": section.num_resident_slabs,
+        }
+
+
+def main() -> None:
+    driver = Driver(sys.argv[1])
+    names = [name for name in vars(Driver) if not name.startswith("_")]
+    found: dict[str, Any] = {name: getattr(driver, name)() for name in names}
+    if driver._cache is not None:
+        driver._follow_memory()
+    found["memory"] = driver.found_memory
+    found["pool"] = type(driver._scheduler.kv_cache_manager.block_pool).__name__
+    sys.stdout.write(f"\nFOUND {json.dumps(found)}\n")
+
+
+if __name__ == "__main__":
+    main()

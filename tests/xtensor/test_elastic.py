@@ -1,0 +1,453 @@
+"""Scheduler's and worker's side together: vLLM's block pool, ours over it, pages of a fake device.
+
+Steps are scheduled ahead of their execution, as with asynchronous scheduling, and what they launch
+on the device ends later still.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from xllm_plugin import shims
+from xllm_plugin.errors import ConfigError, MisuseError, PagesExhaustedError, SeamError
+from xllm_plugin.testing.fakes import FakeMemoryDriver, ManualClock
+from xllm_plugin.xtensor.config import XTensorConfig
+from xllm_plugin.xtensor.layout import Column, KVLayout
+from xllm_plugin.xtensor.memory import ElasticMemory
+from xllm_plugin.xtensor.messages import MemoryChange
+from xllm_plugin.xtensor.slabs import SlabLedger
+
+pytestmark = pytest.mark.engine  # imports vLLM, some seconds
+
+PAGE = 4
+NUM_BLOCKS = 13
+BLOCK_BYTES = 3 * PAGE
+LAYOUT = KVLayout(NUM_BLOCKS, (Column(0, PAGE), Column(NUM_BLOCKS * PAGE, 2 * PAGE)))
+CACHE_IDLE_S = 60.0
+
+
+@dataclass(eq=False)
+class Step:
+    """One step: what it says about memory, what it writes, and what it must find."""
+
+    change: MemoryChange | None
+    writes: dict[int, int]
+    shows: dict[int, int]
+
+
+@dataclass(eq=False)
+class FakeRequest:
+    """A request's blocks, and what each of them shows once its step has run."""
+
+    blocks: list[Any] = field(default_factory=list)
+
+
+class Engine:
+    """Both sides, and a queue of steps between them."""
+
+    def __init__(self, slab_blocks: int, budget_slabs: int) -> None:
+        shims.install()
+        from vllm.v1.core.block_pool import BlockPool
+
+        from xllm_plugin.xtensor.block_pool import adopt_block_pool
+        from xllm_plugin.xtensor.kv_cache import ElasticKvCache
+
+        self.clock = ManualClock()
+        config = XTensorConfig(
+            enabled=True, slab_blocks=slab_blocks, cache_idle_s=CACHE_IDLE_S, keep_idle_s=5.0
+        )
+        ledger = SlabLedger(NUM_BLOCKS, slab_blocks, budget_slabs)
+        vllm_pool = BlockPool(
+            NUM_BLOCKS, enable_caching=True, hash_block_size=1, enable_kv_cache_events=True
+        )
+        self.pool = adopt_block_pool(vllm_pool, ledger, self.clock)
+        self.cache = ElasticKvCache(self.pool, LAYOUT, config, min_budget_slabs=1, clock=self.clock)
+        num_bytes = NUM_BLOCKS * BLOCK_BYTES
+        self.driver = FakeMemoryDriver(
+            granularity_bytes=PAGE, capacity_pages=num_bytes // PAGE, finish_on_wait=True
+        )
+        self.memory = ElasticMemory(self.driver, LAYOUT, config, clock=self.clock)
+        self.requests: list[FakeRequest] = []
+        self.steps: deque[Step] = deque()
+        self.writes: dict[int, int] = {}  # by the next step
+        self.shows: dict[int, int] = {}  # block -> stamp, once all scheduled steps have run
+        self.stamp = 0
+
+    @property
+    def slab_bytes(self) -> int:
+        return self.pool.ledger.slab_blocks * BLOCK_BYTES
+
+    def allocate(self, num_blocks: int) -> FakeRequest:
+        request = FakeRequest(self.pool.get_new_blocks(num_blocks))
+        for block in request.blocks:
+            self.stamp = self.stamp % 250 + 1
+            self.writes[block.block_id] = self.shows[block.block_id] = self.stamp
+        self.requests.append(request)
+        return request
+
+    def hash_of(self, stamp: int) -> Any:
+        from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
+
+        return make_block_hash_with_group_id(BlockHash(bytes([stamp])), 0)
+
+    def cache_blocks(self, request: FakeRequest) -> None:
+        """Let other requests find the blocks; the stamp stands for the tokens."""
+        for block in request.blocks:
+            if block.block_hash is None:
+                stamp = self.shows[block.block_id]
+                self.pool._insert_block_hash(self.hash_of(stamp), block, num_tokens=1)
+
+    def find(self, stamp: int) -> FakeRequest | None:
+        from vllm.v1.core.kv_cache_utils import BlockHash
+
+        found = self.pool.get_cached_block(BlockHash(bytes([stamp])), [0])
+        if found is None:
+            return None
+        assert self.shows[found[0].block_id] == stamp, "the block shows another prefix"
+        self.pool.touch(found)
+        request = FakeRequest(list(found))
+        self.requests.append(request)
+        return request
+
+    def end(self, request: FakeRequest) -> None:
+        self.requests.remove(request)
+        self.pool.free_blocks(reversed(request.blocks))
+
+    def schedule(self) -> None:
+        held = {block.block_id for request in self.requests for block in request.blocks}
+        writes = {block: stamp for block, stamp in self.writes.items() if block in held}
+        self.writes = {}
+        shows = {block: self.shows[block] for block in held}
+        self.steps.append(Step(self.cache.take_change(), writes, shows))
+
+    def execute(self) -> None:
+        """The oldest step, as a worker does; a block without memory is a fault of the device."""
+        step = self.steps.popleft()
+        if step.change is not None:
+            self.memory.apply(step.change)
+            self.cache.record(self.memory.report())
+        start = self.memory.range.start
+        for block, stamp in step.writes.items():
+            for piece in LAYOUT.pieces(block, 1):
+                self.driver.write(start + piece.start, bytes([stamp]) * len(piece))
+        used = []
+        for block, stamp in step.shows.items():
+            for piece in LAYOUT.pieces(block, 1):
+                used += [start + at for at in piece[::PAGE]]
+                found = self.driver.read(start + piece.start, len(piece))
+                assert found == bytes([stamp]) * len(piece), f"block {block} has lost its contents"
+        self.driver.launch(*used)
+
+    def run(self) -> None:
+        """Schedule a step, execute all, and let the device finish."""
+        self.schedule()
+        while self.steps:
+            self.execute()
+        self.driver.finish_work()
+
+    def check(self) -> None:
+        self.pool.check_integrity()
+        ledger = self.pool.ledger
+        if ledger.draining:
+            undrained = ledger.num_resident - len(ledger.draining)
+            assert undrained <= ledger.budget_slabs or ledger.beyond_budget()
+        self.memory.range.check_integrity()
+        self.memory.pool.check_integrity()
+        if not self.steps and not ledger.has_changes:
+            assert self.memory.range.committed == ledger.resident
+
+
+class ElasticMachine(RuleBasedStateMachine):
+    """Requests keep what they wrote, whatever comes and goes around them."""
+
+    @initialize(slab_blocks=st.integers(1, 4), data=st.data())
+    def start(self, slab_blocks: int, data: st.DataObject) -> None:
+        self.num_slabs = NUM_BLOCKS // slab_blocks
+        self.engine = Engine(slab_blocks, data.draw(st.integers(1, self.num_slabs)))
+
+    @rule(num_blocks=st.integers(1, 5))
+    def allocate(self, num_blocks: int) -> None:
+        if num_blocks > self.engine.pool.get_num_free_blocks():
+            with pytest.raises(ValueError, match="Cannot get"):
+                self.engine.pool.get_new_blocks(num_blocks)
+            return
+        self.engine.allocate(num_blocks)
+
+    @precondition(lambda self: self.engine.requests)
+    @rule(data=st.data())
+    def cache(self, data: st.DataObject) -> None:
+        self.engine.cache_blocks(data.draw(st.sampled_from(self.engine.requests)))
+
+    @rule(stamp=st.integers(1, 30))
+    def share(self, stamp: int) -> None:
+        self.engine.find(stamp)
+
+    @precondition(lambda self: self.engine.requests)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        self.engine.end(data.draw(st.sampled_from(self.engine.requests)))
+
+    @rule(data=st.data())
+    def evict(self, data: st.DataObject) -> None:
+        self.engine.pool.evict_blocks({data.draw(st.integers(1, NUM_BLOCKS - 1))})
+
+    @rule()
+    def reset_prefix_cache(self) -> None:
+        assert self.engine.pool.reset_prefix_cache() is not bool(
+            self.engine.requests or self.engine.pool.ledger.draining
+        )
+
+    @rule(data=st.data())
+    def resize(self, data: st.DataObject) -> None:
+        budget_slabs = data.draw(st.integers(1, self.num_slabs))
+        self.engine.cache.set_budget(budget_slabs * self.engine.slab_bytes)
+
+    @rule(seconds=st.sampled_from([1.0, 10.0, 2 * CACHE_IDLE_S]))
+    def let_time_pass(self, seconds: float) -> None:
+        self.engine.clock.advance(seconds)
+
+    @precondition(lambda self: len(self.engine.steps) < 3)
+    @rule()
+    def schedule(self) -> None:
+        self.engine.schedule()
+
+    @precondition(lambda self: self.engine.steps)
+    @rule(fault=st.sampled_from(["", "", "map", "create", "unmap"]), at=st.integers(1, 4))
+    def execute(self, fault: str, at: int) -> None:
+        driver = self.engine.driver
+        if fault:
+            {"map": driver.fail_map, "create": driver.fail_create, "unmap": driver.fail_unmap}[
+                fault
+            ](at)
+        self.engine.execute()
+        for countdown in (driver._map_fault, driver._create_fault, driver._unmap_fault):
+            countdown._left = None
+
+    @rule(finish=st.booleans())
+    def keep(self, finish: bool) -> None:
+        if finish:
+            self.engine.driver.finish_work()
+        self.engine.memory.pool.maintain()
+
+    @invariant()
+    def the_books_are_right(self) -> None:
+        self.engine.check()
+
+    def teardown(self) -> None:
+        """When all have ended and time has passed, memory is as at the start."""
+        engine = self.engine
+        for request in list(engine.requests):
+            engine.end(request)
+        engine.run()
+        engine.clock.advance(2 * CACHE_IDLE_S)
+        engine.run()
+        engine.clock.advance(2 * CACHE_IDLE_S)
+        engine.memory.range.expect(())
+        engine.memory.pool.maintain()
+        engine.check()
+        assert engine.pool.ledger.resident == {0}
+        assert engine.driver.num_pages == engine.memory.range.pages_per_slab
+        assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1
+
+
+ElasticMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
+TestElastic = ElasticMachine.TestCase
+
+
+def removed(engine: Engine) -> list[Any]:
+    """Hashes that KV events say are gone, as numbers: those of the stamps."""
+    from vllm.distributed.kv_events import BlockRemoved
+
+    events = [event for event in engine.pool.take_events() if isinstance(event, BlockRemoved)]
+    return [block_hash for event in events for block_hash in event.block_hashes]
+
+
+def test_blocks_fill_a_slab_before_another_gets_memory() -> None:
+    engine = Engine(slab_blocks=4, budget_slabs=3)
+    first, second = engine.allocate(2), engine.allocate(2)
+    third = engine.allocate(1)
+    slabs = [{engine.pool.ledger.slab_of(b.block_id) for b in r.blocks} for r in engine.requests]
+    assert slabs == [{0}, {0, 1}, {1}]
+    engine.end(second)
+    engine.allocate(1)
+    assert engine.requests[-1].blocks[0].block_id in engine.pool.ledger.blocks_of(0)
+    engine.end(third)
+    engine.run()
+    assert engine.pool.ledger.resident == {0}
+    assert engine.requests[0] is first
+
+
+def test_a_cached_block_keeps_its_memory_until_it_is_evicted() -> None:
+    engine = Engine(slab_blocks=1, budget_slabs=3)
+    request = engine.allocate(2)
+    engine.run()
+    engine.cache_blocks(request)
+    engine.end(request)
+    engine.run()
+    assert engine.pool.ledger.num_resident == 3
+    assert engine.find(1) is not None
+    engine.allocate(1)  # takes the other one, for the budget is full
+    assert removed(engine) == [2]
+    engine.run()
+    assert engine.find(2) is None
+
+
+def test_cold_slabs_are_dropped_and_said_so() -> None:
+    engine = Engine(slab_blocks=2, budget_slabs=4)
+    request = engine.allocate(5)
+    engine.cache_blocks(request)
+    engine.run()
+    engine.end(request)
+    assert engine.cache.next_work_s() == 6.0, "then the workers are asked what they still keep"
+    engine.clock.advance(6.0)
+    engine.run()
+    assert engine.cache.next_work_s() == CACHE_IDLE_S
+    assert not engine.cache.has_work()
+    engine.clock.advance(CACHE_IDLE_S - 6.0)
+    assert engine.cache.has_work()
+    engine.run()
+    # The block beside the null block has no slab of its own, and stays cached.
+    assert sorted(removed(engine)) == [2, 3, 4, 5]
+    assert engine.pool.ledger.resident == {0}
+    assert engine.cache.section().num_dropped_slabs == 2
+    assert engine.find(1) is not None
+
+
+def test_a_shrink_waits_for_requests_and_a_growth_stops_it() -> None:
+    engine = Engine(slab_blocks=1, budget_slabs=6)
+    held, going = engine.allocate(3), engine.allocate(2)
+    engine.run()
+    engine.cache.set_budget(3 * engine.slab_bytes)
+    section = engine.cache.section()
+    assert (section.num_resident_slabs, section.num_draining_slabs) == (6, 3)
+    assert engine.pool.get_num_free_blocks() == 0
+    engine.end(going)
+    engine.run()
+    assert engine.pool.ledger.num_resident == 4, "three of the request, one of the null block"
+    engine.cache.set_budget(5 * engine.slab_bytes)
+    assert not engine.pool.ledger.draining
+    assert engine.pool.get_num_free_blocks() == 1
+    engine.end(held)
+    engine.run()
+
+
+def test_what_drains_is_found_by_no_prefix() -> None:
+    engine = Engine(slab_blocks=1, budget_slabs=4)
+    request = engine.allocate(3)
+    engine.cache_blocks(request)
+    engine.cache.set_budget(2 * engine.slab_bytes)
+    assert len(removed(engine)) == 2
+    engine.cache_blocks(request)  # as when it fills further blocks
+    engine.end(request)
+    engine.run()
+    assert engine.pool.ledger.num_resident == 2
+    assert len([stamp for stamp in (1, 2, 3) if engine.find(stamp)]) == 1
+
+
+def test_memory_that_comes_back_before_the_workers_hear_of_it_is_not_spoken_of() -> None:
+    engine = Engine(slab_blocks=1, budget_slabs=3)
+    engine.run()
+    request = engine.allocate(1)
+    engine.end(request)
+    engine.pool.rebalance()
+    assert not engine.pool.ledger.has_changes
+
+
+@pytest.mark.parametrize("budget_bytes", [0, BLOCK_BYTES - 1, (NUM_BLOCKS + 1) * BLOCK_BYTES, True])
+def test_budgets_that_cannot_be_are_refused(budget_bytes: int) -> None:
+    engine = Engine(slab_blocks=1, budget_slabs=3)
+    with pytest.raises(MisuseError, match="give"):
+        engine.cache.set_budget(budget_bytes)
+    assert engine.pool.ledger.budget_slabs == 3
+
+
+def test_a_device_without_memory_is_tried_again_and_then_told_of() -> None:
+    engine = Engine(slab_blocks=1, budget_slabs=3)
+    engine.allocate(1)
+    engine.driver.fail_create()
+    engine.run()  # what was kept ready has made room
+    engine.allocate(1)
+    engine.driver.capacity_pages = engine.driver.num_pages
+    with pytest.raises(PagesExhaustedError):
+        engine.run()
+    engine.memory.range.check_integrity()
+
+
+def test_the_report_counts_pages_and_calls() -> None:
+    engine = Engine(slab_blocks=1, budget_slabs=5)
+    request = engine.allocate(2)
+    engine.run()
+    engine.end(request)
+    engine.run()
+    report = engine.cache.section().pages
+    assert report is not None
+    assert (report.num_mapped, report.num_reusable, report.num_created) == (3, 6, 9)
+    assert (report.num_commits, report.num_releases) == (1, 1)
+    assert report.num_bytes == 9 * PAGE
+    section = engine.cache.section()
+    assert (section.num_resident_slabs, section.fragmentation) == (1, 0.0)
+    assert section.budget_bytes == 5 * BLOCK_BYTES
+
+
+def test_only_vllm_s_own_pool_is_adopted() -> None:
+    engine = Engine(slab_blocks=1, budget_slabs=3)
+    from xllm_plugin.xtensor.block_pool import adopt_block_pool
+
+    with pytest.raises(SeamError, match="block-pool-class"):
+        adopt_block_pool(engine.pool, engine.pool.ledger)
+
+
+class Spec:
+    """As vLLM's `KVCacheSpec`: a request of full length takes eleven blocks."""
+
+    page_size_bytes = BLOCK_BYTES
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        return 10 * BLOCK_BYTES + 1
+
+
+def adopt(config: XTensorConfig, num_blocks: int = NUM_BLOCKS) -> Any:
+    """An elastic cache as a scheduler makes it, of one group of one layer."""
+    shims.install()
+    from vllm.v1.core.block_pool import BlockPool
+
+    from xllm_plugin.xtensor.kv_cache import ElasticKvCache
+
+    size = num_blocks * BLOCK_BYTES
+    tensor = SimpleNamespace(
+        size=size, layers=["a"], layer_stride=size, block_stride=BLOCK_BYTES, offset=0
+    )
+    return ElasticKvCache.adopt(
+        SimpleNamespace(block_pool=BlockPool(num_blocks, enable_caching=True, hash_block_size=1)),
+        SimpleNamespace(
+            num_blocks=num_blocks,
+            kv_cache_tensors=[tensor],
+            kv_cache_groups=[SimpleNamespace(kv_cache_spec=Spec())],
+        ),
+        SimpleNamespace(model_config=SimpleNamespace(max_model_len=77)),
+        config,
+    )
+
+
+def test_a_budget_that_holds_no_full_request_is_refused_with_one_that_does() -> None:
+    too_small = 12 * BLOCK_BYTES - 1
+    with pytest.raises(ConfigError, match=rf"budget_bytes={too_small}.* 77 tokens") as refused:
+        adopt(XTensorConfig(budget_bytes=too_small))
+    assert f"Give {12 * BLOCK_BYTES} or more" in str(refused.value)
+    section = adopt(XTensorConfig(budget_bytes=12 * BLOCK_BYTES)).section()
+    assert (section.budget_slabs, section.min_budget_slabs, section.num_slabs) == (12, 12, 13)
+
+
+def test_slabs_round_what_a_request_takes_up() -> None:
+    with pytest.raises(ConfigError, match="--kv-cache-memory-bytes 156"):
+        adopt(XTensorConfig(slab_blocks=8))
+    section = adopt(XTensorConfig(slab_blocks=8), num_blocks=20).section()
+    assert (section.min_budget_slabs, section.num_slabs) == (2, 2)

@@ -1,0 +1,70 @@
+"""The elastic KV cache as the scheduler holds it: steps, the control socket, an idle engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from xllm_plugin.config import load_config
+from xllm_plugin.scheduler.wake import EngineAlarm, EngineWaker
+from xllm_plugin.xtensor.messages import MemoryChange, MemorySection
+
+if TYPE_CHECKING:
+    from xllm_plugin.channel.engine import EngineChannel
+    from xllm_plugin.worker.messages import StepStamp
+    from xllm_plugin.xtensor.kv_cache import ElasticKvCache
+
+__all__ = ["MemoryControl"]
+
+
+class MemoryControl:
+    """What a scheduler does about memory; nothing, where the KV cache is not elastic.
+
+    Args:
+        scheduler: vLLM's, just made.
+        channel: of the engine, not yet started.
+        waker: of the engine's process.
+    """
+
+    def __init__(self, scheduler: Any, channel: EngineChannel, waker: EngineWaker) -> None:
+        self._cache: ElasticKvCache | None = None
+        self._alarm = EngineAlarm(waker.wake)
+        config = load_config(scheduler.vllm_config.additional_config).xtensor
+        # A model without attention has nothing to keep.
+        if not config.enabled or not scheduler.kv_cache_config.kv_cache_tensors:
+            return
+        from vllm.v1.engine.core import EngineCoreProc
+
+        from xllm_plugin.xtensor.kv_cache import ElasticKvCache
+
+        waker.find(EngineCoreProc, scheduler)
+        self._cache = ElasticKvCache.adopt(
+            scheduler.kv_cache_manager, scheduler.kv_cache_config, scheduler.vllm_config, config
+        )
+        channel.add_section("memory", self._cache.section)
+        channel.register_call("set_memory_budget", self.set_memory_budget, on_engine_thread=True)
+
+    def set_memory_budget(self, budget_bytes: int) -> MemorySection:
+        """Change how much memory the KV cache may take."""
+        assert self._cache is not None
+        return self._cache.set_budget(budget_bytes)
+
+    def take_change(self) -> MemoryChange | None:
+        """What the step that was just scheduled tells the workers, or None."""
+        if self._cache is None:
+            return None
+        change = self._cache.take_change()
+        self._alarm.set(self._cache.next_work_s())
+        return change
+
+    def record(self, stamp: StepStamp | None) -> None:
+        """Take in what a worker says of its pages."""
+        if self._cache is not None and stamp is not None and stamp.memory is not None:
+            self._cache.record(stamp.memory)
+
+    def has_work(self) -> bool:
+        """Whether a step is wanted though no request asks for one."""
+        return self._cache is not None and self._cache.has_work()
+
+    def close(self) -> None:
+        """End the alarm's thread."""
+        self._alarm.close()

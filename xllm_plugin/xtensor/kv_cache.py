@@ -1,0 +1,189 @@
+"""`ElasticKvCache`: the scheduler's side: owns the budget and decides what the workers do."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from xllm_plugin.errors import ConfigError, MisuseError
+from xllm_plugin.xtensor.block_pool import ElasticBlockPool, adopt_block_pool
+from xllm_plugin.xtensor.config import XTensorConfig
+from xllm_plugin.xtensor.layout import KVLayout, slab_blocks_of
+from xllm_plugin.xtensor.messages import MemoryChange, MemoryReport, MemorySection
+from xllm_plugin.xtensor.slabs import SlabLedger
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+__all__ = ["ElasticKvCache", "full_request_blocks"]
+
+
+class ElasticKvCache:
+    """Decides at each step which slabs have memory.
+
+    All calls come on the engine's thread.
+
+    Args:
+        pool: of vLLM's KV cache manager, adopted.
+        layout: of the first rank's KV buffer.
+        config: the settings.
+        min_budget_slabs: that one request of full length takes, the null block included.
+        clock: seconds, monotonic; the pool's.
+    """
+
+    def __init__(
+        self,
+        pool: ElasticBlockPool,
+        layout: KVLayout,
+        config: XTensorConfig,
+        *,
+        min_budget_slabs: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pool = pool
+        self._ledger = pool.ledger
+        self._layout = layout
+        self._config = config
+        self._min_budget_slabs = min_budget_slabs
+        self._clock = clock
+        self._told_budget_slabs = 0
+        self._report_due_s = math.inf
+        self._report: MemoryReport | None = None
+        self._num_dropped_slabs = 0
+
+    @classmethod
+    def adopt(
+        cls,
+        manager: KVCacheManager,
+        kv_cache_config: KVCacheConfig,
+        vllm_config: VllmConfig,
+        config: XTensorConfig,
+    ) -> ElasticKvCache:
+        """Make vLLM's KV cache manager, which nobody has used yet, an elastic one.
+
+        Raises:
+            ConfigError: the budget cannot hold one request of full length, or the cache's layout
+                cannot be taken apart; says what would do.
+        """
+        layout = KVLayout.of_tensors(kv_cache_config.num_blocks, kv_cache_config.kv_cache_tensors)
+        slab_blocks = slab_blocks_of(config, layout)
+        num_blocks = full_request_blocks(kv_cache_config, vllm_config) + 1  # the null block
+        num_slabs, needed = layout.num_blocks // slab_blocks, -(-num_blocks // slab_blocks)
+        slab_bytes = slab_blocks * layout.block_bytes
+        budget_slabs = num_slabs
+        if config.budget_bytes is not None:
+            budget_slabs = min(num_slabs, config.budget_bytes // slab_bytes)
+        if budget_slabs < needed:
+            raise ConfigError(
+                _too_small(
+                    f"xtensor.budget_bytes={config.budget_bytes}"
+                    if needed <= num_slabs
+                    else f"--kv-cache-memory-bytes {layout.num_bytes}",
+                    needed * slab_bytes,
+                    vllm_config.model_config.max_model_len,
+                )
+            )
+        ledger = SlabLedger(layout.num_blocks, slab_blocks, budget_slabs)
+        pool = adopt_block_pool(manager.block_pool, ledger)
+        return cls(pool, layout, config, min_budget_slabs=needed)
+
+    # At each step
+
+    def take_change(self) -> MemoryChange | None:
+        """Decide what is given back, and return what the next step has to tell the workers.
+
+        Called once a step, when it is scheduled; None when there is nothing to tell.
+        """
+        now_s = self._clock()
+        self._num_dropped_slabs += self._pool.drop_cold(now_s - self._config.cache_idle_s)
+        self._pool.rebalance()
+        ledger = self._ledger
+        is_report_due = now_s >= self._report_due_s
+        is_told = not ledger.has_changes and ledger.budget_slabs == self._told_budget_slabs
+        if is_told and not is_report_due:
+            return None
+        # What the workers still keep ready goes later, by itself; then we want to hear of it.
+        self._report_due_s = math.inf if is_told else now_s + self._config.keep_idle_s + 1.0
+        self._told_budget_slabs = ledger.budget_slabs
+        changes = ledger.take_changes()
+        return MemoryChange(
+            budget_slabs=ledger.budget_slabs,
+            released=changes.released,
+            committed=changes.committed,
+            expected=ledger.expected(self._config.premap_slabs),
+        )
+
+    def has_work(self) -> bool:
+        """Whether a step is wanted for the memory's sake, though no request asks for one."""
+        return (
+            self._ledger.has_changes
+            or self._ledger.budget_slabs != self._told_budget_slabs
+            or self._clock() >= self.next_work_s()
+        )
+
+    def next_work_s(self) -> float:
+        """When, by the clock, something is to be done that no request brings about."""
+        oldest_s = self._ledger.oldest_idle_s()
+        cold_s = math.inf if oldest_s is None else oldest_s + self._config.cache_idle_s
+        return min(cold_s, self._report_due_s)
+
+    def record(self, report: MemoryReport) -> None:
+        """Take a worker's report in."""
+        self._report = report
+
+    # What is asked from outside
+
+    def section(self) -> MemorySection:
+        """The snapshot's section "memory"."""
+        ledger = self._ledger
+        return MemorySection(
+            block_bytes=self._layout.block_bytes,
+            slab_blocks=ledger.slab_blocks,
+            num_slabs=ledger.num_slabs,
+            budget_slabs=ledger.budget_slabs,
+            min_budget_slabs=self._min_budget_slabs,
+            num_resident_slabs=ledger.num_resident,
+            num_draining_slabs=len(ledger.draining),
+            num_used_blocks=ledger.num_used_blocks,
+            num_cached_blocks=ledger.num_cached_blocks,
+            num_dropped_slabs=self._num_dropped_slabs,
+            pages=self._report,
+        )
+
+    def set_budget(self, budget_bytes: int) -> MemorySection:
+        """Change how much memory the KV cache may take; what is beyond goes as requests end."""
+        slab_bytes = self._ledger.slab_blocks * self._layout.block_bytes
+        most = self._ledger.num_slabs
+        if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int):
+            raise MisuseError(f"budget_bytes={budget_bytes!r}: give a whole number of bytes.")
+        if not self._min_budget_slabs * slab_bytes <= budget_bytes <= most * slab_bytes:
+            raise MisuseError(
+                f"budget_bytes={budget_bytes}: give {self._min_budget_slabs * slab_bytes} (one "
+                f"request of full length) to {most * slab_bytes} (what the engine was started "
+                "with, --kv-cache-memory-bytes)."
+            )
+        self._pool.set_budget(budget_bytes // slab_bytes)
+        return self.section()
+
+
+def full_request_blocks(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> int:
+    """Blocks that one request of full length holds, in all cache groups together.
+
+    As vLLM counts its concurrency (vllm/v1/core/kv_cache_utils.py,
+    `get_max_concurrency_for_kv_cache_config`).
+    """
+    specs: list[Any] = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    return sum(
+        -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes) for spec in specs
+    )
+
+
+def _too_small(seen: str, needed_bytes: int, max_model_len: int) -> str:
+    return (
+        f"{seen}: elastic memory needs {needed_bytes} bytes for one request of {max_model_len} "
+        f"tokens. Give {needed_bytes} or more, or a smaller --max-model-len."
+    )

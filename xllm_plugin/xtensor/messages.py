@@ -1,0 +1,127 @@
+"""What the scheduler tells the workers about memory, what they answer, and what the world is shown.
+
+The first two travel with a step (`xllm_plugin.worker.messages`), so that they are carried out in
+the order in which they were decided.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+__all__ = ["MemoryChange", "MemoryReport", "MemorySection"]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryChange:
+    """From the scheduler, before the step it travels with: which slabs get and lose memory.
+
+    Attributes:
+        budget_slabs: how many may have memory.
+        released: no step from this one on names their blocks.
+        committed: this step or a later one may name their blocks.
+        expected: those that would be committed next.
+    """
+
+    budget_slabs: int
+    released: tuple[int, ...] = ()
+    committed: tuple[int, ...] = ()
+    expected: tuple[int, ...] = ()
+
+
+class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
+    """From a worker: the pages of its KV cache.  Totals count from the start.
+
+    Attributes:
+        page_bytes: of one page.
+        num_free: pages that are mapped nowhere.
+        num_allocated: being mapped or unmapped.
+        num_mapped: behind committed slabs.
+        num_retired: given back, while work may still read them.
+        num_reusable: given back and still mapped.
+        num_created: total.
+        num_released: to the system, total.
+        num_maps: pages mapped, total.
+        num_unmaps: pages unmapped, total.
+        num_reused: pages taken that were still mapped, total.
+        num_premapped: pages mapped ahead, total.
+        commit_s: time spent to commit slabs, total.
+        release_s: time spent to release slabs, total.
+        num_commits: calls that committed slabs.
+        num_releases: calls that released slabs.
+    """
+
+    page_bytes: int
+    num_free: int
+    num_allocated: int
+    num_mapped: int
+    num_retired: int
+    num_reusable: int
+    num_created: int
+    num_released: int
+    num_maps: int
+    num_unmaps: int
+    num_reused: int
+    num_premapped: int
+    commit_s: float
+    release_s: float
+    num_commits: int
+    num_releases: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all pages that exist."""
+        return self.page_bytes * (self.num_created - self.num_released)
+
+
+class MemorySection(msgspec.Struct, frozen=True, kw_only=True):
+    """The snapshot's section "memory": the elastic KV cache of one engine.
+
+    Attributes:
+        block_bytes: of one block in all layers, on the first rank.
+        slab_blocks: blocks whose memory comes and goes together.
+        num_slabs: that there are addresses for.
+        budget_slabs: that may have memory.
+        min_budget_slabs: that one request of full length takes.
+        num_resident_slabs: that have memory, draining ones included.
+        num_draining_slabs: beyond the budget, until their requests end.
+        num_used_blocks: that requests hold.
+        num_cached_blocks: that a request may find, and none holds.
+        num_dropped_slabs: that were cached and had not been used for long, total.
+        pages: the first rank's, when it last had something to do; None before.
+    """
+
+    block_bytes: int
+    slab_blocks: int
+    num_slabs: int
+    budget_slabs: int
+    min_budget_slabs: int
+    num_resident_slabs: int
+    num_draining_slabs: int
+    num_used_blocks: int
+    num_cached_blocks: int
+    num_dropped_slabs: int = 0
+    pages: MemoryReport | None = None
+
+    @property
+    def slab_bytes(self) -> int:
+        """Of one slab, in all layers."""
+        return self.slab_blocks * self.block_bytes
+
+    @property
+    def budget_bytes(self) -> int:
+        """That may be taken."""
+        return self.budget_slabs * self.slab_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Behind blocks that are used, cached or ready to be."""
+        return self.num_resident_slabs * self.slab_bytes
+
+    @property
+    def fragmentation(self) -> float:
+        """Share of resident memory that is neither used nor cached, 0 to 1."""
+        num_blocks = self.num_resident_slabs * self.slab_blocks
+        num_kept = self.num_used_blocks + self.num_cached_blocks
+        return 1.0 - num_kept / num_blocks if num_blocks else 0.0
