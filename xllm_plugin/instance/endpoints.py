@@ -1,6 +1,7 @@
 """vLLM endpoint plugin: `GET /xllm/snapshot`, `GET /xllm/info`, and our part of `/metrics`.
 
 Like `/metrics` and `/version`, these routes only read, and vLLM's `--api-key` does not guard them.
+`POST /v1/xllm/resume` generates, and is guarded (`resume.py`).
 vLLM asks endpoint plugins not to open paths of their own into the engine; this one does, on
 purpose, because vLLM has none to the scheduler (ARCHITECTURE.md, "One channel to the engine").
 """
@@ -29,6 +30,8 @@ from xllm_plugin.instance.metrics import (
     is_multiprocess,
     register,
 )
+from xllm_plugin.instance.resume import resume
+from xllm_plugin.instance.resumption import RESUME_PATH
 
 __all__ = ["Info", "XllmEndpoints"]
 
@@ -89,6 +92,7 @@ class XllmEndpoints:
         """Add the routes; called once, before `init_state`."""
         app.add_api_route("/xllm/snapshot", _snapshot, methods=["GET"])
         app.add_api_route("/xllm/info", _info, methods=["GET"])
+        app.add_api_route(RESUME_PATH, resume, methods=["POST"])
         if self._is_multiprocess:
             extend_metrics_route(app, self._registry)
 
