@@ -6,13 +6,17 @@ import asyncio
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xllm_plugin.instance.resumption import RESUME_PATH
+from xllm_plugin.instance.resumption import RESUME_PATH, Resumption
 from xllm_plugin.service import lifecycle
+from xllm_plugin.service.continuation import arm
+from xllm_plugin.service.exchange import peek
 from xllm_plugin.service.policy import Choice
+from xllm_plugin.service.routes import route_of
 from xllm_plugin.testing.fake_instance import FakeInstance, answer
 from xllm_plugin.testing.fake_streams import Death, FakeModel, events_of, stream_instance
 from xllm_plugin.testing.service_harness import PATIENCE_S, Harness, request, serving
@@ -68,7 +72,7 @@ def num_bytes(model: FakeModel, path: str, body: dict[str, Any]) -> int:
     return sum(map(len, model.events(path, body | {"return_token_ids": True})))
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     path=st.sampled_from([CHAT, COMPLETION]),
     per_event=st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple),
@@ -77,7 +81,7 @@ def num_bytes(model: FakeModel, path: str, body: dict[str, Any]) -> int:
     where=st.lists(st.floats(0, 1), min_size=1, max_size=3),
     how=st.sampled_from(["reset", "end"]),
 )
-def test_wherever_instances_die_the_client_gets_the_undisturbed_stream(
+def test_wherever_instances_die_the_client_gets_the_undisturbed_stream(  # noqa: PLR0917
     run: Any,
     path: str,
     per_event: tuple[int, ...],
@@ -90,7 +94,9 @@ def test_wherever_instances_die_the_client_gets_the_undisturbed_stream(
 
     async def check() -> None:
         model = FakeModel(PIECES, per_event=per_event)
-        body = body_of(path, stream_options={"include_usage": has_usage}, return_token_ids=wants_ids)
+        body = body_of(
+            path, stream_options={"include_usage": has_usage}, return_token_ids=wants_ids
+        )
         size = num_bytes(model, path, body)
         dying = [stream_instance(model, Death(int(part * (size - 1)), how)) for part in where]
         retries = {"num_retries": 3}
@@ -110,7 +116,7 @@ def test_every_cut_of_one_stream(run: Any, path: str) -> None:
         body = body_of(path, stream_options={"include_usage": True})
         model = FakeModel([b"a", "ü".encode()[:1], "ü".encode()[1:]])
         wanted = expected(model, path, body)
-        for cut in range(0, num_bytes(model, path, body), 7):
+        for cut in range(0, num_bytes(model, path, body), 29):
             dying, good = stream_instance(model, Death(cut)), stream_instance(model)
             async with serving(dying, good, policy=first) as harness:
                 assert await ask(harness, path, body) == wanted, cut
@@ -180,6 +186,23 @@ def test_an_engine_that_fails_behind_its_server(run: Any) -> None:
     run(check(abort))
 
 
+def test_events_that_are_there_for_their_ids_alone_are_not_shown() -> None:
+    """A parser that waits shows nothing; with ids asked for, vLLM sends an empty delta."""
+    body = json.dumps(body_of(CHAT)).encode()
+    stream = arm(route_of(CHAT.encode()), body, peek(body, b"application/json"))
+    assert stream is not None
+    opening, first_event, *_ = FakeModel(PIECES).events(CHAT, json.loads(stream.body))
+    waiting = first_event.replace(b'{"content":"Gr"}', b"{}").replace(b"[0]", b"[5,6]")
+    stream.parts += [opening[:50], opening[50:] + first_event, waiting, b"data: {"]
+    shown = stream.take()
+    assert shown.count(b"\n\n") == 2
+    assert b'ids":[' not in shown
+    stream.is_begun = True
+    stream.restart()
+    _, raw = stream.next_request(b"POST / HTTP/1.1\r\ncontent-length: 1\r\n\r\n", b"/")
+    assert msgspec.json.decode(raw, type=Resumption).chunks == [[0], [5, 6]]
+
+
 def test_an_error_of_the_request_is_passed_on(run: Any) -> None:
     error = b'data: {"error":{"message":"no","type":"x","param":null,"code":400}}\n\n'
 
@@ -242,7 +265,8 @@ def test_without_another_instance_the_stream_says_so(run: Any) -> None:
             message = error_in(events)
             assert "closed the connection" in message
             assert "every instance was tried" in message
-            assert events[:-1] == expected(model, COMPLETION, body_of(COMPLETION))[: len(events) - 1]
+            whole = expected(model, COMPLETION, body_of(COMPLETION))
+            assert events[:-1] == whole[: len(events) - 1]
             await harness.settle()
 
     run(check())
@@ -328,7 +352,8 @@ def test_it_can_be_switched_off(run: Any) -> None:
 def test_a_client_that_leaves_while_its_stream_moves(run: Any) -> None:
     async def check() -> None:
         model = FakeModel(PIECES)
-        dying, silent = stream_instance(model, Death(600)), stream_instance(model, Death(0, "silence"))
+        dying = stream_instance(model, Death(600))
+        silent = stream_instance(model, Death(0, "silence"))
         async with serving(dying, silent, policy=first) as harness:
             client = await harness.connect()
             client.send(request(json.dumps(body_of(COMPLETION)).encode()))
@@ -357,4 +382,3 @@ def test_errors_and_whole_answers_are_passed_on(run: Any, status: str) -> None:
             await harness.settle()
 
     run(check())
-

@@ -251,6 +251,18 @@ def test_rotary_operator_is_wrong_for_three_dimensions() -> None:
     assert result.stdout.splitlines()[-2:] == ["three False", "two True"]
 
 
+def test_no_request_brings_output_tokens_along() -> None:
+    """Neither vLLM's token route nor its engine's request has a place for tokens made elsewhere."""
+    protocol = vllm_source("entrypoints", "scale_out", "token_in_token_out", "protocol.py")
+    engine = vllm_source("v1", "engine", "__init__.py")
+    for source, name in ((protocol, "GenerateRequest"), (engine, "EngineCoreRequest")):
+        fields = source.split(f"class {name}(", 1)[1].split("\nclass ", 1)[0]
+        assert "token_ids: list[int]" in fields
+        assert not re.search(
+            r"^    (output|generated|resumed?)_token_ids\s*:", fields, re.MULTILINE
+        )
+
+
 def test_every_row_has_a_test_here() -> None:
     """Every row of the table names tests of this file that are there, and no other row is named."""
     assert set(TESTS) == {seam.name for seam in SEAMS}
@@ -280,5 +292,6 @@ TESTS = {
     "cpu-generator-offset": "test_generators_are_rewound_by_an_offset_that_a_cpu_s_lack",
     "kv-cache-zeros": "test_kv_cache_is_one_tensor_of_zeros",
     "amx-init": "test_cpu_worker_does_not_ask_for_amx",
+    "stream-replay": "test_no_request_brings_output_tokens_along",
     "cpu-rotary-3d": "test_rotary_operator_is_wrong_for_three_dimensions",
 }

@@ -13,6 +13,7 @@ import importlib.metadata
 import platform as python_platform
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -32,6 +33,7 @@ from xllm_plugin.instance.metrics import (
 )
 from xllm_plugin.instance.resume import resume
 from xllm_plugin.instance.resumption import RESUME_PATH
+from xllm_plugin.seams import Process, check_all
 
 __all__ = ["Info", "XllmEndpoints"]
 
@@ -74,6 +76,7 @@ class XllmEndpoints:
     Args:
         registry: holds vLLM's metrics when there is one API server.
         platform_name: names the platform in force.
+        check_seams: raises `SeamError` if this vLLM is not as `resume` needs it.
     """
 
     name = "xllm"
@@ -83,10 +86,12 @@ class XllmEndpoints:
         self,
         registry: CollectorRegistry = REGISTRY,
         platform_name: Callable[[], str] | None = None,
+        check_seams: Callable[[], None] = partial(check_all, Process.SERVER),  # noqa: B008 - pure
     ) -> None:
         self._is_multiprocess = is_multiprocess()
         self._registry = CollectorRegistry() if self._is_multiprocess else registry
         self._platform_name = platform_name or _vllm_platform_name
+        self._check_seams = check_seams
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes; called once, before `init_state`."""
@@ -102,6 +107,7 @@ class XllmEndpoints:
         if engine_client is None:
             state.xllm = "this server renders prompts and has no engine"
             return
+        self._check_seams()
         vllm_config = engine_client.vllm_config
         config = load_config(vllm_config.additional_config)
         channel = usable(config.channel)

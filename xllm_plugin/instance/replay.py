@@ -1,10 +1,10 @@
 """An engine client that continues a request after tokens that another instance has generated.
 
 vLLM's own serving object writes the whole stream, from its first event on.  For the tokens that the
-client has, it is given back what the first instance gave it, event by event; so its parsers, offsets
-and counts stand where they stood there.  The engine gets prompt and tokens as one prompt and goes on
-from there.  Events are pulled: once the engine's first new output is asked for, all that were made
-from replayed tokens have been yielded, and `is_live` says so.
+client has, it is given back what the first instance gave it, event by event; so its parsers,
+offsets and counts stand where they stood there.  The engine gets prompt and tokens as one prompt
+and goes on from there.  Events are pulled: once the engine's first new output is asked for, all
+that were made from replayed tokens have been yielded, and `is_live` says so.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class ReplayingEngine:
 
     async def add_request(self, *args: Any, **options: Any) -> RequestOutputCollector:
         """vLLM's own, run on this object, so that it ends in `_add_request` below."""
-        return await type(self._engine).add_request(self, *args, **options)  # type: ignore[no-any-return]
+        return await type(self._engine).add_request(self, *args, **options)
 
     async def _outputs(self, *args: Any, **options: Any) -> AsyncIterator[RequestOutput]:
         live = type(self._engine).generate(self, *args, **options)

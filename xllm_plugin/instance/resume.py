@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import AsyncIterator
-
 from typing import Any
 
 import msgspec
@@ -67,9 +66,7 @@ async def _begin(resumption: Resumption, raw_request: Request) -> tuple[Any, Any
     return await create(request, raw_request), engine
 
 
-async def _new_events(
-    generator: Any, engine: Any, resumption: Resumption
-) -> AsyncIterator[str]:
+async def _new_events(generator: Any, engine: Any, resumption: Resumption) -> AsyncIterator[str]:
     """What the client does not have, with the original's time."""
     num_skipped = resumption.num_skipped
     created = f'"created":{resumption.created}'

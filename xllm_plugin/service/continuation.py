@@ -23,8 +23,12 @@ _MAX_EVENT_BYTES = 64 * 2**20
 _IDS = b'"token_ids":['
 _NO_IDS = b'"token_ids":null'
 _PROMPT_IDS = b'"prompt_token_ids":['
-_OPEN = b'"finish_reason":null'
-_EMPTY_DELTA = b'"delta":{}'
+# What stands before the ids of a choice that goes on: in a chat, and in a completion.
+_OPEN = (
+    b'"finish_reason":null,',
+    b'"finish_reason":null,"stop_reason":null,"prompt_token_ids":null,',
+)
+_EMPTY = b'"delta":{},"logprobs":null,"finish_reason":null,'
 _END = b"\n\n"
 _DONE = b"data: [DONE]\n\n"
 _FAULTS = frozenset({"abort", "error"})
@@ -183,7 +187,7 @@ class ArmedStream:
                     self.failure = f"it sent an event of over {_MAX_EVENT_BYTES} bytes"
                 return b""
             data = data[:end]
-        if data.find(_END) == len(data) - 2:
+        if data.find(b"\n") == len(data) - 2:  # JSON has no line breaks
             return self._event(data)
         shown = []
         for event in data[:-2].split(_END):
@@ -228,8 +232,13 @@ class ArmedStream:
     # -- parts ----------------------------------------------------------------------------------
 
     def _event(self, event: bytes) -> bytes:
-        start = event.find(_IDS)
-        if start > 0 and self._is_known and _OPEN in event and _EMPTY_DELTA not in event:
+        start = event.rfind(_IDS)
+        if (
+            start > 0
+            and self._is_known
+            and event.endswith(_OPEN, 0, start)
+            and not event.endswith(_EMPTY, 0, start)
+        ):
             end = event.index(b"]", start)
             self._chunks.append(event[start + len(_IDS) : end])
             return event[:start] + _NO_IDS + event[end + 1 :] if self.hides_ids else event
