@@ -10,7 +10,7 @@ PORT ?= 8000
 # Nothing here needs a model hub, and none is waited for.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install serve test test-all npu-emulator lint format clean
+.PHONY: help install serve service-demo test test-all npu-emulator lint format clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,6 +19,9 @@ install: $(VENV)/.cpu  ## Make .venv with everything that serving on a CPU needs
 
 serve: $(VENV)/.cpu  ## Prepare a small real model and serve it over the OpenAI API.
 	@$(BIN)/python scripts/serve_demo.py --model "$(MODEL)" --host $(HOST) --port $(PORT) $(ARGS)
+
+service-demo: $(VENV)/.cpu  ## Kill one of two servers behind xllm service: every stream completes.
+	@$(BIN)/python scripts/service_demo.py $(ARGS)
 
 test: $(VENV)/.dev lint  ## Run every test tier, one model each (under 15 minutes on 2 cores).
 	$(BIN)/python -m pytest -m "not full" --durations=15

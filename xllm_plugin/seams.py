@@ -27,6 +27,7 @@ class Process(StrEnum):
     SERVER = "API server that registers itself"
     ENGINE = "engine"
     WORKER = "worker"
+    SERVER = "API server"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,26 @@ def _runner_is_named() -> None:
     worker = _attribute("vllm.v1.worker.cpu_worker:CPUWorker")
     if "CPUModelRunner" not in worker.init_device.__code__.co_names:
         raise AttributeError("CPUWorker.init_device no longer builds CPUModelRunner itself")
+
+
+def _a_stream_can_be_replayed() -> None:
+    engine = _attribute("vllm.v1.engine.async_llm:AsyncLLM")
+    for method, called in (("generate", "add_request"), ("add_request", "_add_request")):
+        if called not in getattr(engine, method).__code__.co_names:
+            raise AttributeError(f"AsyncLLM.{method} no longer calls {called}")
+    state = _attribute("vllm.v1.engine.output_processor:RequestState")
+    names = inspect.signature(state.make_request_output).parameters
+    expected = ["self", "new_token_ids", "pooling_output", "finish_reason", "stop_reason"]
+    if list(names)[: len(expected)] != expected:
+        raise TypeError(f"RequestState.make_request_output takes {', '.join(names)}")
+    for name in (
+        "chat_completion.serving:OpenAIServingChat",
+        "completion.serving:OpenAIServingCompletion",
+    ):
+        serving = _attribute(f"vllm.entrypoints.openai.{name}")
+        create = "_create_chat_completion" if "Chat" in name else "_create_completion"
+        if "engine_client" not in getattr(serving, create).__code__.co_names:
+            raise AttributeError(f"{name}.{create} no longer asks its engine_client")
 
 
 def _a_worker_can_run_on_a_thread() -> None:
@@ -540,5 +561,18 @@ SEAMS: tuple[Seam, ...] = (
         leaves_when="the operator is right for 3-D queries.",
         process=Process.WORKER,
         fits=_always,
+    ),
+    Seam(
+        name="stream-replay",
+        target="vllm.v1.engine.async_llm:AsyncLLM._add_request, "
+        "vllm.v1.engine.output_processor:RequestState",
+        why="a stream that began on another instance is continued by vLLM's own handlers over "
+        "replayed outputs: the request's state is brought to where it was there, and the engine "
+        "is sent prompt and tokens.",
+        versions="0.32",
+        upstream="vllm/v1/engine/async_llm.py, vllm/v1/engine/output_processor.py",
+        leaves_when="vLLM takes output tokens with a request and streams on after them.",
+        process=Process.SERVER,
+        fits=_a_stream_can_be_replayed,
     ),
 )

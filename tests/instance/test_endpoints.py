@@ -29,7 +29,9 @@ def get(
 
     async def ask() -> httpx.Response:
         app = FastAPI()
-        plugin = XllmEndpoints(registry or CollectorRegistry(), lambda: "a.platform.Class")
+        plugin = XllmEndpoints(
+            registry or CollectorRegistry(), lambda: "a.platform.Class", lambda: None
+        )
         plugin.attach_router(app)
         await plugin.init_state(engine_client, app.state, Namespace())
         transport = httpx.ASGITransport(app)

@@ -287,6 +287,18 @@ def test_an_idle_engine_is_woken_by_its_input_alone() -> None:
     assert "queue" not in made.partition("\n        )\n")[0]
 
 
+def test_no_request_brings_output_tokens_along() -> None:
+    """Neither vLLM's token route nor its engine's request has a place for tokens made elsewhere."""
+    protocol = vllm_source("entrypoints", "scale_out", "token_in_token_out", "protocol.py")
+    engine = vllm_source("v1", "engine", "__init__.py")
+    for source, name in ((protocol, "GenerateRequest"), (engine, "EngineCoreRequest")):
+        fields = source.split(f"class {name}(", 1)[1].split("\nclass ", 1)[0]
+        assert "token_ids: list[int]" in fields
+        assert not re.search(
+            r"^    (output|generated|resumed?)_token_ids\s*:", fields, re.MULTILINE
+        )
+
+
 def test_every_row_has_a_test_here() -> None:
     """Every row of the table names tests of this file that are there, and no other row is named."""
     assert set(TESTS) == {seam.name for seam in SEAMS}
@@ -320,5 +332,6 @@ TESTS = {
     "block-pool-class": "test_the_block_pool_is_built_by_name",
     "engine-wake": "test_an_idle_engine_is_woken_by_its_input_alone",
     "amx-init": "test_cpu_worker_does_not_ask_for_amx",
+    "stream-replay": "test_no_request_brings_output_tokens_along",
     "cpu-rotary-3d": "test_rotary_operator_is_wrong_for_three_dimensions",
 }

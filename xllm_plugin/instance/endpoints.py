@@ -1,6 +1,7 @@
 """vLLM endpoint plugin: `GET /xllm/snapshot`, `/xllm/memory`, `/xllm/info`; our part of `/metrics`.
 
 Like `/metrics` and `/version`, these routes only read, and vLLM's `--api-key` does not guard them.
+`POST /v1/xllm/resume` generates, and is guarded (`resume.py`).
 vLLM asks endpoint plugins not to open paths of their own into the engine; this one does, on
 purpose, because vLLM has none to the scheduler (ARCHITECTURE.md, "One channel to the engine").
 """
@@ -14,6 +15,7 @@ import platform as python_platform
 import uuid
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -41,6 +43,8 @@ from xllm_plugin.instance.registrar import (
     load_of,
     make_client,
 )
+from xllm_plugin.instance.resume import resume
+from xllm_plugin.instance.resumption import RESUME_PATH
 from xllm_plugin.registration import Registration, RegistrationConfig
 from xllm_plugin.seams import Process, check_all
 
@@ -87,6 +91,7 @@ class XllmEndpoints:
     Args:
         registry: holds vLLM's metrics when there is one API server.
         platform_name: names the platform in force.
+        check_seams: raises `SeamError` if this vLLM is not as `resume` needs it.
     """
 
     name = "xllm"
@@ -96,10 +101,12 @@ class XllmEndpoints:
         self,
         registry: CollectorRegistry = REGISTRY,
         platform_name: Callable[[], str] | None = None,
+        check_seams: Callable[[], None] = partial(check_all, Process.SERVER),  # noqa: B008 - pure
     ) -> None:
         self._is_multiprocess = is_multiprocess()
         self._registry = CollectorRegistry() if self._is_multiprocess else registry
         self._platform_name = platform_name or _vllm_platform_name
+        self._check_seams = check_seams
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes; called once, before `init_state`."""
@@ -107,6 +114,7 @@ class XllmEndpoints:
         app.add_api_route("/xllm/memory", _memory, methods=["GET"])
         app.add_api_route("/xllm/info", _info, methods=["GET"])
         app.add_api_route("/xllm/tokenizer", _tokenizer, methods=["GET"])
+        app.add_api_route(RESUME_PATH, resume, methods=["POST"])
         if self._is_multiprocess:
             extend_metrics_route(app, self._registry)
 
@@ -115,6 +123,7 @@ class XllmEndpoints:
         if engine_client is None:
             state.xllm = "this server renders prompts and has no engine"
             return
+        self._check_seams()
         vllm_config = engine_client.vllm_config
         config = load_config(vllm_config.additional_config)
         channel = usable(config.channel)

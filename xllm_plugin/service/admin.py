@@ -231,6 +231,7 @@ def _described(instance: Instance, now_s: float) -> dict[str, Any]:
         "idle_connections": len(instance.pool),
         "errors": instance.stats.errors,
         "retries": instance.stats.retries,
+        "resumes": instance.stats.resumes,
     }
 
 

@@ -26,6 +26,7 @@ from xllm_plugin.service.lifecycle import Timings
 __all__ = [
     "ENV_PREFIX",
     "AdminConfig",
+    "ContinuationConfig",
     "InstanceEntry",
     "InstancesConfig",
     "KvIndexConfig",
@@ -115,6 +116,13 @@ class RoutingConfig(_Section):
     session_header: str = Field(default="x-session-id", description="names a request's session")
     num_retries: int = Field(default=2, ge=0, description="other instances tried before an answer")
     retry_after_s: float = Field(default=1.0, gt=0, description="told to clients with a 503")
+
+
+class ContinuationConfig(_Section):
+    """Streams whose instance dies."""
+
+    enabled: bool = Field(default=True, description="another instance continues them")
+    max_resumes: int = Field(default=3, ge=1, description="of one stream, then it ends in an error")
 
 
 class InstanceEntry(_Section):
@@ -229,6 +237,7 @@ class ServiceConfig(BaseSettings):
     instances: InstancesConfig = Field(default_factory=InstancesConfig)
     routing: RoutingConfig = Field(default_factory=RoutingConfig)
     kv_index: KvIndexConfig = Field(default_factory=KvIndexConfig)
+    continuation: ContinuationConfig = Field(default_factory=ContinuationConfig)
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
     log: LogConfig = Field(default_factory=LogConfig)

@@ -6,6 +6,8 @@
                           |  attempt failed: another instance, while nothing was sent to the client
                           +--------- none left: an error in OpenAI's form
 
+    relaying --broken--> connecting to another instance, if the stream is armed (`continuation.py`)
+
 The load that was booked at an instance is released in exactly one place, `_leave`.
 """
 
@@ -22,6 +24,8 @@ from urllib.parse import parse_qs
 import msgspec
 
 from xllm_plugin.service import lifecycle
+from xllm_plugin.service.continuation import ArmedStream, StreamWishes, arm, with_body
+from xllm_plugin.service.lifecycle import State
 from xllm_plugin.service.replies import Refusal, error_body
 from xllm_plugin.service.routes import Kind, Route
 
@@ -41,7 +45,9 @@ _DEFAULT_OUTPUT_TOKENS = 128
 _MAX_OUTPUT_TOKENS = 512
 _MAX_PROMPT_TOKENS = 100_000
 _RETRYABLE_STATUS = 503
+_OK = 200
 _SWITCHED = 101
+_LAST_CHUNK = b"0\r\n\r\n"
 _CLIENT_GONE = 499  # nginx's, for the access log alone
 _IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"})
 _MODEL_FIELD = re.compile(rb'name="?model"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')
@@ -49,7 +55,7 @@ _RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[^"]{1,200})"')
 _HOP_BY_HOP = (b"connection:", b"keep-alive:", b"proxy-connection:", b"upgrade:")
 
 
-class Peek(msgspec.Struct):
+class Peek(StreamWishes):
     """The fields of a JSON body that routing reads; all others are skipped, unparsed."""
 
     model: Any = None
@@ -117,6 +123,7 @@ class Exchange:
         "stalled_since_s",
         "started_s",
         "status",
+        "stream",
         "tried",
         "ttft_s",
         "unframes",
@@ -155,6 +162,8 @@ class Exchange:
         self.sent_s = 0.0
         self.ttft_s = -1.0
         self.status = 0
+        self.stream: ArmedStream | None = None
+        """What the client has of an answer that another instance could continue."""
         self.is_answering = False
         self.is_done = False
         self.stalled_reads = -1
@@ -182,6 +191,8 @@ class Exchange:
             if isinstance(seen.previous_response_id, str):
                 self.response_id = seen.previous_response_id
             self.cost_tokens = _cost_tokens(len(body), seen)
+            if seen.stream is True and self.proxy.config.continuation.enabled:
+                self._arm(seen)
         elif b"?" in self.route.target and b"model=" in self.route.target:
             query = self.route.target.partition(b"?")[2].decode("latin-1")
             self.model = next(iter(parse_qs(query).get("model", ())), None)
@@ -190,6 +201,14 @@ class Exchange:
                 self.route.path.removeprefix("/v1/responses").strip("/").split("/")[0]
             )
         self.draw = random.getrandbits(64)
+
+    def _arm(self, seen: Peek) -> None:
+        if self.unframes or self.method != b"POST":
+            return
+        self.stream = arm(self.route, self.body, seen)
+        if self.stream is not None:
+            self.body = self.stream.body
+            self.head = with_body(self.head, self.body)
 
     def dispatch(self) -> None:
         """Choose an instance and send; answers with an error when there is none."""
@@ -230,12 +249,21 @@ class Exchange:
 
     # -- the way back ---------------------------------------------------------------------------
 
-    def begin_answer(self, status: int, head: bytes, lower: bytes, *, until_close: bool) -> bytes:
-        """The head of an answer as the client is to get it.
+    def begin_answer(
+        self, status: int, head: bytes, lower: bytes, *, until_close: bool
+    ) -> bytes | None:
+        """The head of an answer as the client is to get it; empty if it has one already.
 
-        Empty if the answer is not wanted: another instance is asked instead.
+        None if the answer is not wanted: another instance is asked instead.
         """
         assert self.instance is not None
+        stream = self.stream
+        if stream is not None:
+            is_stream = status == _OK and _is_chunked_stream(lower)
+            if stream.is_begun:
+                return self._begin_continuation(status, is_stream=is_stream)
+            if not is_stream:
+                self.stream = None
         if (
             status == _RETRYABLE_STATUS
             and self._may_repeat()
@@ -243,8 +271,9 @@ class Exchange:
             and self._has_alternative()
         ):
             self.instance.stats.count_error("unavailable")
+            self.stream = stream
             self._retry()
-            return b""
+            return None
         self.status = status
         self.is_answering = True
         self._lower_head = lower
@@ -256,6 +285,8 @@ class Exchange:
 
     def relay_head(self, head: bytes) -> None:
         """Pass the head of an answer on by itself."""
+        if self.stream is not None:
+            self.stream.is_begun = True
         self._num_bytes += len(head)
         self._write(head)
 
@@ -266,6 +297,36 @@ class Exchange:
         self._num_bytes += len(head) + len(data)
         self._last_relayed = data
         self._write(head + data if head else data)
+
+    def relay_events(self, head: bytes, *, is_last: bool) -> str:
+        """Pass the whole events of an armed stream on, after `head` if it was not sent yet.
+
+        Args:
+            head: of the answer.
+            is_last: whether the answer ends with what was read.
+
+        Returns:
+            Why the instance will not finish the stream, or nothing.
+        """
+        stream = self.stream
+        assert stream is not None
+        events = stream.take()
+        if is_last and not stream.is_done and not stream.failure:
+            stream.failure = "the instance ended the stream before its last event"
+        data = b"%x\r\n%b\r\n" % (len(events), events) if events else b""
+        if is_last and not stream.failure:
+            data += _LAST_CHUNK
+        if not data and stream.failure:
+            return stream.failure  # the head may still be another instance's
+        if events and self.ttft_s < 0:
+            self._first_bytes(events)
+        if head:
+            stream.is_begun = True
+            data = head + data
+        if data:
+            self._num_bytes += len(data)
+            self._write(data)
+        return stream.failure
 
     def answered(self, *, close: bool) -> None:
         """The answer is complete."""
@@ -299,6 +360,9 @@ class Exchange:
         instance.stats.count_error(reason)
         is_certain = reason not in ("timeout", "garbage")
         self.proxy.fleet.report(instance, lifecycle.Failed(detail, certain=is_certain))
+        if self.stream is not None and self.stream.is_begun:
+            self._try_next(f"Instance {instance.name} {detail}.")
+            return
         if (not is_sent or self._may_repeat()) and self._may_retry():
             self._retry()
             return
@@ -314,6 +378,9 @@ class Exchange:
         connection.abandon()
         instance.stats.count_error("broken")
         self.proxy.fleet.report(instance, lifecycle.Failed(why, certain=True))
+        if self.stream is not None and self.stream.is_begun:
+            self._go_on_elsewhere(self.stream, f"Instance {instance.name}: {why}.")
+            return
         self._leave()
         self.keep_alive = False
         is_stream = b"text/event-stream" in self._lower_head
@@ -406,6 +473,9 @@ class Exchange:
         connection = self._connection
         if connection is None or self.is_done or self.status == _SWITCHED:
             return
+        if self.stream is not None and self._drain_is_over():
+            self.broken(connection, "its time to drain is over")
+            return
         if not self.is_answering:
             if first_byte_s is not None and now_s - self.sent_s > first_byte_s:
                 self._connection = None
@@ -416,6 +486,67 @@ class Exchange:
             self.stalled_reads, self.stalled_since_s = connection.num_reads, now_s
         elif stalled_s is not None and now_s - self.stalled_since_s > stalled_s:
             self.broken(connection, f"nothing was heard from the instance for {stalled_s:g} s")
+
+    # -- another instance goes on ---------------------------------------------------------------
+
+    def _go_on_elsewhere(self, stream: ArmedStream, why: str) -> None:
+        """The stream has broken: have another instance continue it, or say that none can."""
+        instance = self.instance
+        assert instance is not None
+        if stream.is_done:
+            self._leave()
+            self._write(_LAST_CHUNK)
+            self._finish()
+            return
+        if stream.num_resumes >= self.proxy.config.continuation.max_resumes:
+            self._leave()
+            self._end_in_error(f"{why} It was continued {stream.num_resumes} times already.")
+            return
+        if not stream.can_resume:
+            self._leave()
+            self._end_in_error(f"{why} Its tokens are not known, so it cannot be continued.")
+            return
+        stream.num_resumes += 1
+        instance.stats.resumes += 1
+        self.tried = ()
+        self._try_next(why)
+
+    def _try_next(self, why: str) -> None:
+        """Ask an instance that has not been asked since the stream broke."""
+        assert self.instance is not None
+        assert self.stream is not None
+        self.tried = (*self.tried, self.instance)
+        self._leave()
+        self.is_answering = False
+        self.stalled_reads = -1
+        try:
+            instance = self.proxy.router.choose(self)
+        except Refusal as refusal:
+            self._end_in_error(f"{why} {refusal}")
+            return
+        self.head, self.body = self.stream.next_request(self.head, self.route.target)
+        self._send(instance)
+
+    def _begin_continuation(self, status: int, *, is_stream: bool) -> bytes | None:
+        instance = self.instance
+        assert instance is not None
+        if not is_stream:
+            instance.stats.count_error("not continued")
+            self._try_next(f"Instance {instance.name} cannot continue the stream (HTTP {status}).")
+            return None
+        self.is_answering = True
+        return b""
+
+    def _drain_is_over(self) -> bool:
+        life = self.instance.life if self.instance is not None else None
+        return life is not None and life.state is State.GONE and life.reason == "drained"
+
+    def _end_in_error(self, message: str) -> None:
+        """Nobody can continue the stream: its last event says so."""
+        event = b"data: " + error_body(502, message) + b"\n\n"
+        self._write(b"%x\r\n%b\r\n" % (len(event), event) + _LAST_CHUNK)
+        self.keep_alive = False
+        self._finish()
 
     # -- parts ----------------------------------------------------------------------------------
 
@@ -482,6 +613,14 @@ class Exchange:
         self.is_done = True
         self.proxy.log_access(self, self._num_bytes)
         self.client.exchange_done(self)
+
+
+def _is_chunked_stream(lower: bytes) -> bool:
+    return (
+        b"\r\ncontent-type: text/event-stream" in lower
+        and b"\r\ntransfer-encoding: chunked" in lower
+        and b"\r\ncontent-encoding:" not in lower
+    )
 
 
 def _cost_tokens(num_body_bytes: int, seen: Peek) -> int:

@@ -41,6 +41,8 @@ class Stats:
     """Attempts that ended without a whole answer, by reason."""
     retries: int = 0
     """Attempts that failed here and went on elsewhere."""
+    resumes: int = 0
+    """Streams that broke here and were to go on elsewhere."""
     bytes_to: int = 0
     bytes_from: int = 0
     ttft_counts: list[int] = field(default_factory=lambda: [0] * (len(TTFT_BOUNDS_S) + 1))

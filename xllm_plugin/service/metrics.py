@@ -43,6 +43,7 @@ class ServiceCollector(Collector):
             "attempt_errors", "Attempts without a whole answer.", "instance", "reason"
         )
         retries = _counter("retries", "Requests that went on to another instance.", "instance")
+        resumes = _counter("resumes", "Streams that broke and were continued.", "instance")
         carried = _counter("bytes", "Bytes relayed.", "instance", "direction")
         for instance in self._proxy.fleet:
             name, stats = instance.name, instance.stats
@@ -51,12 +52,13 @@ class ServiceCollector(Collector):
             for reason, count in stats.errors.items():
                 errors.add_metric([name, reason], count)
             retries.add_metric([name], stats.retries)
+            resumes.add_metric([name], stats.resumes)
             carried.add_metric([name, "to_instance"], stats.bytes_to)
             carried.add_metric([name, "from_instance"], stats.bytes_from)
         refusals = _counter("refusals", "Errors that the service answered with itself.", "status")
         for status, count in self._proxy.refusals.items():
             refusals.add_metric([str(status)], count)
-        yield from (requests, errors, retries, carried, refusals)
+        yield from (requests, errors, retries, resumes, carried, refusals)
 
     def _gauges(self) -> Iterator[Metric]:
         in_flight = _gauge("in_flight", "Requests dispatched and not finished.", "instance")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import httptools
 
 if TYPE_CHECKING:
+    from xllm_plugin.service.continuation import ArmedStream
     from xllm_plugin.service.exchange import Exchange
 
 __all__ = ["MAX_RESPONSE_HEAD_BYTES", "Pool", "UpstreamConnection"]
@@ -23,6 +24,7 @@ class UpstreamConnection(asyncio.Protocol):
     """One connection.  It serves one exchange at a time and waits in its pool between them."""
 
     __slots__ = (
+        "_collects",
         "_excess",
         "_head",
         "_open_chunks",
@@ -57,6 +59,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._until_close = False
         self._excess = False
         self._open_chunks = 0
+        self._collects = False
         self._reusable = True
         self._tunnel = False
 
@@ -70,6 +73,13 @@ class UpstreamConnection(asyncio.Protocol):
         self.complete = False
         self._reading_head = True
         self._open_chunks = 0
+        if exchange.stream is not None:
+            exchange.stream.restart()
+            self._parser = httptools.HttpResponseParser(_Collector(self, exchange.stream))
+            self._collects = True
+        elif self._collects:
+            self._parser = httptools.HttpResponseParser(self)
+            self._collects = False
         if exchange.client.is_write_paused:
             self.transport.pause_reading()
         head, body = exchange.head, exchange.body
@@ -200,12 +210,13 @@ class UpstreamConnection(asyncio.Protocol):
             return
         lower = head.lower()
         self._frame(exchange, status, lower)
-        head = exchange.begin_answer(status, head, lower, until_close=self._until_close)
-        if not head:
+        answer = exchange.begin_answer(status, head, lower, until_close=self._until_close)
+        if answer is None:
             self.abandon()
             return
+        head = answer
         self._reading_head = False
-        if len(data) == end or exchange.unframes:
+        if head and (len(data) == end or exchange.unframes):
             exchange.relay_head(head)
             head = b""
         if len(data) > end:
@@ -233,7 +244,16 @@ class UpstreamConnection(asyncio.Protocol):
         if why:
             exchange.broken(self, f"the instance sent what is no answer: {why}")
             return
-        if not exchange.unframes:
+        stream = exchange.stream
+        if stream is not None:
+            why = exchange.relay_events(head, is_last=self.complete)
+            if why and stream.is_begun:
+                exchange.broken(self, why)
+                return
+            if why:
+                self._fail(exchange, why)
+                return
+        elif not exchange.unframes:
             exchange.relay(data, head)
         if self.complete:
             self._finish(exchange)
@@ -270,6 +290,16 @@ class UpstreamConnection(asyncio.Protocol):
         self._reusable = False
         self.complete = False
         exchange.begin_tunnel(head + rest)
+
+
+class _Collector:
+    """Parser callbacks that collect the body for an armed stream."""
+
+    def __init__(self, connection: UpstreamConnection, stream: ArmedStream) -> None:
+        self.on_message_begin = connection.on_message_begin
+        self.on_headers_complete = connection.on_headers_complete
+        self.on_message_complete = connection.on_message_complete
+        self.on_body = stream.parts.append
 
 
 class _Unframer:

@@ -1,0 +1,139 @@
+"""A stream is continued on a real server after any of its events, and nobody can tell."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from xllm_plugin.instance.resumption import RESUME_PATH
+
+pytestmark = pytest.mark.e2e
+
+CHAT = "/v1/chat/completions"
+COMPLETION = "/v1/completions"
+MODEL_NAME = "smollm2"
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+USAGE = {"stream_options": {"include_usage": True}}
+
+
+def chat(question: str, **changes: Any) -> tuple[str, dict[str, Any]]:
+    messages = [{"role": "user", "content": question}]
+    return CHAT, {"messages": messages, "max_tokens": 24, **changes}
+
+
+def completion(prompt: str, **changes: Any) -> tuple[str, dict[str, Any]]:
+    return COMPLETION, {"prompt": prompt, "max_tokens": 20, **changes}
+
+
+# Emoji are two and more tokens of this model each: cuts come in the middle of characters.
+EMOJI = "😀😃😄😁😆😅🤣😂🙂🙃😉😊😇🥰😍🤩😘"
+CASES = {
+    "chat": chat("Tell me about Zürich.", **USAGE),
+    "chat log-probs": chat("Name a colour.", logprobs=True, top_logprobs=3, max_tokens=10),
+    "chat that stops": chat("Say only: hi", max_tokens=60, **USAGE),
+    "chat with tools": chat("Weather in Paris? Use the tool.", tools=[TOOL], max_tokens=50),
+    "characters of several tokens": completion(EMOJI, logprobs=1),
+    "usage in every event": completion(
+        "Once upon a time",
+        stream_options={"include_usage": True, "continuous_usage_stats": True},
+    ),
+    "a stop string": completion("Once upon a time", stop=["there was", "e wa"], min_tokens=3),
+    "a stop string that is shown": completion(
+        "Once upon a time", stop=[" and"], include_stop_str_in_output=True, max_tokens=60
+    ),
+    "a repetition penalty": completion("Once upon a time", repetition_penalty=1.3),
+    "several tokens an event": completion("Once upon a time", stream_interval=4),
+}
+QUICK = ("chat", "chat with tools", "characters of several tokens", "a stop string")
+REFUSED = {
+    "n > 1": {"n": 2},
+    "structured outputs": {"structured_outputs": {"regex": "[0-9]+"}},
+    "a frequency penalty": {"frequency_penalty": 0.5},
+    "a presence penalty": {"presence_penalty": 0.5},
+    "a seed with a temperature": {"seed": 1, "temperature": 1.0},
+}
+
+
+def post(url: str, body: dict[str, Any]) -> httpx.Response:
+    return httpx.post(url, json=body, timeout=None, trust_env=False)
+
+
+def events(reply: httpx.Response) -> list[Any]:
+    assert reply.status_code == 200, reply.text
+    parts = [part.removeprefix("data: ") for part in reply.text.split("\n\n") if part]
+    assert parts.pop() == "[DONE]"
+    return [json.loads(part) for part in parts]
+
+
+def resumption(path: str, body: dict[str, Any], had: list[Any]) -> dict[str, Any]:
+    """What the service would ask for after these events."""
+    asked: dict[str, Any] = {"path": path, "body": body, "chunks": [], "num_opening_events": 0}
+    asked |= {"id": had[0]["id"], "created": had[0]["created"], "finish": None}
+    for event in had:
+        if not event["choices"]:
+            asked["finish"]["num_events"] += 1
+            continue
+        (choice,) = event["choices"]
+        if choice.get("token_ids") is None:
+            asked["num_opening_events"] += 1
+        else:
+            asked["chunks"].append(choice["token_ids"])
+        if choice["finish_reason"] is not None:
+            reasons = {key: choice.get(key) for key in ("finish_reason", "stop_reason")}
+            asked["finish"] = {**reasons, "num_events": 0}
+    return asked
+
+
+def check(url: str, name: str, stride: int) -> None:
+    path, changes = CASES[name]
+    body = {"model": MODEL_NAME, "temperature": 0, "stream": True, "return_token_ids": True}
+    body |= changes
+    whole = events(post(url + path, body))
+    cuts = {1, *range(2, len(whole), stride), len(whole) - 1, len(whole)}
+    for cut in sorted(cuts):
+        asked = resumption(path, body, whole[:cut])
+        assert events(post(url + RESUME_PATH, asked)) == whole[cut:], f"after {cut} events"
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_stream_is_continued_exactly(xllm_url: str, name: str) -> None:
+    check(xllm_url, name, stride=9)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", CASES)
+def test_a_stream_is_continued_exactly_after_every_event(xllm_url: str, name: str) -> None:
+    check(xllm_url, name, stride=1)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_could_not_be_exact_is_refused(xllm_url: str, name: str) -> None:
+    path, changes = completion("Once", **REFUSED[name])
+    body = {"model": MODEL_NAME, "temperature": 0, "stream": True, "return_token_ids": True}
+    asked = {"path": path, "body": body | changes, "id": "cmpl-1", "created": 1, "chunks": [[1]]}
+    reply = post(xllm_url + RESUME_PATH, asked)
+    assert reply.status_code == 400
+    assert f"A stream with {name} cannot be continued" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"path": "/v1/embeddings", "body": {}, "id": "x", "created": 1, "chunks": []},
+        {"path": COMPLETION, "body": {"prompt": "x"}, "id": "x", "created": 1, "chunks": []},
+        {"path": COMPLETION, "body": {"prompt": 5}, "id": "x", "created": 1, "chunks": []},
+    ],
+)
+def test_nonsense_is_a_bad_request(xllm_url: str, asked: dict[str, Any]) -> None:
+    assert post(xllm_url + RESUME_PATH, asked).status_code == 400

@@ -1,0 +1,384 @@
+"""Streams whose instance dies: what the client gets is the undisturbed stream, wherever it died."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from xllm_plugin.instance.resumption import RESUME_PATH, Resumption
+from xllm_plugin.service import lifecycle
+from xllm_plugin.service.continuation import arm
+from xllm_plugin.service.exchange import peek
+from xllm_plugin.service.policy import Choice
+from xllm_plugin.service.routes import route_of
+from xllm_plugin.testing.fake_instance import FakeInstance, answer
+from xllm_plugin.testing.fake_streams import Death, FakeModel, events_of, stream_instance
+from xllm_plugin.testing.service_harness import PATIENCE_S, Harness, request, serving
+
+CHAT = "/v1/chat/completions"
+COMPLETION = "/v1/completions"
+# The third and fourth token are one character.
+PIECES = [b"Gr", "ü".encode(), "😀".encode()[:2], "😀".encode()[2:], b' "token_ids":[1] ', b"end"]
+
+
+def first(_: Any, __: Any) -> Choice:
+    """A policy that always takes the first candidate."""
+    return Choice(0, "the first")
+
+
+def body_of(path: str, **changes: Any) -> dict[str, Any]:
+    prompt = {"messages": []} if path == CHAT else {"prompt": "x"}
+    return {"model": "fake", "stream": True, **prompt, **changes}
+
+
+async def ask(harness: Harness, path: str, body: dict[str, Any]) -> list[Any]:
+    head, answered = await harness.ask(request(json.dumps(body).encode(), path.encode()))
+    assert head.startswith(b"HTTP/1.1 200"), head
+    return events_of(answered)
+
+
+def expected(model: FakeModel, path: str, body: dict[str, Any]) -> list[Any]:
+    """What an instance alone would stream."""
+    raw = b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in model.events(path, body))
+    return events_of(raw)
+
+
+def error_in(events: list[Any]) -> str:
+    assert set(events[-1]) == {"error"}
+    return str(events[-1]["error"]["message"])
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+@pytest.mark.parametrize("changes", [{}, {"return_token_ids": True}, {"return_token_ids": False}])
+def test_an_armed_stream_is_the_instances_own(run: Any, path: str, changes: Any) -> None:
+    async def check() -> None:
+        model = FakeModel(PIECES, per_event=(1, 2))
+        body = body_of(path, stream_options={"include_usage": True}, **changes)
+        async with serving(stream_instance(model)) as harness:
+            assert await ask(harness, path, body) == expected(model, path, body)
+            assert model.asked[0]["return_token_ids"] is True
+            await harness.settle()
+
+    run(check())
+
+
+def num_bytes(model: FakeModel, path: str, body: dict[str, Any]) -> int:
+    return sum(map(len, model.events(path, body | {"return_token_ids": True})))
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    path=st.sampled_from([CHAT, COMPLETION]),
+    per_event=st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple),
+    has_usage=st.booleans(),
+    wants_ids=st.booleans(),
+    where=st.lists(st.floats(0, 1), min_size=1, max_size=3),
+    how=st.sampled_from(["reset", "end"]),
+)
+def test_wherever_instances_die_the_client_gets_the_undisturbed_stream(  # noqa: PLR0917
+    run: Any,
+    path: str,
+    per_event: tuple[int, ...],
+    has_usage: bool,
+    wants_ids: bool,
+    where: list[float],
+    how: str,
+) -> None:
+    """Before the first event, in one, between two, in a character, before usage or [DONE]."""
+
+    async def check() -> None:
+        model = FakeModel(PIECES, per_event=per_event)
+        body = body_of(
+            path, stream_options={"include_usage": has_usage}, return_token_ids=wants_ids
+        )
+        size = num_bytes(model, path, body)
+        dying = [stream_instance(model, Death(int(part * (size - 1)), how)) for part in where]
+        retries = {"num_retries": 3}
+        instances = (*dying, stream_instance(model))
+        async with serving(*instances, policy=first, routing=retries) as harness:
+            assert await ask(harness, path, body) == expected(model, path, body)
+            await harness.settle()
+
+    run(check())
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+def test_every_cut_of_one_stream(run: Any, path: str) -> None:
+    """Byte by byte; what was asked for on the way is checked by the fake model."""
+
+    async def check() -> None:
+        body = body_of(path, stream_options={"include_usage": True})
+        model = FakeModel([b"a", "ü".encode()[:1], "ü".encode()[1:]])
+        wanted = expected(model, path, body)
+        for cut in range(0, num_bytes(model, path, body), 29):
+            dying, good = stream_instance(model, Death(cut)), stream_instance(model)
+            async with serving(dying, good, policy=first) as harness:
+                assert await ask(harness, path, body) == wanted, cut
+                await harness.settle()
+
+    run(check())
+
+
+def test_what_happened_is_counted(run: Any) -> None:
+    async def check() -> None:
+        model = FakeModel(PIECES)
+        dying, good = stream_instance(model, Death(500)), stream_instance(model)
+        async with serving(dying, good, policy=first) as harness:
+            await ask(harness, COMPLETION, body_of(COMPLETION))
+            assert good.requests[0].target == RESUME_PATH.encode()
+            bad, other = harness.proxy.fleet
+            assert (bad.stats.resumes, bad.stats.errors) == (1, {"broken": 1})
+            assert bad.life.state is lifecycle.State.SUSPECT
+            assert other.stats.answered == {200: 1}
+            await harness.settle()
+
+    run(check())
+
+
+def test_the_connection_serves_on_after_a_continuation(run: Any) -> None:
+    async def check() -> None:
+        model = FakeModel(PIECES)
+        body = body_of(COMPLETION)
+        dying, good = stream_instance(model, Death(500)), stream_instance(model)
+        async with serving(dying, good, policy=first) as harness:
+            client = await harness.connect()
+            for _ in range(3):
+                client.send(request(json.dumps(body).encode()))
+                _, answered = await client.read_answer()
+                assert events_of(answered) == expected(model, COMPLETION, body)
+            client.send(request(b'{"model":"fake","prompt":"x"}'))  # unarmed, after an armed one
+            good.script = answer(b"whole")
+            for instance in harness.instances:
+                instance.script = good.script
+            assert (await client.read_answer())[1] == b"whole"
+            await harness.settle()
+
+    run(check())
+
+
+def test_an_engine_that_fails_behind_its_server(run: Any) -> None:
+    """vLLM's server then ends its streams with an error event, or an abort, and [DONE]."""
+    model = FakeModel(PIECES)
+    body = body_of(COMPLETION)
+    error = b'data: {"error":{"message":"EngineDead","type":"x","param":null,"code":500}}\n\n'
+    abort = model.events(COMPLETION, {"return_token_ids": True})[3].replace(
+        b'"finish_reason":null', b'"finish_reason":"abort"'
+    )
+
+    async def check(last: bytes) -> None:
+        class Failing(FakeModel):
+            def events(self, path: str, body: dict[str, Any]) -> list[bytes]:
+                return [*super().events(path, body)[:2], last, b"data: [DONE]\n\n"]
+
+        async with serving(
+            stream_instance(Failing(PIECES)), stream_instance(model), policy=first
+        ) as harness:
+            assert await ask(harness, COMPLETION, body) == expected(model, COMPLETION, body)
+            await harness.settle()
+
+    run(check(error))
+    run(check(abort))
+
+
+def test_events_that_are_there_for_their_ids_alone_are_not_shown() -> None:
+    """A parser that waits shows nothing; with ids asked for, vLLM sends an empty delta."""
+    body = json.dumps(body_of(CHAT)).encode()
+    stream = arm(route_of(CHAT.encode()), body, peek(body, b"application/json"))
+    assert stream is not None
+    opening, first_event, *_ = FakeModel(PIECES).events(CHAT, json.loads(stream.body))
+    waiting = first_event.replace(b'{"content":"Gr"}', b"{}").replace(b"[0]", b"[5,6]")
+    stream.parts += [opening[:50], opening[50:] + first_event, waiting, b"data: {"]
+    shown = stream.take()
+    assert shown.count(b"\n\n") == 2
+    assert b'ids":[' not in shown
+    stream.is_begun = True
+    stream.restart()
+    _, raw = stream.next_request(b"POST / HTTP/1.1\r\ncontent-length: 1\r\n\r\n", b"/")
+    assert msgspec.json.decode(raw, type=Resumption).chunks == [[0], [5, 6]]
+
+
+def test_an_error_of_the_request_is_passed_on(run: Any) -> None:
+    error = b'data: {"error":{"message":"no","type":"x","param":null,"code":400}}\n\n'
+
+    class Refusing(FakeModel):
+        def events(self, path: str, body: dict[str, Any]) -> list[bytes]:
+            return [*super().events(path, body)[:2], error, b"data: [DONE]\n\n"]
+
+    async def check() -> None:
+        model = Refusing(PIECES)
+        async with serving(stream_instance(model), stream_instance(model)) as harness:
+            events = await ask(harness, COMPLETION, body_of(COMPLETION))
+            assert events == expected(model, COMPLETION, body_of(COMPLETION))
+            await harness.settle()
+
+    run(check())
+
+
+def test_a_stalled_stream_goes_on_elsewhere(run: Any) -> None:
+    async def check() -> None:
+        model = FakeModel(PIECES)
+        silent, good = stream_instance(model, Death(600, "silence")), stream_instance(model)
+        limits = {"stalled_s": 0.1}
+        async with serving(silent, good, policy=first, timeouts=limits) as harness:
+            body = body_of(COMPLETION)
+            assert await ask(harness, COMPLETION, body) == expected(model, COMPLETION, body)
+            await harness.settle()
+
+    run(check())
+
+
+def test_a_drain_deadline_moves_what_still_runs(run: Any) -> None:
+    async def check() -> None:
+        model = FakeModel(PIECES)
+        slow, good = stream_instance(model, Death(600, "silence")), stream_instance(model)
+        limits = {"drain_s": 0.1}
+        async with serving(slow, good, policy=first, instances=limits) as harness:
+            fleet = harness.proxy.fleet
+            (draining, _) = fleet
+            fleet.report(draining, lifecycle.Registered("", leased=True))
+            client = await harness.connect()
+            body = body_of(COMPLETION)
+            client.send(request(json.dumps(body).encode()))
+            await client.reader.readuntil(b"data: ")
+            fleet.report(draining, lifecycle.Drain())
+            wanted = expected(model, COMPLETION, body)
+            last = await client.reader.readuntil(b"0\r\n\r\n")
+            assert json.dumps(wanted[-2]["choices"][0]["text"]).encode() in last
+            assert b"[DONE]" in last
+            assert b"error" not in last
+            await harness.settle()
+
+    run(check())
+
+
+def test_without_another_instance_the_stream_says_so(run: Any) -> None:
+    async def check() -> None:
+        model = FakeModel(PIECES)
+        async with serving(stream_instance(model, Death(600))) as harness:
+            events = await ask(harness, COMPLETION, body_of(COMPLETION))
+            message = error_in(events)
+            assert "closed the connection" in message
+            assert "every instance was tried" in message
+            whole = expected(model, COMPLETION, body_of(COMPLETION))
+            assert events[:-1] == whole[: len(events) - 1]
+            await harness.settle()
+
+    run(check())
+
+
+def test_instances_that_cannot_continue_are_passed_over(run: Any) -> None:
+    async def check() -> None:
+        model = FakeModel(PIECES)
+        plain = stream_instance(model, resumes=False)
+        body = body_of(COMPLETION)
+        dying, good = stream_instance(model, Death(600)), stream_instance(model)
+        async with serving(dying, plain, good, policy=first) as harness:
+            assert await ask(harness, COMPLETION, body) == expected(model, COMPLETION, body)
+            other = list(harness.proxy.fleet)[1]
+            assert other.stats.errors == {"not continued": 1}
+            assert other.life.state is lifecycle.State.READY
+        async with serving(stream_instance(model, Death(600)), plain, policy=first) as harness:
+            message = error_in(await ask(harness, COMPLETION, body))
+            assert "HTTP 404" in message
+            await harness.settle()
+
+    run(check())
+
+
+def test_resumes_of_one_stream_are_bounded(run: Any) -> None:
+    async def check() -> None:
+        model = FakeModel(PIECES)
+        instances = [stream_instance(model, Death(600)) for _ in range(3)]
+        bound = {"max_resumes": 1}
+        async with serving(*instances, policy=first, continuation=bound) as harness:
+            message = error_in(await ask(harness, COMPLETION, body_of(COMPLETION)))
+            assert "continued 1 times already" in message
+            await harness.settle()
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    ("path", "changes"),
+    [
+        (COMPLETION, {"n": 2}),
+        (COMPLETION, {"best_of": 2}),
+        (COMPLETION, {"echo": True}),
+        (COMPLETION, {"use_beam_search": True}),
+        (COMPLETION, {"prompt": ["a", "b"]}),
+        (COMPLETION, {"prompt": [[1], [2]]}),
+        (CHAT, {"n": 2}),
+        (CHAT, {"include_reasoning": False}),
+        ("/v1/messages", {}),
+    ],
+)
+def test_what_cannot_be_continued_ends_in_an_error_event(
+    run: Any, path: str, changes: dict[str, Any]
+) -> None:
+    async def check() -> None:
+        model = FakeModel(PIECES)
+        body = body_of(path, **changes)
+        dying, good = stream_instance(model, Death(600)), stream_instance(model)
+        async with serving(dying, good, policy=first) as harness:
+            _, answered = await harness.ask(request(json.dumps(body).encode(), path.encode()))
+            assert b'"error"' in answered
+            assert dying.requests[0].body == json.dumps(body).encode()  # as it came
+            assert not good.requests
+            await harness.settle()
+
+    run(check())
+
+
+def test_it_can_be_switched_off(run: Any) -> None:
+    async def check() -> None:
+        model = FakeModel(PIECES)
+        dying, good = stream_instance(model, Death(600)), stream_instance(model)
+        async with serving(dying, good, policy=first, continuation={"enabled": False}) as harness:
+            raw = json.dumps(body_of(COMPLETION)).encode()
+            _, answered = await harness.ask(request(raw))
+            assert b'"error"' in answered
+            assert dying.requests[0].body == raw
+            await harness.settle()
+
+    run(check())
+
+
+def test_a_client_that_leaves_while_its_stream_moves(run: Any) -> None:
+    async def check() -> None:
+        model = FakeModel(PIECES)
+        dying = stream_instance(model, Death(600))
+        silent = stream_instance(model, Death(0, "silence"))
+        async with serving(dying, silent, policy=first) as harness:
+            client = await harness.connect()
+            client.send(request(json.dumps(body_of(COMPLETION)).encode()))
+            await client.reader.readuntil(b"data: ")
+            async with asyncio.timeout(PATIENCE_S):
+                while not silent.requests:
+                    await asyncio.sleep(0.002)
+            client.writer.transport.abort()
+            async with asyncio.timeout(PATIENCE_S):
+                await silent.requests[0].gone.wait()
+            await harness.settle()
+
+    run(check())
+
+
+@pytest.mark.parametrize("status", ["400 Bad Request", "503 Service Unavailable"])
+def test_errors_and_whole_answers_are_passed_on(run: Any, status: str) -> None:
+    """A stream was asked for and not given: nothing is armed any more."""
+
+    async def check() -> None:
+        async with serving(FakeInstance(script=answer(b'{"error":1}', status))) as harness:
+            raw = json.dumps(body_of(COMPLETION)).encode()
+            head, answered = await harness.ask(request(raw))
+            assert head.startswith(f"HTTP/1.1 {status}".encode())
+            assert answered == b'{"error":1}'
+            await harness.settle()
+
+    run(check())

@@ -1,0 +1,306 @@
+"""Streams that go on elsewhere, token for token, when their instance dies.
+
+An armed stream is asked for with `return_token_ids`.  Only whole events are passed on, without the
+ids unless the client wants them; so the service knows at any time which tokens the client has.  If
+the stream breaks, another instance continues after exactly these (`instance/resume.py`).
+
+Almost every event is one more token: its ids are cut out by position and kept as bytes.  Anything
+else about a stream (how it opens, ends or fails) is read as JSON.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from xllm_plugin.instance.resumption import RESUME_PATH, Finish, Resumption
+from xllm_plugin.service.routes import Route
+
+__all__ = ["ArmedStream", "StreamWishes", "arm", "with_body"]
+
+_MAX_EVENT_BYTES = 64 * 2**20
+_IDS = b'"token_ids":['
+_NO_IDS = b'"token_ids":null'
+_PROMPT_IDS = b'"prompt_token_ids":['
+# What stands before the ids of a choice that goes on: in a chat, and in a completion.
+_OPEN = (
+    b'"finish_reason":null,',
+    b'"finish_reason":null,"stop_reason":null,"prompt_token_ids":null,',
+)
+_EMPTY = b'"delta":{},"logprobs":null,"finish_reason":null,'
+_END = b"\n\n"
+_DONE = b"data: [DONE]\n\n"
+_FAULTS = frozenset({"abort", "error"})
+_SERVER_ERROR = 500
+_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+
+
+class StreamWishes(msgspec.Struct):
+    """The fields of a request that say whether its stream can be armed."""
+
+    stream: Any = None
+    n: Any = None
+    best_of: Any = None
+    echo: Any = None
+    use_beam_search: Any = None
+    include_reasoning: Any = None
+    return_token_ids: Any = None
+    prompt: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _Choice(msgspec.Struct):
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+    delta: Any = None
+    logprobs: Any = None
+
+
+class _Fault(msgspec.Struct):
+    message: str = ""
+    code: Any = None
+
+
+class _Event(msgspec.Struct):
+    id: str = ""
+    created: int = 0
+    choices: list[_Choice] = []
+    error: _Fault | None = None
+
+
+_decode = msgspec.json.Decoder(_Event).decode
+_decode_chunks = msgspec.json.Decoder(list[list[int]]).decode
+
+
+def arm(route: Route, body: bytes, wishes: StreamWishes) -> ArmedStream | None:
+    """The stream that `body` asks for, or None if its tokens cannot be known.
+
+    `echo` of a completion and hidden reasoning change with `return_token_ids`; several choices or
+    prompts are not continued.
+    """
+    if (
+        wishes.stream is not True
+        or route.path not in _PATHS
+        or wishes.n not in (None, 1)
+        or wishes.best_of not in (None, 1)
+        or wishes.use_beam_search
+        or wishes.include_reasoning is False
+    ):
+        return None
+    if route.path == "/v1/completions" and (wishes.echo or not _is_one_prompt(wishes.prompt)):
+        return None
+    if wishes.return_token_ids is True:
+        return ArmedStream(route.path, body, hides_ids=False)
+    # The last of two equal names counts, for vLLM as for every common parser.
+    end = body.rstrip()[:-1]
+    return ArmedStream(route.path, end + b',"return_token_ids":true}', hides_ids=True)
+
+
+def _is_one_prompt(prompt: msgspec.Raw) -> bool:
+    """A string, or a list of token ids."""
+    start = bytes(memoryview(prompt)[:64]).translate(None, b" \t\r\n")
+    return start[:1] == b'"' or (start[:1] == b"[" and start[1:2].isdigit())
+
+
+def with_body(head: bytes, body: bytes, target: bytes | None = None) -> bytes:
+    """`head` for another body; it ends with its length, as `client.py` has built it."""
+    head = head[: head.rindex(b"content-length: ")] + b"content-length: %d\r\n\r\n" % len(body)
+    if target is not None:
+        head = b"POST %b HTTP/1.1%b" % (target, head[head.index(b"\r\n") :])
+    return head
+
+
+class ArmedStream:
+    """What the client has of one stream.
+
+    Args:
+        path: of its request.
+        body: as sent to instances.
+        hides_ids: whether the client did not ask for token ids.
+    """
+
+    __slots__ = (
+        "_chunks",
+        "_finish",
+        "_is_known",
+        "_is_lost",
+        "_num_opening",
+        "_path",
+        "_rest",
+        "body",
+        "created",
+        "failure",
+        "hides_ids",
+        "id",
+        "is_begun",
+        "is_done",
+        "num_resumes",
+        "parts",
+    )
+
+    def __init__(self, path: str, body: bytes, *, hides_ids: bool) -> None:
+        self.body = body
+        self.hides_ids = hides_ids
+        self.parts: list[bytes] = []
+        """Of the answer's body; `take` consumes them."""
+        self.id = ""
+        self.created = 0
+        self.is_begun = False
+        """Whether the client has the head of the answer."""
+        self.is_done = False
+        """Whether it has the last event."""
+        self.failure = ""
+        """Why the instance will not finish the stream, once it has said so."""
+        self.num_resumes = 0
+        self._path = path
+        self._rest = b""
+        self._chunks: list[bytes] = []
+        self._num_opening = 0
+        self._finish: Finish | None = None
+        self._is_known = False
+        self._is_lost = False
+
+    @property
+    def num_events(self) -> int:
+        """Events with tokens that have been taken."""
+        return len(self._chunks)
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether all that the client has is known."""
+        return not self._is_lost
+
+    def take(self) -> bytes:
+        """The whole events in `parts`, as the client is to get them; sets `failure`."""
+        parts = self.parts
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        parts.clear()
+        if self._rest:
+            data = self._rest + data
+            self._rest = b""
+        if not data.endswith(_END):
+            end = data.rfind(_END) + 2
+            self._rest = data[end:] if end > 1 else data
+            if end < 2:  # noqa: PLR2004 - none is whole
+                if len(data) > _MAX_EVENT_BYTES:
+                    self.failure = f"it sent an event of over {_MAX_EVENT_BYTES} bytes"
+                return b""
+            data = data[:end]
+        if data.find(b"\n") == len(data) - 2:  # JSON has no line breaks
+            return self._event(data)
+        shown = []
+        for event in data[:-2].split(_END):
+            shown.append(self._event(event + _END))
+            if self.failure:
+                break
+        return b"".join(shown)
+
+    def restart(self) -> None:
+        """Another connection begins: nothing is left of the last one but what the client has."""
+        self.parts.clear()
+        self._rest = b""
+        self.failure = ""
+        if not self.is_begun:
+            self._chunks.clear()
+            self._num_opening = 0
+            self._is_known = False
+
+    def next_request(self, head: bytes, target: bytes) -> tuple[bytes, bytes]:
+        """Head and body of what to ask another instance for; `head` is the last one's.
+
+        Args:
+            head: as sent before.
+            target: of the original request.
+        """
+        if not self._is_known:
+            return with_body(head, self.body, target), self.body
+        resumption = Resumption(
+            path=self._path,  # type: ignore[arg-type]  # `arm` has checked it
+            body=msgspec.Raw(self.body),
+            id=self.id,
+            created=self.created,
+            chunks=_decode_chunks(b"[[" + b"],[".join(self._chunks) + b"]]")
+            if self._chunks
+            else [],
+            num_opening_events=self._num_opening,
+            finish=self._finish,
+        )
+        body = msgspec.json.encode(resumption)
+        return with_body(head, body, RESUME_PATH.encode()), body
+
+    # -- parts ----------------------------------------------------------------------------------
+
+    def _event(self, event: bytes) -> bytes:
+        start = event.rfind(_IDS)
+        if (
+            start > 0
+            and self._is_known
+            and event.endswith(_OPEN, 0, start)
+            and not event.endswith(_EMPTY, 0, start)
+        ):
+            end = event.index(b"]", start)
+            self._chunks.append(event[start + len(_IDS) : end])
+            return event[:start] + _NO_IDS + event[end + 1 :] if self.hides_ids else event
+        return self._read(event)
+
+    def _read(self, event: bytes) -> bytes:
+        """One event as the client is to get it; nothing if it is not for the client."""
+        if event == _DONE:
+            self.is_done = True
+            return event
+        if not event.startswith(b"data: {"):
+            return event  # a comment that keeps connections alive
+        try:
+            content = _decode(memoryview(event)[6:])
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            self.failure = f"it sent an event that is no JSON: {error}"
+            return b""
+        if content.error is not None:
+            return self._read_error(event, content.error)
+        if not self._is_known:
+            self.id, self.created, self._is_known = content.id, content.created, True
+        if content.choices:
+            return self._read_choice(event, content.choices[0])
+        if self._finish is not None:  # usage
+            self._finish = msgspec.structs.replace(
+                self._finish, num_events=self._finish.num_events + 1
+            )
+        return event
+
+    def _read_error(self, event: bytes, fault: _Fault) -> bytes:
+        if isinstance(fault.code, int) and fault.code >= _SERVER_ERROR:
+            self.failure = f"it failed: {fault.message}"
+            return b""
+        self._is_lost = True
+        return event
+
+    def _read_choice(self, event: bytes, choice: _Choice) -> bytes:
+        if choice.finish_reason in _FAULTS:
+            self.failure = f"it ended the stream with finish reason {choice.finish_reason!r}"
+            return b""
+        if choice.token_ids is not None:
+            start = event.index(_IDS) + len(_IDS)
+            self._chunks.append(event[start : event.index(b"]", start)])
+        elif self._chunks:
+            self._is_lost = True  # tokens that nobody names
+        else:
+            self._num_opening += 1
+        if choice.finish_reason is not None:
+            self._finish = Finish(
+                finish_reason=choice.finish_reason, stop_reason=choice.stop_reason
+            )
+        if not self.hides_ids:
+            return event
+        if choice.delta == {} and choice.finish_reason is None and choice.logprobs is None:
+            return b""  # there only because ids were asked for
+        return _without(_without(event, _PROMPT_IDS), _IDS)
+
+
+def _without(event: bytes, key: bytes) -> bytes:
+    """`event` with null in place of the list that follows `key`."""
+    start = event.find(key)
+    if start < 0:
+        return event
+    start += len(key) - 1
+    return event[:start] + b"null" + event[event.index(b"]", start) + 1 :]
