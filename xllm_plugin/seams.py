@@ -105,6 +105,14 @@ def _outputs_take_attributes() -> None:
             raise TypeError(f"{path} takes no further attribute")
 
 
+def _a_request_meets_the_engine_in_one_call() -> None:
+    generate = _attribute("vllm.engine.protocol:EngineClient.generate")
+    found = tuple(inspect.signature(generate).parameters)[1:4]
+    if found != ("prompt", "sampling_params", "request_id"):
+        raise TypeError(f"generate takes {', '.join(found)}")
+    _attribute("vllm.exceptions:VLLMValidationError")
+
+
 def _runner_is_named() -> None:
     worker = _attribute("vllm.v1.worker.cpu_worker:CPUWorker")
     if "CPUModelRunner" not in worker.init_device.__code__.co_names:
@@ -233,6 +241,19 @@ SEAMS: tuple[Seam, ...] = (
         leaves_when="a platform can bring its own endpoints.",
         process=Process.EVERY,
         fits=_attributes("vllm.plugins:load_endpoint_plugins"),
+    ),
+    Seam(
+        name="engine-client-generate",
+        target="vllm.engine.protocol:EngineClient.generate",
+        why="a request's promise is completed from its headers, and refused with an HTTP status, "
+        "where its prompt is known in tokens and its answer has not begun; a function of ours "
+        "stands before this method of the server's engine client.",
+        versions="0.32",
+        upstream="vllm/entrypoints/openai/chat_completion/serving.py, "
+        "vllm/entrypoints/openai/completion/serving.py",
+        leaves_when="plugins are handed a request between its rendering and its answer.",
+        process=Process.EVERY,
+        fits=_a_request_meets_the_engine_in_one_call,
     ),
     Seam(
         name="executor-by-path",

@@ -103,6 +103,23 @@ def test_endpoint_plugins_are_opt_in() -> None:
     assert "if envs.VLLM_PLUGINS is None:" in source.partition("def load_endpoint_plugins")[2]
 
 
+def test_requests_meet_the_engine_before_their_answer_begins() -> None:
+    """No plugin is asked in between, and the call is made before the stream is returned."""
+    for name in ("chat_completion", "completion"):
+        source = vllm_source("entrypoints", "openai", name, "serving.py")
+        call = source.index("generator = self.engine_client.generate(\n")
+        assert call < source.index("        if request.stream:\n            return self.", call)
+    assert set(re.findall(r"    (?:async )?def (\w+)", endpoint_plugin_protocol())) == {
+        "attach_router",
+        "init_state",
+    }
+
+
+def endpoint_plugin_protocol() -> str:
+    source = vllm_source("plugins", "endpoint_plugins", "interface.py")
+    return source.partition("class EndpointPlugin(Protocol)")[2].partition("\ndef ")[0]
+
+
 def test_executor_is_taken_by_path() -> None:
     """No platform hook names the executor class."""
     assert not re.search(r"def \w*executor", vllm_source("platforms", "interface.py"))
@@ -265,6 +282,7 @@ TESTS = {
     "platform-from-argv": "test_platform_is_chosen_before_arguments_are_parsed",
     "platform-errors-swallowed": "test_what_a_platform_plugin_raises_is_swallowed",
     "own-endpoints": "test_endpoint_plugins_are_opt_in",
+    "engine-client-generate": "test_requests_meet_the_engine_before_their_answer_begins",
     "executor-by-path": "test_executor_is_taken_by_path",
     "scheduler-internals": "test_scheduler_stats_do_not_reach_plugins_in_the_engine",
     "step-attributes": "test_outputs_have_no_field_for_extensions",

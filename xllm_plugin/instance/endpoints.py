@@ -1,5 +1,8 @@
 """vLLM endpoint plugin: `GET /xllm/snapshot`, `GET /xllm/info`, and our part of `/metrics`.
 
+It also puts in place what stands in the way of every request: the middleware that reads our headers
+(`promises`) and the gate before the engine (`gate`).
+
 Like `/metrics` and `/version`, these routes only read, and vLLM's `--api-key` does not guard them.
 vLLM asks endpoint plugins not to open paths of their own into the engine; this one does, on
 purpose, because vLLM has none to the scheduler (ARCHITECTURE.md, "One channel to the engine").
@@ -22,6 +25,7 @@ from starlette.datastructures import State
 from xllm_plugin.channel.messages import Readings
 from xllm_plugin.channel.paths import usable
 from xllm_plugin.config import XllmConfig, load_config
+from xllm_plugin.instance import gate
 from xllm_plugin.instance.engines import AsyncEngineReader, EngineGroup, EngineReader
 from xllm_plugin.instance.metrics import (
     XllmCollector,
@@ -29,6 +33,7 @@ from xllm_plugin.instance.metrics import (
     is_multiprocess,
     register,
 )
+from xllm_plugin.instance.promises import PromiseMiddleware, error_response
 
 __all__ = ["Info", "XllmEndpoints"]
 
@@ -86,20 +91,25 @@ class XllmEndpoints:
         self._platform_name = platform_name or _vllm_platform_name
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes; called once, before `init_state`."""
+        """Add the routes and the middleware; called once, before `init_state`.
+
+        vLLM adds its own middleware later, so CORS and `--api-key` come before ours.
+        """
+        app.add_middleware(PromiseMiddleware)
         app.add_api_route("/xllm/snapshot", _snapshot, methods=["GET"])
         app.add_api_route("/xllm/info", _info, methods=["GET"])
         if self._is_multiprocess:
             extend_metrics_route(app, self._registry)
 
     async def init_state(self, engine_client: Any | None, state: State, args: Namespace) -> None:
-        """Find this server's engines; without an engine (render server) the routes answer 503."""
+        """Find this server's engines and stand before them; without one the routes answer 503."""
         del args  # the protocol's; all that is ours is in additional_config
         if engine_client is None:
             state.xllm = "this server renders prompts and has no engine"
             return
         vllm_config = engine_client.vllm_config
         config = load_config(vllm_config.additional_config)
+        gate.install(engine_client, config.scheduler.default_promise)
         channel = usable(config.channel)
         if not channel.enabled:
             state.xllm = (
@@ -153,15 +163,12 @@ def _state_of(request: Request) -> _ServerState | str:
     return found
 
 
-def _json(content: Any, status_code: int = 200) -> Response:
-    body = msgspec.json.encode(content, enc_hook=str)
-    return Response(body, status_code=status_code, media_type="application/json")
+def _json(content: Any) -> Response:
+    return Response(msgspec.json.encode(content, enc_hook=str), media_type="application/json")
 
 
 def _unavailable(message: str) -> Response:
-    """503 in the shape of vLLM's (OpenAI's) errors."""
-    error = {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}
-    return _json({"error": error}, status_code=503)
+    return error_response(503, "ServiceUnavailableError", message)
 
 
 def _versions() -> dict[str, str]:
