@@ -21,6 +21,7 @@ Imports neither torch nor vLLM.
 from __future__ import annotations
 
 import math
+import operator
 from typing import Final
 
 import msgspec
@@ -40,6 +41,7 @@ OUTLIER_ERRORS: Final = 3.0
 LEAST_ERROR: Final = 0.05
 MIN_SAMPLES: Final = 32
 RELIABLE_ERROR: Final = 0.25
+SATURATED_GROWTH: Final = 1.9
 TOLERANCE: Final = 1e-9
 
 
@@ -194,18 +196,24 @@ class StepModel(msgspec.Struct, frozen=True, kw_only=True):
 
     def predict_ms(self, step: StepShape) -> float:
         """The expected duration."""
-        terms = self.work.terms(step)
-        return sum(factor * term for factor, term in zip(self.factors, terms, strict=True))
+        return sum(map(operator.mul, self.factors, self.work.terms(step)))
 
     def bound_ms(self, step: StepShape) -> float:
         """The duration with the usual error on top; what deadlines are planned with."""
         return self.predict_ms(step) * (1.0 + self.error)
 
+    def is_saturated(self, step: StepShape) -> bool:
+        """Whether twice the rows would take about twice the time: a larger batch gains nothing."""
+        twice = step.with_decodes(step.num_sequences, step.context_tokens)
+        return self.predict_ms(twice) >= SATURATED_GROWTH * self.predict_ms(step)
+
     def prefill_tokens_within(
         self, step: StepShape, budget_ms: float, most: int, computed_tokens: int = 0
     ) -> int:
         """The largest chunk, up to `most`, with which `step` still ends within `budget_ms`."""
-        fits, too_many = 0, most + 1
+        if self.bound_ms(step.with_prefill(most, computed_tokens)) <= budget_ms:
+            return most
+        fits, too_many = 0, most
         while too_many - fits > 1:
             middle = (fits + too_many) // 2
             if self.bound_ms(step.with_prefill(middle, computed_tokens)) <= budget_ms:

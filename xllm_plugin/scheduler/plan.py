@@ -1,0 +1,591 @@
+"""What runs in the next step: a pure function of the requests' slack and the step-time model.
+
+In this order (paper, section 3.1 and 3.2; ProServe's slide batching, arXiv 2512.12928):
+
+1. Decodes of online requests run.  The n-th token after the first is due n times TPOT after it, so
+   steps that were faster than promised have earned credit.  The tightest of these deadlines is the
+   step's budget.  If all together would break it, those that can spare a whole step are held.
+2. Prompts of online requests share what is left of the budget: those that can still meet their
+   TTFT by deadline, as many as can (J. M. Moore, "An n job, one machine sequencing algorithm for
+   minimizing the number of late jobs", 1968); the others after them, least work first, and those
+   that have waited too long in turns with the rest.  Nobody joins whose decoding would make the
+   batch too slow for its promises.
+3. If these lack KV blocks or places, offline requests give up theirs, those with least computed
+   first.
+4. Offline decodes are merged while the step stays within its budget; offline prompts are read when
+   no online one is due.  Both stop at the next step when online work comes.
+5. If there are still too few blocks, nothing is held: vLLM takes them from the last in order.
+
+A held request keeps its KV blocks.  Imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import heapq
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+
+from xllm_plugin.scheduler.predictor import StepModel, StepShape
+
+__all__ = ["Bound", "Limits", "Plan", "Running", "View", "Waiting", "make_plan"]
+
+MIN_CHUNK_TOKENS: Final = 16
+"""Smaller chunks are not worth a row, unless they end a prompt."""
+CAUTIOUS_CHUNK_TOKENS: Final = 256
+"""Beside decodes, while the model cannot be relied on."""
+LOST_TOKENS: Final = 16
+"""A request this many tokens behind no longer binds the others."""
+MAX_CONSIDERED: Final = 128
+"""Waiting requests by deadline that a place is looked for; bounds the cost."""
+MAX_REFUSED: Final = 8
+"""Of these, that would slow the batch too much, before no more are tried."""
+OVERDUE_TURN: Final = 4
+"""One admission in this many goes to the longest-waiting overdue request."""
+FREE_FOR_ONLINE: Final = 0.1
+"""Part of all KV blocks that offline requests leave free."""
+
+
+class Bound(StrEnum):
+    """What kept the step from being larger."""
+
+    WORK = "work"
+    """Nothing; there was no more to do."""
+    TPOT = "tpot"
+    """The tightest deadline of a decode."""
+    STEP_LIMIT = "step_limit"
+    """Steps stay short enough that a request which comes now is not late by that alone."""
+    TOKENS = "tokens"
+    """`max_num_batched_tokens`."""
+    BATCH = "batch"
+    """One more decoding row would break promises."""
+    MEMORY = "memory"
+    """KV blocks, or places in the batch."""
+    CAUTION = "caution"
+    """The step-time model cannot be relied on."""
+
+
+class Running(msgspec.Struct, frozen=True, gc=False):
+    """A request in the batch.
+
+    Attributes:
+        request_id: vLLM's.
+        is_online: whether its promise counts.
+        deadline_s: when its next token is due, on the view's clock.
+        tpot_ms: promised.
+        arrival_s: on the view's clock.
+        priority: lower is earlier.
+        computed_tokens: in the KV cache.
+        todo_tokens: known and not yet computed: 1 and its drafts for a decode, more in a prompt.
+        is_prefill: whether these are part of a prompt, or of one that was preempted.
+    """
+
+    request_id: str
+    is_online: bool
+    deadline_s: float
+    tpot_ms: float
+    arrival_s: float
+    priority: int
+    computed_tokens: int
+    todo_tokens: int
+    is_prefill: bool
+
+
+class Waiting(msgspec.Struct, frozen=True, gc=False):
+    """A request in the queue; attributes as of `Running`, `todo_tokens` without a cached prefix."""
+
+    request_id: str
+    is_online: bool
+    deadline_s: float
+    tpot_ms: float
+    arrival_s: float
+    priority: int
+    todo_tokens: int
+    computed_tokens: int = 0
+
+
+class View(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine between two steps.
+
+    Attributes:
+        now_s: on any clock; all times are on it.
+        running: in vLLM's order.
+        waiting: in arrival's order.
+        free_blocks: of the KV cache.
+        total_blocks: of the KV cache.
+        block_tokens: tokens a block holds.
+        admitted_since_overdue: admissions since the last overdue request's turn.
+    """
+
+    now_s: float
+    running: Sequence[Running] = ()
+    waiting: Sequence[Waiting] = ()
+    free_blocks: int
+    total_blocks: int
+    block_tokens: int
+    admitted_since_overdue: int = 0
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What does not change from step to step.
+
+    Attributes:
+        max_sequences: in the batch, held ones included.
+        max_tokens: of one step.
+        max_step_ms: of a step with prompts in it.
+        target: part of a budget that is used.
+        max_wait_s: an online request that waits longer is overdue.
+    """
+
+    max_sequences: int
+    max_tokens: int
+    max_step_ms: float
+    target: float = 0.98
+    max_wait_s: float = 30.0
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What to run.
+
+    Attributes:
+        order: running requests to offer to the step, first served first.  If blocks run out, the
+            last gives up its own.
+        hold: running requests to leave out of the step; they keep their blocks.
+        preempt: running requests to give up their blocks before the step.
+        admit: waiting requests to put first, in this order; no more may join.
+        token_budget: of the whole step.
+        chunk_tokens: of one prompt in this step; 0 without bound.
+        step: what is expected to run.
+        predicted_ms: how long.
+        bound: why it is not larger.
+        num_late: online requests whose TTFT can no longer be met.
+        serves_overdue: whether the first admission is an overdue request's turn.
+    """
+
+    order: tuple[str, ...] = ()
+    hold: tuple[str, ...] = ()
+    preempt: tuple[str, ...] = ()
+    admit: tuple[str, ...] = ()
+    token_budget: int = 0
+    chunk_tokens: int = 0
+    step: StepShape = StepShape()
+    predicted_ms: float = 0.0
+    bound: Bound = Bound.WORK
+    num_late: int = 0
+    serves_overdue: bool = False
+
+
+Prompt = Running | Waiting
+# Priority, then what to sort by, the least time it takes in s, and the prompt's index.
+_Ranked = tuple[int, float, float, int]
+_ARRIVAL = operator.attrgetter("arrival_s")
+
+
+def make_plan(view: View, model: StepModel, limits: Limits) -> Plan:
+    """Plan one step; see the module's text.
+
+    Whatever the view, the plan names each request at most once, keeps within `limits`, and lets
+    something run if anything can.
+    """
+    planner = _Planner(view, model, limits)
+    planner.run_online_decodes()
+    planner.run_online_prompts()
+    planner.make_room()
+    planner.run_offline_decodes()
+    planner.run_offline_prompts()
+    return planner.finished()
+
+
+class _Planner:
+    """The working state of one `make_plan`."""
+
+    def __init__(self, view: View, model: StepModel, limits: Limits) -> None:
+        self._view, self._model, self._limits = view, model, limits
+        running = view.running
+        self._decodes = [r for r in running if r.is_online and not r.is_prefill]
+        self._prompts = [r for r in running if r.is_online and r.is_prefill]
+        self._offline_decodes = [r for r in running if not r.is_online and not r.is_prefill]
+        self._offline_prompts = [r for r in running if not r.is_online and r.is_prefill]
+        self._waiting = [w for w in view.waiting if w.is_online]
+        self._is_online_due = bool(self._prompts or self._waiting)
+        self._step = StepShape()
+        self._budget_ms = limits.max_step_ms
+        self._bound = Bound.WORK
+        self._chunks: dict[str, int] = {}
+        self._chosen: list[Running] = []
+        self._admitted: list[Waiting] = []
+        self._hold: list[Running] = []
+        self._preempt: list[Running] = []
+        self._num_late = 0
+        self._serves_overdue = False
+        self._num_blocks = 0
+        self._free_blocks = view.free_blocks
+
+    # Online decodes.
+
+    def run_online_decodes(self) -> None:
+        """All of them, unless some can spare a step that others cannot."""
+        if not self._decodes:
+            return
+        binding_ms = self._binding_ms()
+        self._step = _with_decodes(self._step, self._decodes)
+        if binding_ms is None:
+            return
+        budget_ms = self._limits.target * binding_ms
+        if self._model.is_reliable and self._model.bound_ms(self._step) > budget_ms:
+            self._hold_spare(budget_ms)
+        self._budget_ms = min(budget_ms, self._limits.max_step_ms)
+
+    def _binding_ms(self) -> float | None:
+        now_s = self._view.now_s
+        return min(
+            (
+                slack_ms
+                for r in self._decodes
+                if (slack_ms := (r.deadline_s - now_s) * 1e3) > -LOST_TOKENS * r.tpot_ms
+            ),
+            default=None,
+        )
+
+    def _hold_spare(self, budget_ms: float) -> None:
+        """Hold the fewest with most slack, if that lets the tightest keep its promise."""
+        spare_s = self._view.now_s + 2 * self._model.bound_ms(self._step) / 1e3
+        spare = sorted(
+            (r for r in self._decodes if r.deadline_s > spare_s),
+            key=lambda r: r.deadline_s,
+            reverse=True,
+        )
+        for num in _growing(len(spare)):
+            held = {r.request_id for r in spare[:num]}
+            rest = [r for r in self._decodes if r.request_id not in held]
+            step = _with_decodes(StepShape(), rest)
+            if rest and self._model.bound_ms(step) <= budget_ms:
+                self._decodes, self._step = rest, step
+                self._hold += spare[:num]
+                return
+
+    # Online prompts.
+
+    def run_online_prompts(self) -> None:
+        """By urgency, within the budget of time, tokens and rows."""
+        if not self._is_online_due:
+            return
+        num_places = self._limits.max_sequences - len(self._view.running)
+        num_places += len(self._offline_decodes) + len(self._offline_prompts)
+        rows = _with_decodes(StepShape(), [*self._decodes, *self._hold])
+        tpot_ms = min((r.tpot_ms for r in self._decodes), default=float("inf"))
+        started = {r.request_id for r in self._prompts}
+        num_refused = 0
+        for index, prompt in enumerate(self._ranked()):
+            is_started = prompt.request_id in started
+            must_run = (self._serves_overdue and not index) or not self._step.num_tokens
+            if not is_started:
+                if num_places <= len(self._admitted):
+                    self._bound = Bound.MEMORY
+                    continue
+                if not must_run and not self._may_join(rows, prompt, tpot_ms):
+                    self._bound = Bound.BATCH
+                    num_refused += 1
+                    if num_refused == MAX_REFUSED:
+                        break
+                    continue
+            if not self._take_chunk(prompt, must_run=must_run):
+                break
+            rows = rows.with_decodes(1, prompt.computed_tokens + prompt.todo_tokens)
+            tpot_ms = min(tpot_ms, prompt.tpot_ms)
+        self._hold += [r for r in self._prompts if r.request_id not in self._chunks]
+
+    def _may_join(self, rows: StepShape, prompt: Prompt, tpot_ms: float) -> bool:
+        if not self._model.is_reliable:
+            return True
+        joined = rows.with_decodes(1, prompt.computed_tokens + prompt.todo_tokens)
+        allowed_ms = self._limits.target * min(tpot_ms, prompt.tpot_ms)
+        return self._model.bound_ms(joined) <= allowed_ms
+
+    def _ranked(self) -> Iterator[Prompt]:
+        """Online prompts, most urgent first; at most `MAX_CONSIDERED` of each kind."""
+        turn = self._overdue_turn()
+        if turn is not None:
+            yield turn
+        cost = _PromptCost(self._model, self._step)
+        now_s = self._view.now_s
+        prompts: list[Prompt] = [*self._prompts, *self._waiting]
+        in_time: list[_Ranked] = []
+        late: list[_Ranked] = []
+        for index, p in enumerate(prompts):
+            least_s = cost.least_s(p.todo_tokens, p.computed_tokens)
+            if now_s + least_s <= p.deadline_s:
+                in_time.append((p.priority, p.deadline_s, least_s, index))
+            else:
+                late.append((p.priority, least_s, least_s, index))
+        self._num_late = len(late)
+        in_time.sort()
+        kept, dropped = _most_on_time(in_time[:MAX_CONSIDERED], now_s, self._share_of_prompts())
+        yield from (prompts[index] for index in kept if prompts[index] is not turn)
+        late += dropped
+        late.sort()
+        for *_, index in late[:MAX_CONSIDERED]:
+            if prompts[index] is not turn:
+                yield prompts[index]
+
+    def _overdue_turn(self) -> Prompt | None:
+        """The request that has waited longest, if it is overdue and its turn has come."""
+        if self._view.admitted_since_overdue + 1 < OVERDUE_TURN:
+            return None
+        prompts: list[Prompt] = [*self._prompts, *self._waiting]
+        oldest = min(prompts, key=_ARRIVAL)
+        if oldest.arrival_s > self._view.now_s - self._limits.max_wait_s:
+            return None
+        self._serves_overdue = True
+        return oldest
+
+    def _share_of_prompts(self) -> float:
+        """Part of the time that decodes leave, if none of their credit is spent."""
+        tpot_ms = min((r.tpot_ms for r in self._decodes), default=None)
+        if tpot_ms is None:
+            return 1.0
+        used = self._model.bound_ms(self._step) / (self._limits.target * tpot_ms)
+        return max(0.05, 1.0 - used)
+
+    def _take_chunk(self, prompt: Prompt, *, must_run: bool) -> bool:
+        """Give `prompt` what fits; whether more may follow."""
+        tokens_left = self._limits.max_tokens - self._step.num_tokens
+        if tokens_left < 1:
+            self._bound = Bound.TOKENS
+            return False
+        most = min(prompt.todo_tokens, tokens_left)
+        fits = self._fitting(prompt, most)
+        least = min(MIN_CHUNK_TOKENS, prompt.todo_tokens)
+        if fits < least:
+            self._bound = self._why_short(fits, tokens_left)
+            if not must_run:
+                return False
+            fits = min(least, tokens_left)
+        self._chunks[prompt.request_id] = fits
+        self._step = self._step.with_prefill(fits, prompt.computed_tokens)
+        self._num_blocks += self._growth(prompt, fits)
+        if isinstance(prompt, Running):
+            self._chosen.append(prompt)
+        else:
+            self._admitted.append(prompt)
+        if fits < prompt.todo_tokens:
+            self._bound = self._why_short(fits, tokens_left)
+            return False
+        self._keep_in_time(prompt)
+        return True
+
+    def _keep_in_time(self, prompt: Prompt) -> None:
+        """Let what is added to a step in which `prompt` ends not make it late."""
+        due_ms = (prompt.deadline_s - self._view.now_s) * 1e3
+        if prompt.is_online and due_ms >= self._model.bound_ms(self._step):
+            self._budget_ms = min(self._budget_ms, due_ms)
+
+    def _fitting(self, prompt: Prompt, most: int) -> int:
+        if not self._model.is_reliable:
+            if not self._decodes:
+                return most
+            return min(most, CAUTIOUS_CHUNK_TOKENS - self._step.prefill_tokens)
+        return self._model.prefill_tokens_within(
+            self._step, self._budget_ms, most, prompt.computed_tokens
+        )
+
+    def _why_short(self, fits: int, tokens_left: int) -> Bound:
+        if fits >= tokens_left:
+            return Bound.TOKENS
+        if not self._model.is_reliable:
+            return Bound.CAUTION
+        return Bound.TPOT if self._budget_ms < self._limits.max_step_ms else Bound.STEP_LIMIT
+
+    # Memory.
+
+    def make_room(self) -> None:
+        """Let offline requests give up the blocks and places that online ones lack."""
+        self._num_blocks += sum(self._growth(r, r.todo_tokens) for r in self._decodes)
+        # vLLM lets a request join only if its whole prompt has room.
+        needed = self._num_blocks + sum(
+            self._blocks(w.todo_tokens + 1) - self._blocks(self._chunks[w.request_id])
+            for w in self._admitted
+        )
+        lacking_blocks = needed - self._view.free_blocks
+        lacking_places = len(self._view.running) + len(self._admitted) - self._limits.max_sequences
+        for victim in sorted(
+            (*self._offline_decodes, *self._offline_prompts),
+            key=lambda r: (-r.priority, r.computed_tokens),
+        ):
+            if lacking_places <= 0 and lacking_blocks <= 0:
+                break
+            self._preempt.append(victim)
+            lacking_places -= 1
+            lacking_blocks -= self._blocks(victim.computed_tokens)
+        gone = {r.request_id for r in self._preempt}
+        self._offline_decodes = [r for r in self._offline_decodes if r.request_id not in gone]
+        self._offline_prompts = [r for r in self._offline_prompts if r.request_id not in gone]
+        self._free_blocks = self._view.free_blocks + sum(
+            self._blocks(victim.computed_tokens) for victim in self._preempt
+        )
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self._view.block_tokens)
+
+    def _growth(self, prompt: Prompt, tokens: int) -> int:
+        computed = prompt.computed_tokens
+        return self._blocks(computed + tokens) - self._blocks(computed)
+
+    # Offline.
+
+    def run_offline_decodes(self) -> None:
+        """As many, oldest first, as keep the step within its budget."""
+        decodes = sorted(self._offline_decodes, key=lambda r: (r.priority, r.arrival_s))
+        num_left = self._limits.max_tokens - self._step.num_tokens
+        num = min(len(decodes), num_left // max((r.todo_tokens for r in decodes), default=1))
+        if self._has_online():
+            if not self._model.is_reliable:
+                num = 0
+            elif num:
+                context = max(r.computed_tokens for r in decodes)
+                num = self._model.decodes_within(self._step, self._budget_ms, num, context)
+        self._step = _with_decodes(self._step, decodes[:num])
+        self._num_blocks += sum(self._growth(r, r.todo_tokens) for r in decodes[:num])
+        self._offline_decodes = decodes[:num]
+        self._hold += decodes[num:]
+
+    def run_offline_prompts(self) -> None:
+        """When no online prompt is due, and while the batch still gains by another row."""
+        prompts: list[Prompt] = sorted(
+            self._offline_prompts, key=lambda r: (r.priority, r.arrival_s)
+        )
+        if not self._is_online_due and (self._model.is_reliable or not self._has_online()):
+            waiting = (w for w in self._view.waiting if not w.is_online)
+            prompts += heapq.nsmallest(
+                MAX_CONSIDERED, waiting, key=lambda w: (w.priority, w.arrival_s)
+            )
+            self._take_offline(prompts)
+        self._hold += [r for r in self._offline_prompts if r.request_id not in self._chunks]
+
+    def _take_offline(self, prompts: Sequence[Prompt]) -> None:
+        num_places = self._limits.max_sequences - len(self._view.running)
+        num_free = self._free_blocks - int(FREE_FOR_ONLINE * self._view.total_blocks)
+        rows = _with_decodes(StepShape(), [*self._decodes, *self._offline_decodes, *self._hold])
+        for prompt in prompts:
+            if isinstance(prompt, Waiting):
+                num_free -= self._blocks(prompt.todo_tokens)
+                is_alone = not (self._view.running or self._admitted)
+                if num_places <= len(self._admitted) or (num_free < 0 and not is_alone):
+                    self._bound = Bound.MEMORY
+                    return
+                if (
+                    self._model.is_reliable
+                    and rows.num_sequences
+                    and self._model.is_saturated(rows)
+                ):
+                    self._bound = Bound.BATCH
+                    return
+            rows = rows.with_decodes(1, prompt.computed_tokens + prompt.todo_tokens)
+            if not self._take_chunk(prompt, must_run=not self._step.num_tokens):
+                return
+
+    def _has_online(self) -> bool:
+        return bool(self._decodes or self._is_online_due)
+
+    # The end.
+
+    def finished(self) -> Plan:
+        """The plan; everything is offered if blocks are short, or nothing would have run."""
+        hold = self._hold
+        decodes = sorted(self._decodes, key=lambda r: r.deadline_s)
+        online = [r for r in self._chosen if r.is_online]
+        offline = [r for r in self._chosen if not r.is_online]
+        offered = [*decodes, *self._offline_decodes, *online, *offline]
+        if self._num_blocks > self._free_blocks:
+            # vLLM takes blocks from the last, and a held request could not give up its own.
+            offered = [*decodes, *online, *self._offline_decodes, *offline]
+            offered += sorted(hold, key=lambda r: (not r.is_online, r.deadline_s))
+            hold = []
+            self._bound = Bound.MEMORY
+        elif not self._step.num_tokens:
+            offered, hold = hold, []
+        most = self._limits.max_tokens
+        return Plan(
+            order=tuple(r.request_id for r in offered),
+            hold=tuple(r.request_id for r in hold),
+            preempt=tuple(r.request_id for r in self._preempt),
+            admit=tuple(w.request_id for w in self._admitted),
+            token_budget=min(self._step.num_tokens, most) or most,
+            chunk_tokens=max(self._chunks.values(), default=0),
+            step=self._step,
+            predicted_ms=self._model.predict_ms(self._step),
+            bound=self._bound,
+            num_late=self._num_late,
+            serves_overdue=self._serves_overdue,
+        )
+
+
+class _PromptCost:
+    """What reading a prompt costs beside the decodes of now, linear in tokens and pairs."""
+
+    def __init__(self, model: StepModel, step: StepShape) -> None:
+        empty_ms = model.bound_ms(step)
+        self._pair_s = model.bound_ms(msgspec.structs.replace(step, prefill_pairs=10**6)) - empty_ms
+        self._pair_s /= 1e9
+        chunk = msgspec.structs.replace(
+            step,
+            num_tokens=step.num_tokens + CAUTIOUS_CHUNK_TOKENS,
+            prefill_tokens=CAUTIOUS_CHUNK_TOKENS,
+        )
+        self._token_s = (model.bound_ms(chunk) - empty_ms) / CAUTIOUS_CHUNK_TOKENS / 1e3
+
+    def least_s(self, todo_tokens: int, computed_tokens: int) -> float:
+        """The least time that many tokens after so many computed ones take, in s."""
+        return todo_tokens * (self._token_s + self._pair_s * (computed_tokens + todo_tokens / 2))
+
+
+def _most_on_time(
+    ranked: Sequence[_Ranked], now_s: float, share: float
+) -> tuple[list[int], list[_Ranked]]:
+    """Split prompts into those that can all be on time, and the rest ranked by the least time.
+
+    Whenever one would be late, the longest so far is left out (of the lowest priority): Moore's
+    algorithm, which loses the fewest.
+
+    Args:
+        ranked: by priority and deadline.
+        now_s: on the clock of deadlines.
+        share: part of the time that goes to prompts.
+    """
+    taken: list[tuple[int, float, int]] = []
+    dropped: set[int] = set()
+    end_s = now_s
+    for place, (priority, deadline_s, least_s, _) in enumerate(ranked):
+        needed_s = least_s / share
+        heapq.heappush(taken, (-priority, -needed_s, place))
+        end_s += needed_s
+        if end_s > deadline_s:
+            _, saved_s, longest = heapq.heappop(taken)
+            end_s += saved_s
+            dropped.add(longest)
+    kept = [index for place, (*_, index) in enumerate(ranked) if place not in dropped]
+    rest = [ranked[place] for place in dropped]
+    return kept, [(priority, least_s, least_s, index) for priority, _, least_s, index in rest]
+
+
+def _with_decodes(step: StepShape, requests: Sequence[Running]) -> StepShape:
+    return StepShape(
+        step.num_sequences + len(requests),
+        step.num_tokens + sum(r.todo_tokens for r in requests),
+        step.context_tokens + sum(r.computed_tokens for r in requests),
+        step.prefill_tokens,
+        step.prefill_pairs,
+    )
+
+
+def _growing(most: int) -> Iterable[int]:
+    """1, 2, 4, ... and `most` itself."""
+    num = 1
+    while num < most:
+        yield num
+        num *= 2
+    if most:
+        yield most
