@@ -113,6 +113,16 @@ def _a_request_meets_the_engine_in_one_call() -> None:
     _attribute("vllm.exceptions:VLLMValidationError")
 
 
+def _requests_have_phases() -> None:
+    module = "vllm.v1.engine.output_processor"
+    names = inspect.unwrap(_attribute(f"{module}:OutputProcessor.__init__")).__code__.co_names
+    if not {"external_req_ids", "request_states"} <= set(names):
+        raise AttributeError("OutputProcessor no longer has external_req_ids and request_states")
+    names = inspect.unwrap(_attribute(f"{module}:RequestState.__init__")).__code__.co_names
+    if "is_prefilling" not in names:
+        raise AttributeError("RequestState no longer has is_prefilling")
+
+
 def _runner_is_named() -> None:
     worker = _attribute("vllm.v1.worker.cpu_worker:CPUWorker")
     if "CPUModelRunner" not in worker.init_device.__code__.co_names:
@@ -254,6 +264,17 @@ SEAMS: tuple[Seam, ...] = (
         leaves_when="plugins are handed a request between its rendering and its answer.",
         process=Process.EVERY,
         fits=_a_request_meets_the_engine_in_one_call,
+    ),
+    Seam(
+        name="request-phases",
+        target="vllm.v1.engine.output_processor:OutputProcessor.request_states",
+        why="admission keeps account of the requests that wait for their first token, which the "
+        "outputs of requests that are not streamed do not show.",
+        versions="0.32",
+        upstream="vllm/v1/engine/output_processor.py",
+        leaves_when="EngineClient tells which requests wait, not only how many tokens.",
+        process=Process.EVERY,
+        fits=_requests_have_phases,
     ),
     Seam(
         name="executor-by-path",

@@ -115,6 +115,14 @@ def test_requests_meet_the_engine_before_their_answer_begins() -> None:
     }
 
 
+def test_an_engine_client_tells_how_many_tokens_wait_and_not_whose() -> None:
+    source = vllm_source("v1", "engine", "async_llm.py")
+    assert re.findall(r"    def (get_num_\w+)\(", source) == [
+        "get_num_unfinished_requests",
+        "get_num_queued_tokens",
+    ]
+
+
 def endpoint_plugin_protocol() -> str:
     source = vllm_source("plugins", "endpoint_plugins", "interface.py")
     return source.partition("class EndpointPlugin(Protocol)")[2].partition("\ndef ")[0]
@@ -283,6 +291,7 @@ TESTS = {
     "platform-errors-swallowed": "test_what_a_platform_plugin_raises_is_swallowed",
     "own-endpoints": "test_endpoint_plugins_are_opt_in",
     "engine-client-generate": "test_requests_meet_the_engine_before_their_answer_begins",
+    "request-phases": "test_an_engine_client_tells_how_many_tokens_wait_and_not_whose",
     "executor-by-path": "test_executor_is_taken_by_path",
     "scheduler-internals": "test_scheduler_stats_do_not_reach_plugins_in_the_engine",
     "step-attributes": "test_outputs_have_no_field_for_extensions",

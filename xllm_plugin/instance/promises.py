@@ -8,7 +8,7 @@ travel beside it in a context variable, which every task of the request inherits
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -57,10 +57,14 @@ class RequestContext:
     Attributes:
         promise_args: what the headers promise, as entries of ``vllm_xargs``.
         response_headers: added to the answer when it starts.
+        was_decided: whether admission has let it in; it decides once a request.
+        at_end: called when the answer has ended, or the client has gone.
     """
 
     promise_args: dict[str, str] = field(default_factory=dict)
     response_headers: dict[str, str] = field(default_factory=dict)
+    was_decided: bool = False
+    at_end: list[Callable[[], None]] = field(default_factory=list)
 
 
 current_request: ContextVar[RequestContext | None] = ContextVar("xllm_request", default=None)
@@ -92,6 +96,8 @@ class PromiseMiddleware:
             await self._app(scope, receive, _with_headers(send, context))
         finally:
             current_request.reset(token)
+            for end in context.at_end:
+                end()
 
 
 def promise_args(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
