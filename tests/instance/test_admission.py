@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -114,7 +113,7 @@ class Server:
     def __init__(self, config: AdmissionConfig) -> None:
         self.config = config
         self.waiting = WaitingList(config.tenant_weights, by_deadline=False)
-        self.order: list[tuple[str, WaitingRequest]] = []
+        self.order: list[WaitingRequest] = []
         self.now_ms = 0.0
         self.busy_until_ms = 0.0
 
@@ -124,14 +123,13 @@ class Server:
         queue = self.waiting.look(promise, now_s)
         outcome = decide(promise, num_tokens, queue, make_forecast(), self.config).outcome
         if outcome.is_admitted:
-            request = self.waiting.add("r", promise, num_tokens, now_s)
-            self.order.append((tenant, request))
+            self.order.append(self.waiting.add("r", promise, num_tokens, now_s))
         return outcome
 
     def advance(self, elapsed_ms: float) -> None:
         self.now_ms += elapsed_ms
         while self.order and self.busy_until_ms <= self.now_ms:
-            tenant, request = self.order.pop(0)
+            request = self.order.pop(0)
             self.waiting.discard(request)
             self.busy_until_ms = max(self.busy_until_ms, self.now_ms - elapsed_ms)
             self.busy_until_ms += request.num_tokens
