@@ -123,6 +123,34 @@ def _requests_have_phases() -> None:
         raise AttributeError("RequestState no longer has is_prefilling")
 
 
+def _schedule_reads_its_limits_each_time() -> None:
+    scheduler = _attribute("vllm.v1.core.sched.scheduler:Scheduler")
+    read = scheduler.schedule.__code__.co_names
+    for name in (
+        "adaptive_long_prefill_threshold",
+        "kv_holding_waiting",
+        "long_prefill_token_threshold",
+        "max_num_active_reqs",
+        "max_num_scheduled_tokens",
+        "num_waiting_for_streaming_input",
+        "running",
+        "waiting",
+    ):
+        if name not in read:
+            raise AttributeError(f"Scheduler.schedule no longer reads {name}")
+    preempt = tuple(inspect.signature(scheduler._preempt_request).parameters)  # noqa: SLF001
+    if preempt != ("self", "request", "timestamp", "drop_stale_output"):
+        raise TypeError(f"Scheduler._preempt_request takes {', '.join(preempt)}")
+    made = scheduler.__init__.__code__.co_names
+    for name in ("need_mamba_block_aligned_split", "prev_step_scheduled_req_ids"):
+        if name not in made:
+            raise AttributeError(f"Scheduler has no {name}")
+    _attribute("vllm.v1.core.sched.scheduler:Scheduler._request_blocks_can_be_freed")
+    _attribute("vllm.v1.core.sched.request_queue:RequestQueue.prepend_request")
+    _attribute("vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks")
+    _attribute("vllm.v1.core.sched.interface:PauseState.UNPAUSED")
+
+
 def _runner_is_named() -> None:
     worker = _attribute("vllm.v1.worker.cpu_worker:CPUWorker")
     if "CPUModelRunner" not in worker.init_device.__code__.co_names:
@@ -310,6 +338,18 @@ SEAMS: tuple[Seam, ...] = (
             "vllm.v1.core.sched.async_scheduler:AsyncScheduler",
             "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks",
         ),
+    ),
+    Seam(
+        name="scheduler-plan",
+        target="vllm.v1.core.sched.scheduler:Scheduler.schedule",
+        why="a plan is put into force through what schedule() reads at each call: the order and "
+        "content of running and waiting, max_num_active_reqs, max_num_scheduled_tokens and "
+        "long_prefill_token_threshold; a request left out of running keeps its KV blocks.",
+        versions="0.32",
+        upstream="vllm/v1/core/sched/scheduler.py",
+        leaves_when="vLLM takes a policy that chooses who runs, with how many tokens.",
+        process=Process.ENGINE,
+        fits=_schedule_reads_its_limits_each_time,
     ),
     Seam(
         name="step-attributes",

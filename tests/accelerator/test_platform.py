@@ -233,3 +233,39 @@ def test_an_option_that_comes_too_late_says_so(
         parser_with_options().parse_args(arguments)
     assert caught.value.code == 2
     assert "comes too late here" in capsys.readouterr().err
+
+
+SLO = {"xllm": {"scheduler": {"policy": "slo"}}}
+
+
+def slo_config(**changes: Any) -> SimpleNamespace:
+    """What vLLM has by default, with the policy slo."""
+    made = config(additional_config=SLO, scheduler_cls=changes.pop("scheduler_cls", None))
+    values = {"enable_chunked_prefill": True, "policy": "fcfs", "runner_type": "generate"}
+    values |= {"pipeline_parallel_size": 1, **changes}
+    made.scheduler_config.enable_chunked_prefill = values["enable_chunked_prefill"]
+    made.scheduler_config.policy = values["policy"]
+    made.parallel_config.pipeline_parallel_size = values["pipeline_parallel_size"]
+    made.model_config = SimpleNamespace(runner_type=values["runner_type"])
+    return made
+
+
+def test_the_policy_slo_goes_with_vllm_s_defaults() -> None:
+    assert checked(slo_config()).scheduler_config.scheduler_cls == SCHEDULER
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"enable_chunked_prefill": False}, "chunked prefill is off"),
+        ({"policy": "priority"}, "xllm_priority"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ({"runner_type": "pooling"}, "generates no tokens"),
+        ({"scheduler_cls": "mine.Scheduler"}, "--scheduler-cls is mine.Scheduler"),
+    ],
+)
+def test_what_the_policy_slo_cannot_serve_stops_the_start(
+    changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        checked(slo_config(**changes))

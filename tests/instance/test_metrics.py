@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from xllm_plugin.channel import EngineChannel
 from xllm_plugin.instance.engines import EngineGroup, EngineReader
 from xllm_plugin.instance.metrics import XllmCollector, extend_metrics_route, register
+from xllm_plugin.scheduler.slo_metrics import SLO_SECTION, Attainment, SloSnapshot
 
 Start = Callable[[int], EngineChannel]
 
@@ -163,3 +164,53 @@ def test_without_the_known_route_one_line_is_logged(caplog: pytest.LogCaptureFix
     assert len(app.routes) == num_routes
     assert len(caplog.records) == 1
     assert "GET /xllm/snapshot has the same figures" in caplog.text
+
+
+def test_the_policy_slo_has_metrics_of_its_own(
+    collector: XllmCollector, start_engine: Start
+) -> None:
+    channel = start_engine(0)
+    slo = SloSnapshot(
+        attainment=(
+            Attainment(
+                service_class="online",
+                tenant="t",
+                num_finished=5,
+                num_kept=3,
+                num_ttft_missed=1,
+                num_tpot_missed=2,
+            ),
+        ),
+        slack_counts=(1, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 4),
+        slack_sum_ms=500.0,
+        model_error=0.07,
+        is_model_reliable=True,
+        predicted_ms=1500.0,
+        measured_ms=1600.0,
+        bounds={"tpot": 9},
+        num_held={"online": 1, "offline": 6},
+        offline_tokens=77,
+    )
+    channel.add_section(SLO_SECTION, lambda: slo)
+    channel.publish_if_due(force=True)
+    registry = CollectorRegistry()
+    register(collector, registry)
+    found = {
+        (sample.name, *(sample.labels.get(k, "") for k in ("service_class", "bound", "le"))): (
+            sample.value
+        )
+        for family in text_string_to_metric_families(generate_latest(registry).decode())
+        for sample in family.samples
+    }
+    assert found["xllm:slo_requests_kept_total", "online", "", ""] == 3
+    assert found["xllm:slo_tpot_missed_total", "online", "", ""] == 2
+    assert found["xllm:plan_bounds_total", "", "tpot", ""] == 9
+    assert found["xllm:requests_held_total", "offline", "", ""] == 6
+    assert found["xllm:slack_seconds_bucket", "", "", "-1.0"] == 1
+    assert found["xllm:slack_seconds_bucket", "", "", "-0.02"] == 1
+    assert found["xllm:slack_seconds_bucket", "", "", "0.0"] == 3
+    assert found["xllm:slack_seconds_bucket", "", "", "+Inf"] == 7
+    assert found["xllm:steps_measured_seconds_total", "", "", ""] == 1.6
+    assert found["xllm:step_model_error_ratio", "", "", ""] == 0.07
+    assert found["xllm:step_model_reliable", "", "", ""] == 1
+    assert found["xllm:offline_tokens_total", "", "", ""] == 77

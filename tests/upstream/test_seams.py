@@ -138,6 +138,18 @@ def test_scheduler_stats_do_not_reach_plugins_in_the_engine() -> None:
     assert "stat_logger" not in vllm_source("v1", "engine", "core.py")
 
 
+def test_nobody_else_chooses_who_runs() -> None:
+    """One function chooses requests, chunks and victims; only a queue's order can be named."""
+    source = vllm_source("v1", "core", "sched", "scheduler.py")
+    schedule = source.partition("    def schedule(")[2].partition("\n    def ")[0]
+    assert "preempted_req = self.running[-1]" in schedule
+    assert "token_budget = self.max_num_scheduled_tokens" in schedule
+    assert "if num_running >= self.max_num_active_reqs:" in schedule
+    assert "if not preempted_reqs and self._pause_state" in schedule, "victims end admission"
+    policies = vllm_source("config", "scheduler.py")
+    assert 'SchedulerPolicy = Literal["fcfs", "priority"]' in policies
+
+
 def test_outputs_have_no_field_for_extensions() -> None:
     """Neither output has a field where an out-of-tree scheduler or worker may put something."""
     for parts in (("v1", "core", "sched", "output.py"), ("v1", "outputs.py")):
@@ -294,6 +306,7 @@ TESTS = {
     "request-phases": "test_an_engine_client_tells_how_many_tokens_wait_and_not_whose",
     "executor-by-path": "test_executor_is_taken_by_path",
     "scheduler-internals": "test_scheduler_stats_do_not_reach_plugins_in_the_engine",
+    "scheduler-plan": "test_nobody_else_chooses_who_runs",
     "step-attributes": "test_outputs_have_no_field_for_extensions",
     "cpu-runner-class": "test_cpu_worker_names_its_runner",
     "cpu-executor": "test_cpu_platform_replaces_the_executor_in_process",

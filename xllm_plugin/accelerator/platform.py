@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from xllm_plugin.channel.paths import usable
 from xllm_plugin.config import load_config
+from xllm_plugin.errors import ConfigError
+from xllm_plugin.scheduler.config import slo_refusal
 from xllm_plugin.selection import PLATFORM_ENV, PLATFORMS
 
 if TYPE_CHECKING:
@@ -77,9 +79,15 @@ def check_settings(vllm_config: Any) -> None:
     """Refuse wrong settings now, before any process is started or model loaded.
 
     Raises:
-        ConfigError: see `load_config`; or the directory named for the channel cannot be used.
+        ConfigError: see `load_config`; or the directory named for the channel cannot be used; or
+            the scheduler's policy does not go with vLLM's settings.
     """
-    usable(load_config(vllm_config.additional_config).channel)
+    config = load_config(vllm_config.additional_config)
+    usable(config.channel)
+    if config.scheduler.policy == "slo" and (reason := slo_refusal(vllm_config)):
+        raise ConfigError(
+            f"scheduler.policy=slo cannot be used: {reason}. Change that, or use policy=fcfs."
+        )
 
 
 def choose_executor(vllm_config: Any) -> None:
@@ -117,6 +125,11 @@ def choose_scheduler(vllm_config: Any) -> None:
     if scheduler.scheduler_cls in {None, SCHEDULER, ASYNC_SCHEDULER}:
         scheduler.scheduler_cls = ours
         return
+    if load_config(vllm_config.additional_config).scheduler.policy != "fcfs":
+        raise ConfigError(
+            f"scheduler.policy=slo needs our scheduler, and --scheduler-cls is "
+            f"{scheduler.scheduler_cls}. Leave one of them out."
+        )
     logger.warning(
         "xllm-plugin: --scheduler-cls %s is used as asked; what our scheduler adds (snapshots, "
         "xllm metrics, `xllm top`) is off.",

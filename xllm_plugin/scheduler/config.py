@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from xllm_plugin.scheduler.promise import MAX_TARGET_MS, TENANT_PATTERN, Promise, ServiceClass
 
-__all__ = ["SchedulerConfig"]
+__all__ = ["SchedulerConfig", "slo_refusal"]
 
 
 class SchedulerConfig(BaseModel):
@@ -48,3 +48,21 @@ class SchedulerConfig(BaseModel):
             service_class=self.service_class,
             tenant=self.tenant,
         )
+
+
+def slo_refusal(vllm_config: Any) -> str | None:
+    """Why the policy `slo` cannot serve under this vLLM configuration, or None.
+
+    Asynchronous scheduling, prefix caching, structured output, LoRA, multimodal inputs, speculative
+    decoding and KV connectors are no reason.
+    """
+    scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+    if not scheduler.enable_chunked_prefill:
+        return "chunked prefill is off; a prompt has to fit the time that decodes leave"
+    if scheduler.policy != "fcfs":
+        return f"--scheduling-policy is {scheduler.policy}; give priorities as xllm_priority"
+    if parallel.pipeline_parallel_size > 1:
+        return "--pipeline-parallel-size is over 1; steps then overlap, and their times with them"
+    if vllm_config.model_config.runner_type != "generate":
+        return "the model generates no tokens"
+    return None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from xllm_plugin.config import load_config
+from xllm_plugin.scheduler.slo import SloPolicy
+from xllm_plugin.scheduler.slo_metrics import PREDICTOR_SECTION, SLO_SECTION
 from xllm_plugin.scheduler.telemetry import Telemetry
 from xllm_plugin.seams import Process, check_all
 from xllm_plugin.worker.messages import StepMessage, attach, attached
@@ -26,14 +30,30 @@ class XllmSchedulerMixin:
         check_all(Process.ENGINE)
         super().__init__(*args, **kwargs)
         self._telemetry = Telemetry(self)
+        self._slo = self._make_policy()
         self._telemetry.start()
+
+    def _make_policy(self) -> SloPolicy | None:
+        config = load_config(self.vllm_config.additional_config).scheduler  # type: ignore[attr-defined]
+        if config.policy != "slo":
+            return None
+        policy = SloPolicy(self, config)
+        self._telemetry.add_section(PREDICTOR_SECTION, policy.model)
+        self._telemetry.add_section(SLO_SECTION, policy.snapshot)
+        return policy
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Plan, let vLLM schedule, and send our message along with the step."""
         self._telemetry.drain_calls()
-        output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        output: SchedulerOutput
+        with nullcontext() if self._slo is None else self._slo.planned():
+            output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        step = 0
         if output.total_num_scheduled_tokens:
-            attach(output, StepMessage(step=self._telemetry.count_step()))
+            step = self._telemetry.count_step()
+            attach(output, StepMessage(step=step))
+        if self._slo is not None:
+            self._slo.record_scheduled(output, step)
         self._telemetry.record_change()
         return output
 
@@ -42,17 +62,24 @@ class XllmSchedulerMixin:
     ) -> Any:
         """Let vLLM take the step's tokens in, then record what the step was."""
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
-        self._telemetry.record_step(scheduler_output, outputs, attached(model_runner_output))
+        stamp = attached(model_runner_output)
+        if self._slo is not None:
+            self._slo.record_step(attached(scheduler_output), outputs, stamp)
+        self._telemetry.record_step(scheduler_output, outputs, stamp)
         return outputs
 
     def add_request(self, request: Request) -> None:
         """Let vLLM queue the request; an idle engine that got work says so."""
+        if self._slo is not None:
+            self._slo.add(request)
         super().add_request(request)  # type: ignore[misc]
         self._telemetry.record_change()
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         """Let vLLM end or abort requests; an engine that falls idle by it says so."""
         finished = super().finish_requests(*args, **kwargs)  # type: ignore[misc]
+        if self._slo is not None:
+            self._slo.forget(finished)
         self._telemetry.record_change()
         return finished
 

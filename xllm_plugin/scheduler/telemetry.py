@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from xllm_plugin import __version__
@@ -37,6 +38,10 @@ class Telemetry:
         vllm_config = scheduler.vllm_config
         channel = usable(load_config(vllm_config.additional_config).channel)
         self._channel = EngineChannel(channel, _identity(vllm_config, channel), self._load_now)
+
+    def add_section(self, name: str, build: Callable[[], Any]) -> None:
+        """Let `build` add a part to each snapshot, see `EngineChannel.add_section`."""
+        self._channel.add_section(name, build)
 
     def start(self) -> None:
         """Publish the first snapshot; the socket is open when this returns."""

@@ -1,0 +1,392 @@
+"""The policy `slo` around vLLM's scheduler: what it sees, how a plan is put into force.
+
+vLLM's `schedule` is not copied.  A plan is put into force by what it reads at each call, and taken
+back after it (seam "scheduler-plan"):
+
+* a held request is taken out of `running` for the call, and put back with its KV blocks;
+* the order of `running` decides who is served first, and who gives up blocks: the last;
+* waiting requests to admit are put first in `waiting`, and `max_num_active_reqs` says how many;
+* `max_num_scheduled_tokens` and `long_prefill_token_threshold` bound the step and its chunks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from vllm.v1.core.sched.interface import PauseState
+
+from xllm_plugin.errors import ConfigError, PromiseError
+from xllm_plugin.scheduler.config import SchedulerConfig
+from xllm_plugin.scheduler.plan import Limits, Plan, Running, View, Waiting, make_plan
+from xllm_plugin.scheduler.predictor import StepModel, StepShape, StepTimeLearner
+from xllm_plugin.scheduler.prior import prior_work
+from xllm_plugin.scheduler.promise import Promise, read_promise
+from xllm_plugin.scheduler.slo_metrics import SloMetrics, SloSnapshot
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
+
+    from xllm_plugin.worker.messages import StepMessage, StepStamp
+
+__all__ = ["SloPolicy"]
+
+logger = logging.getLogger(__name__)
+
+STEP_SHARE_OF_TTFT: Final = 0.25
+"""A step with prompts in it takes at most this part of the default TTFT: who comes meanwhile has
+the rest."""
+LOADED_CHUNK_TOKENS: Final = 256
+"""For requests whose KV a connector has loaded; plans do not see them."""
+MAX_EMPTY_STEPS: Final = 3
+
+
+@dataclass(slots=True)
+class Tracked:
+    """What the policy keeps of one request.
+
+    Attributes:
+        promise: made to it.
+        arrival_s: on the policy's clock.
+        cached_tokens: of its prompt, when it came.
+        first_token_s: when its first token had come.
+        num_tokens: that have come.
+        queued: its last view in the queue, and the number of tokens it was made for.
+    """
+
+    promise: Promise
+    arrival_s: float
+    cached_tokens: int
+    first_token_s: float | None = None
+    num_tokens: int = 0
+    queued: Waiting | None = None
+    queued_tokens: int = 0
+
+    def deadline_s(self, num_tokens: int, now_s: float) -> float:
+        """When the token after `num_tokens` is due; some of those may still be in flight."""
+        if not num_tokens:
+            return self.arrival_s + self.promise.ttft_ms / 1e3
+        first_s = now_s if self.first_token_s is None else self.first_token_s
+        return first_s + num_tokens * self.promise.tpot_ms / 1e3
+
+
+class SloPolicy:
+    """Plans each step of one scheduler, learns from it, and counts.
+
+    Args:
+        scheduler: vLLM's, constructed.
+        config: our settings.
+        clock: monotonic seconds.
+        wall_clock: seconds since 1970, the clock of `Request.arrival_time`.
+
+    Raises:
+        ConfigError: the model needs what this policy cannot give; the message says what.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        config: SchedulerConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        if scheduler.need_mamba_block_aligned_split:
+            raise ConfigError(
+                "scheduler.policy=slo does not go with --mamba-cache-mode align: its chunks end at "
+                "blocks, not where a deadline needs. Use policy=fcfs, or another cache mode."
+            )
+        self._scheduler = scheduler
+        self._defaults = config.default_promise
+        self._clock, self._wall_clock = clock, wall_clock
+        self._limits = Limits(
+            max_sequences=scheduler.max_num_active_reqs,
+            max_tokens=scheduler.max_num_scheduled_tokens,
+            max_step_ms=STEP_SHARE_OF_TTFT * config.ttft_ms,
+            target=config.target,
+            max_wait_s=config.max_wait_s,
+        )
+        self._learner = StepTimeLearner(prior_work(scheduler.vllm_config))
+        self._metrics = SloMetrics()
+        self._requests: dict[str, Tracked] = {}
+        # Of steps under way: what they are made of, the predicted duration in ms, their begin.
+        self._steps: dict[int, tuple[StepShape, float, float]] = {}
+        self._began_s = 0.0
+        self._ended_s = 0.0
+        self._admitted_since_overdue = 0
+        self._num_empty_steps = 0
+
+    # Requests.
+
+    def add(self, request: Request) -> None:
+        """Remember a new request and what it was promised."""
+        waited_s = max(0.0, self._wall_clock() - request.arrival_time)
+        arrival_s = self._clock() - waited_s
+        tracked = self._requests.get(request.request_id)
+        if tracked is not None:  # the next turn of a streaming session
+            tracked.arrival_s, tracked.queued = arrival_s, None
+            return
+        self._requests[request.request_id] = Tracked(
+            self._promise_of(request), arrival_s, self._cached_tokens(request)
+        )
+
+    def forget(self, requests: Iterable[Request]) -> None:
+        """Requests that were aborted."""
+        for request in requests:
+            self._requests.pop(request.request_id, None)
+
+    def _promise_of(self, request: Request) -> Promise:
+        defaults = replace(self._defaults, priority=request.priority)
+        params = request.sampling_params
+        try:
+            return read_promise(params.extra_args if params else None, defaults)
+        except PromiseError as error:
+            # The API server refuses it; who comes past that must not end the engine.
+            self._metrics.num_invalid += 1
+            logger.warning("request %s gets the default promise: %s", request.request_id, error)
+            return defaults
+
+    def _cached_tokens(self, request: Request) -> int:
+        if not self._scheduler.cache_config.enable_prefix_caching:
+            return 0
+        _, num_tokens, _ = self._scheduler.kv_cache_manager.get_computed_blocks(request)
+        return int(num_tokens)
+
+    # A step.
+
+    @contextlib.contextmanager
+    def planned(self) -> Iterator[None]:
+        """Plan, and keep the plan in force while vLLM schedules."""
+        began_s = self._began_s = self._clock()
+        if self._may_not_plan():
+            yield
+            return
+        plan = make_plan(self._view(began_s), self._learner.model, self._limits)
+        held = self._take_out(plan)
+        num_held_online = sum(
+            1 for request in held if self._requests[request.request_id].promise.is_online
+        )
+        self._metrics.record_plan(plan, num_held_online, (self._clock() - began_s) * 1e3)
+        num_running = len(self._scheduler.running)
+        try:
+            with self._limited(plan, len(held)):
+                yield
+        finally:
+            self._count_admissions(plan, len(self._scheduler.running) - num_running)
+            self._scheduler.running += held
+
+    def _may_not_plan(self) -> bool:
+        """Whether vLLM is paused, or nothing has run lately and it has to find its own way out."""
+        if self._num_empty_steps >= MAX_EMPTY_STEPS:
+            self._num_empty_steps = 0
+            return True
+        return self._scheduler.pause_state != PauseState.UNPAUSED
+
+    def _view(self, now_s: float) -> View:
+        scheduler = self._scheduler
+        pool = scheduler.kv_cache_manager.block_pool
+        # Each group of layers takes blocks of its own.
+        num_groups = len(scheduler.kv_cache_config.kv_cache_groups)
+        running = [self._as_running(request, now_s) for request in scheduler.running]
+        return View(
+            now_s=now_s,
+            running=[view for view in running if view.todo_tokens > 0],
+            waiting=[self._as_waiting(request, now_s) for request in scheduler.waiting],
+            free_blocks=pool.get_num_free_blocks(),
+            total_blocks=pool.num_gpu_blocks,
+            block_tokens=max(1, scheduler.block_size // max(1, num_groups)),
+            admitted_since_overdue=self._admitted_since_overdue,
+        )
+
+    def _as_running(self, request: Request, now_s: float) -> Running:
+        tracked = self._requests[request.request_id]
+        promise = tracked.promise
+        in_flight = request.num_output_placeholders
+        computed = request.num_computed_tokens
+        todo = request.num_tokens_with_spec + in_flight - computed
+        return Running(
+            request.request_id,
+            promise.is_online,
+            tracked.deadline_s(request.num_output_tokens + in_flight, now_s),
+            promise.tpot_ms,
+            tracked.arrival_s,
+            promise.priority,
+            computed,
+            todo,
+            todo > 1 + len(request.spec_token_ids),
+        )
+
+    def _as_waiting(self, request: Request, now_s: float) -> Waiting:
+        tracked = self._requests[request.request_id]
+        if tracked.queued is None or tracked.queued_tokens != request.num_tokens:
+            promise = tracked.promise
+            todo = max(1, request.num_tokens - tracked.cached_tokens)
+            tracked.queued_tokens = request.num_tokens
+            tracked.queued = Waiting(
+                request.request_id,
+                promise.is_online,
+                tracked.deadline_s(request.num_output_tokens, now_s),
+                promise.tpot_ms,
+                tracked.arrival_s,
+                promise.priority,
+                todo,
+                request.num_tokens - todo,
+            )
+        return tracked.queued
+
+    def _take_out(self, plan: Plan) -> list[Request]:
+        """Put running and waiting requests into the plan's order; those held are returned."""
+        scheduler, requests = self._scheduler, self._scheduler.requests
+        stay = []
+        for request_id in plan.preempt:
+            request = requests[request_id]
+            if not scheduler._request_blocks_can_be_freed(request):  # noqa: SLF001
+                stay.append(request)  # a step that writes them is in flight
+                continue
+            scheduler.running.remove(request)
+            scheduler._preempt_request(  # noqa: SLF001
+                request,
+                time.monotonic(),
+                drop_stale_output=scheduler.requires_kv_delivery,
+            )
+            # It may come back in this very step; the runner must then take it for a new one.
+            scheduler.prev_step_scheduled_req_ids.discard(request_id)
+        offered = [requests[request_id] for request_id in plan.order]
+        held = [*stay, *(requests[request_id] for request_id in plan.hold)]
+        known = {request.request_id for request in (*offered, *held)}
+        rest = [r for r in scheduler.running if r.request_id not in known]
+        scheduler.running = [*offered, *rest]
+        if plan.admit:
+            admit = [requests[request_id] for request_id in plan.admit]
+            scheduler.waiting.remove_requests(admit)
+            for request in reversed(admit):
+                scheduler.waiting.prepend_request(request)
+        return held
+
+    @contextlib.contextmanager
+    def _limited(self, plan: Plan, num_held: int) -> Iterator[None]:
+        scheduler, config = self._scheduler, self._scheduler.scheduler_config
+        num_loaded = len(scheduler.kv_holding_waiting)
+        tokens = plan.token_budget + LOADED_CHUNK_TOKENS * bool(num_loaded)
+        chunk = max(plan.chunk_tokens, 1 + scheduler.num_spec_tokens) if plan.chunk_tokens else 0
+        before = (
+            scheduler.max_num_active_reqs,
+            scheduler.max_num_scheduled_tokens,
+            scheduler.adaptive_long_prefill_threshold,
+            config.long_prefill_token_threshold,
+        )
+        scheduler.max_num_active_reqs = min(
+            before[0] - num_held,
+            len(scheduler.running)
+            + scheduler.num_waiting_for_streaming_input
+            + num_loaded
+            + len(plan.admit),
+        )
+        scheduler.max_num_scheduled_tokens = min(before[1], tokens)
+        scheduler.adaptive_long_prefill_threshold = False
+        config.long_prefill_token_threshold = min(before[3] or chunk, chunk or before[3])
+        try:
+            yield
+        finally:
+            (
+                scheduler.max_num_active_reqs,
+                scheduler.max_num_scheduled_tokens,
+                scheduler.adaptive_long_prefill_threshold,
+                config.long_prefill_token_threshold,
+            ) = before
+
+    def _count_admissions(self, plan: Plan, num_joined: int) -> None:
+        if num_joined <= 0:
+            return
+        self._admitted_since_overdue += num_joined
+        if plan.serves_overdue:
+            self._admitted_since_overdue = 0
+
+    # After it.
+
+    def record_scheduled(self, output: SchedulerOutput, step: int) -> None:
+        """Remember what step number `step` is made of; 0 if nothing was scheduled."""
+        if not step:
+            self._num_empty_steps += self._scheduler.has_unfinished_requests()
+            return
+        self._num_empty_steps = 0
+        shape = StepShape()
+        num_decode_tokens = 1 + self._scheduler.num_spec_tokens
+        for request_id, num in output.num_scheduled_tokens.items():
+            request = self._scheduler.requests[request_id]
+            before = request.num_computed_tokens - num
+            if num <= num_decode_tokens:
+                shape = shape.with_decodes(1, before, num)
+            else:
+                shape = shape.with_prefill(num, before)
+            if not self._requests[request_id].promise.is_online:
+                self._metrics.offline_tokens += num
+        if not output.scheduled_encoder_inputs:  # their time is in no term of the model
+            predicted_ms = self._learner.model.predict_ms(shape)
+            self._steps[step] = (shape, predicted_ms, self._began_s)
+
+    def record_step(
+        self, message: StepMessage | None, outputs: dict[int, Any], stamp: StepStamp | None
+    ) -> None:
+        """Learn from a finished step, and count its tokens.
+
+        A step is as long as a request waits for it: from its planning, or the end of the one before
+        it if that came later, to here.  That is the worker's time and what surrounds it.
+        """
+        now_s = self._clock()
+        step = self._steps.pop(message.step, None) if message is not None else None
+        if step is not None and stamp is not None:
+            shape, predicted_ms, began_s = step
+            elapsed_ms = (now_s - max(began_s, self._ended_s)) * 1e3
+            duration_ms = max(stamp.duration_ms, elapsed_ms)
+            self._learner.observe(shape, duration_ms)
+            self._metrics.predicted_ms += predicted_ms
+            self._metrics.measured_ms += duration_ms
+        self._ended_s = now_s
+        for client in outputs.values():
+            for output in client.outputs:
+                self._record_output(output, now_s)
+
+    def _record_output(self, output: Any, now_s: float) -> None:
+        tracked = self._requests.get(output.request_id)
+        if tracked is None:
+            return
+        num_new = len(output.new_token_ids)
+        if num_new:
+            if tracked.promise.is_online:
+                due_s = tracked.deadline_s(tracked.num_tokens + num_new - 1, now_s)
+                self._metrics.record_slack((due_s - now_s) * 1e3, num_new)
+            tracked.num_tokens += num_new
+            if tracked.first_token_s is None:
+                tracked.first_token_s = now_s
+        if output.finish_reason is not None:
+            self._settle(output.request_id, tracked, now_s)
+
+    def _settle(self, request_id: str, tracked: Tracked, now_s: float) -> None:
+        if tracked.first_token_s is not None:
+            first_s = tracked.first_token_s
+            ttft_ms = (first_s - tracked.arrival_s) * 1e3
+            tpot_ms = (now_s - first_s) * 1e3 / max(1, tracked.num_tokens - 1)
+            self._metrics.record_finished(tracked.promise, ttft_ms, tpot_ms)
+        request = self._scheduler.requests.get(request_id)
+        if request is None or request.is_finished():
+            del self._requests[request_id]
+        else:  # a streaming session, whose next turn may come
+            tracked.first_token_s, tracked.num_tokens, tracked.queued = None, 0, None
+
+    # For the snapshot.
+
+    def model(self) -> StepModel:
+        """The step-time model of now."""
+        return self._learner.model
+
+    def snapshot(self) -> SloSnapshot:
+        """The counters of now."""
+        model = self._learner.model
+        return self._metrics.snapshot(model.error, is_model_reliable=model.is_reliable)
