@@ -33,6 +33,7 @@ from xllm_plugin.accelerator.config import EngineConfig
 from xllm_plugin.channel.config import ChannelConfig
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.graph.config import GraphConfig
+from xllm_plugin.instance.config import AdmissionConfig
 from xllm_plugin.plugins import LOAD_ENV
 from xllm_plugin.registration import RegistrationConfig
 from xllm_plugin.scheduler.config import SchedulerConfig
@@ -75,6 +76,9 @@ class XllmConfig(BaseSettings):
         env_nested_delimiter="__",
     )
 
+    admission: AdmissionConfig = Field(
+        default_factory=AdmissionConfig, description="Which requests are refused."
+    )
     channel: ChannelConfig = Field(
         default_factory=ChannelConfig, description="The engine's control socket."
     )

@@ -107,6 +107,24 @@ def _outputs_take_attributes() -> None:
             raise TypeError(f"{path} takes no further attribute")
 
 
+def _a_request_meets_the_engine_in_one_call() -> None:
+    generate = _attribute("vllm.engine.protocol:EngineClient.generate")
+    found = tuple(inspect.signature(generate).parameters)[1:4]
+    if found != ("prompt", "sampling_params", "request_id"):
+        raise TypeError(f"generate takes {', '.join(found)}")
+    _attribute("vllm.exceptions:VLLMValidationError")
+
+
+def _requests_have_phases() -> None:
+    module = "vllm.v1.engine.output_processor"
+    names = inspect.unwrap(_attribute(f"{module}:OutputProcessor.__init__")).__code__.co_names
+    if not {"external_req_ids", "request_states"} <= set(names):
+        raise AttributeError("OutputProcessor no longer has external_req_ids and request_states")
+    names = inspect.unwrap(_attribute(f"{module}:RequestState.__init__")).__code__.co_names
+    if "is_prefilling" not in names:
+        raise AttributeError("RequestState no longer has is_prefilling")
+
+
 def _schedule_reads_its_limits_each_time() -> None:
     scheduler = _attribute("vllm.v1.core.sched.scheduler:Scheduler")
     read = scheduler.schedule.__code__.co_names
@@ -327,6 +345,30 @@ SEAMS: tuple[Seam, ...] = (
         leaves_when="endpoint plugins are told of a shutdown while the server still answers.",
         process=Process.SERVER,
         fits=_engine_is_stopped_on_a_thread,
+    ),
+    Seam(
+        name="engine-client-generate",
+        target="vllm.engine.protocol:EngineClient.generate",
+        why="a request's promise is completed from its headers, and refused with an HTTP status, "
+        "where its prompt is known in tokens and its answer has not begun; a function of ours "
+        "stands before this method of the server's engine client.",
+        versions="0.32",
+        upstream="vllm/entrypoints/openai/chat_completion/serving.py, "
+        "vllm/entrypoints/openai/completion/serving.py",
+        leaves_when="plugins are handed a request between its rendering and its answer.",
+        process=Process.EVERY,
+        fits=_a_request_meets_the_engine_in_one_call,
+    ),
+    Seam(
+        name="request-phases",
+        target="vllm.v1.engine.output_processor:OutputProcessor.request_states",
+        why="admission keeps account of the requests that wait for their first token, which the "
+        "outputs of requests that are not streamed do not show.",
+        versions="0.32",
+        upstream="vllm/v1/engine/output_processor.py",
+        leaves_when="EngineClient tells which requests wait, not only how many tokens.",
+        process=Process.EVERY,
+        fits=_requests_have_phases,
     ),
     Seam(
         name="executor-by-path",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import httpx
 import jsonschema
 import pytest
 
@@ -12,6 +13,7 @@ from xllm_plugin.testing.dialogues import DIALOGUES, MAX_TOKENS, PERSON_SCHEMA, 
 
 pytestmark = pytest.mark.e2e
 
+MODEL_NAME = "smollm2"
 OWN_ROUTES = "/xllm/"
 
 
@@ -125,3 +127,34 @@ def test_a_client_that_hangs_up_frees_the_engine(xllm_answers: dict[str, Any]) -
     assert xllm_answers["hang_up"] == {
         "stopped_early": True,
     }
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("headers", "xargs", "param"),
+    [
+        ({"x-xllm-ttft-ms": "-1"}, {}, "x-xllm-ttft-ms"),
+        ({}, {"xllm_class": "batch"}, "vllm_xargs.xllm_class"),
+    ],
+)
+def test_a_wrong_promise_is_400_with_its_field(
+    headers: dict[str, str], xargs: dict[str, Any], param: str, stream: bool, xllm_url: str
+) -> None:
+    response = ask(xllm_url, headers, xargs, stream=stream)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+def ask(
+    url: str, headers: dict[str, str], xargs: dict[str, Any], *, stream: bool
+) -> httpx.Response:
+    body = {
+        "model": MODEL_NAME,
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 2,
+        "stream": stream,
+        "vllm_xargs": xargs,
+    }
+    return httpx.post(
+        f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60, trust_env=False
+    )

@@ -106,5 +106,7 @@ def vllm_config(directory: Path) -> Any:
             data_parallel_index=0, data_parallel_size_local=1, _api_process_count=1
         ),
         model_config=SimpleNamespace(served_model_name="tiny"),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
+        cache_config=SimpleNamespace(block_size=16),
         device_config=SimpleNamespace(device_type="cpu"),
     )

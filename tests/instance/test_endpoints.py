@@ -49,7 +49,7 @@ def test_snapshot_shows_every_rank(vllm_config: Any, start_engine: Start) -> Non
     vllm_config.parallel_config.data_parallel_size_local = 3
     start_engine(0)
     start_engine(2)
-    response = get("/xllm/snapshot", SimpleNamespace(vllm_config=vllm_config))
+    response = get("/xllm/snapshot", SimpleNamespace(vllm_config=vllm_config, generate=None))
     assert response.status_code == 200
     assert response.headers["content-type"] == "application/json"
     readings = msgspec.json.decode(response.content, type=Readings)
@@ -60,7 +60,7 @@ def test_snapshot_shows_every_rank(vllm_config: Any, start_engine: Start) -> Non
 
 
 def test_no_engine_is_503_in_the_form_of_vllms_errors(vllm_config: Any) -> None:
-    response = get("/xllm/snapshot", SimpleNamespace(vllm_config=vllm_config))
+    response = get("/xllm/snapshot", SimpleNamespace(vllm_config=vllm_config, generate=None))
     assert response.status_code == 503
     error = response.json()["error"]
     assert error["code"] == 503
@@ -69,7 +69,7 @@ def test_no_engine_is_503_in_the_form_of_vllms_errors(vllm_config: Any) -> None:
 
 def test_engines_of_other_machines_only_is_503(vllm_config: Any) -> None:
     vllm_config.parallel_config.data_parallel_size_local = 0
-    response = get("/xllm/snapshot", SimpleNamespace(vllm_config=vllm_config))
+    response = get("/xllm/snapshot", SimpleNamespace(vllm_config=vllm_config, generate=None))
     assert response.status_code == 503
     assert "no engine of instance abcde runs on this machine" in response.text
 
@@ -83,7 +83,7 @@ def test_a_server_without_engine_says_so(route: str) -> None:
 
 def test_a_disabled_channel_says_how_to_enable_it(vllm_config: Any) -> None:
     vllm_config.additional_config = {"xllm": {"channel": {"enabled": False}}}
-    response = get("/xllm/snapshot", SimpleNamespace(vllm_config=vllm_config))
+    response = get("/xllm/snapshot", SimpleNamespace(vllm_config=vllm_config, generate=None))
     assert response.status_code == 503
     assert "the engine channel is off" in response.json()["error"]["message"]
 
@@ -112,7 +112,7 @@ def test_memory_is_shown_where_the_kv_cache_is_elastic(
 
 def test_info_tells_platform_versions_and_settings(vllm_config: Any, directory: Path) -> None:
     """It needs no engine that answers: it is what one looks at when none does."""
-    info = get("/xllm/info", SimpleNamespace(vllm_config=vllm_config)).json()
+    info = get("/xllm/info", SimpleNamespace(vllm_config=vllm_config, generate=None)).json()
     assert info["platform"] == "a.platform.Class"
     assert info["device"] == "cpu"
     assert info["instance_id"] == "abcde"
@@ -126,7 +126,7 @@ def test_the_collector_joins_vllms_registry_once(vllm_config: Any, start_engine:
     start_engine(0)
     registry = CollectorRegistry(auto_describe=True)
     for _ in range(2):
-        get("/xllm/info", SimpleNamespace(vllm_config=vllm_config), registry)
+        get("/xllm/info", SimpleNamespace(vllm_config=vllm_config, generate=None), registry)
     assert generate_latest(registry).decode().count("\nxllm:steps_total{") == 1
 
 

@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
-from xllm_plugin.channel import ChannelConfig, EngineChannel
-from xllm_plugin.instance.engines import AsyncEngineReader, EngineGroup, EngineReader
+from xllm_plugin.channel import ChannelConfig, EngineChannel, EngineLoad
+from xllm_plugin.channel.messages import Reading
+from xllm_plugin.errors import ChannelError
+from xllm_plugin.instance.engines import (
+    AsyncEngineReader,
+    EngineGroup,
+    EngineReader,
+    EngineWatch,
+)
 
 Start = Callable[[int], EngineChannel]
 
@@ -104,3 +112,48 @@ def test_the_time_out_is_shared_by_all_ranks(directory: Path, start_engine: Star
     assert reading.snapshot is None
     assert reading.error is not None
     assert "did not answer" in reading.error
+
+
+def num_running(readings: tuple[Reading, ...]) -> int:
+    (reading,) = readings
+    if reading.snapshot is None:
+        raise ChannelError("no engine")
+    return reading.snapshot.load.num_running
+
+
+async def settle(watch: EngineWatch[int]) -> None:
+    while watch._looking is not None:
+        await asyncio.sleep(0)
+
+
+def test_a_watch_answers_at_once_and_looks_meanwhile(
+    directory: Path, start_engine: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    channel = start_engine(0)
+    now_s = 0.0
+
+    async def follow() -> None:
+        nonlocal now_s
+        reader = AsyncEngineReader(EngineGroup("abcde", directory), 30)
+        watch = EngineWatch(reader, num_running, 0.05, clock=lambda: now_s)
+        assert watch.latest() is None
+        await settle(watch)
+        assert watch.latest() == 3
+        assert watch._looking is None  # nothing is asked while it is fresh
+        channel._build_load = lambda: EngineLoad(num_running=4)
+        channel.publish_if_due(force=True)
+        now_s = 0.06
+        assert watch.latest() == 3
+        assert watch._looking is not None
+        await settle(watch)
+        assert watch.latest() == 4
+        channel.close()
+        for later_s in (1.0, 2.0):
+            now_s = later_s
+            watch.latest()
+            await settle(watch)
+        assert watch.latest() is None
+        await reader.close()
+
+    asyncio.run(follow())
+    assert [record.message for record in caplog.records] == ["no engine"]

@@ -60,7 +60,7 @@ def engine_client(
         "vllm.plugins.load_endpoint_plugins", lambda _: [XllmEndpoints(platform_name=lambda: "p")]
     )
     start_engine(0)
-    return SimpleNamespace(vllm_config=vllm_config)
+    return SimpleNamespace(vllm_config=vllm_config, generate=None)
 
 
 def test_it_is_an_endpoint_plugin_to_vllm() -> None:

@@ -103,6 +103,31 @@ def test_endpoint_plugins_are_opt_in() -> None:
     assert "if envs.VLLM_PLUGINS is None:" in source.partition("def load_endpoint_plugins")[2]
 
 
+def test_requests_meet_the_engine_before_their_answer_begins() -> None:
+    """No plugin is asked in between, and the call is made before the stream is returned."""
+    for name in ("chat_completion", "completion"):
+        source = vllm_source("entrypoints", "openai", name, "serving.py")
+        call = source.index("generator = self.engine_client.generate(\n")
+        assert call < source.index("        if request.stream:\n            return self.", call)
+    assert set(re.findall(r"    (?:async )?def (\w+)", endpoint_plugin_protocol())) == {
+        "attach_router",
+        "init_state",
+    }
+
+
+def test_an_engine_client_tells_how_many_tokens_wait_and_not_whose() -> None:
+    source = vllm_source("v1", "engine", "async_llm.py")
+    assert re.findall(r"    def (get_num_\w+)\(", source) == [
+        "get_num_unfinished_requests",
+        "get_num_queued_tokens",
+    ]
+
+
+def endpoint_plugin_protocol() -> str:
+    source = vllm_source("plugins", "endpoint_plugins", "interface.py")
+    return source.partition("class EndpointPlugin(Protocol)")[2].partition("\ndef ")[0]
+
+
 def test_executor_is_taken_by_path() -> None:
     """No platform hook names the executor class."""
     assert not re.search(r"def \w*executor", vllm_source("platforms", "interface.py"))
@@ -314,6 +339,8 @@ TESTS = {
     "platform-errors-swallowed": "test_what_a_platform_plugin_raises_is_swallowed",
     "server-shutdown": "test_a_server_stops_its_engine_before_its_plugins_are_told",
     "own-endpoints": "test_endpoint_plugins_are_opt_in",
+    "engine-client-generate": "test_requests_meet_the_engine_before_their_answer_begins",
+    "request-phases": "test_an_engine_client_tells_how_many_tokens_wait_and_not_whose",
     "executor-by-path": "test_executor_is_taken_by_path",
     "scheduler-internals": "test_scheduler_stats_do_not_reach_plugins_in_the_engine",
     "scheduler-plan": "test_nobody_else_chooses_who_runs",

@@ -1,5 +1,8 @@
 """vLLM endpoint plugin: `GET /xllm/snapshot`, `/xllm/memory`, `/xllm/info`; our part of `/metrics`.
 
+It also puts in place what stands in the way of every request: the middleware that reads our headers
+(`promises`) and the gate before the engine (`gate`).
+
 Like `/metrics` and `/version`, these routes only read, and vLLM's `--api-key` does not guard them.
 `POST /v1/xllm/resume` generates, and is guarded (`resume.py`).
 vLLM asks endpoint plugins not to open paths of their own into the engine; this one does, on
@@ -26,15 +29,24 @@ from starlette.datastructures import State
 from xllm_plugin.channel.messages import Reading, Readings
 from xllm_plugin.channel.paths import usable
 from xllm_plugin.config import XllmConfig, load_config
-from xllm_plugin.instance.engines import AsyncEngineReader, EngineGroup, EngineReader
+from xllm_plugin.instance import gate
+from xllm_plugin.instance.engines import (
+    AsyncEngineReader,
+    EngineGroup,
+    EngineReader,
+    EngineWatch,
+)
+from xllm_plugin.instance.forecast import EngineLimits, Forecast, forecast_of
 from xllm_plugin.instance.latency import LatencyMeter
 from xllm_plugin.instance.memory import memory_readings
 from xllm_plugin.instance.metrics import (
     XllmCollector,
+    admission_counter,
     extend_metrics_route,
     is_multiprocess,
     register,
 )
+from xllm_plugin.instance.promises import PromiseMiddleware, error_response
 from xllm_plugin.instance.registrar import (
     Registrar,
     advertised_url,
@@ -45,7 +57,9 @@ from xllm_plugin.instance.registrar import (
 )
 from xllm_plugin.instance.resume import resume
 from xllm_plugin.instance.resumption import RESUME_PATH
+from xllm_plugin.instance.waiting import WaitingList
 from xllm_plugin.registration import Registration, RegistrationConfig
+from xllm_plugin.scheduler.slo_metrics import PREDICTOR_SECTION
 from xllm_plugin.seams import Process, check_all
 
 __all__ = ["Info", "XllmEndpoints"]
@@ -109,7 +123,11 @@ class XllmEndpoints:
         self._check_seams = check_seams
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes; called once, before `init_state`."""
+        """Add the routes and the middleware; called once, before `init_state`.
+
+        vLLM adds its own middleware later, so CORS and `--api-key` come before ours.
+        """
+        app.add_middleware(PromiseMiddleware)
         app.add_api_route("/xllm/snapshot", _snapshot, methods=["GET"])
         app.add_api_route("/xllm/memory", _memory, methods=["GET"])
         app.add_api_route("/xllm/info", _info, methods=["GET"])
@@ -119,7 +137,7 @@ class XllmEndpoints:
             extend_metrics_route(app, self._registry)
 
     async def init_state(self, engine_client: Any | None, state: State, args: Namespace) -> None:
-        """Find this server's engines; without an engine (render server) the routes answer 503."""
+        """Find this server's engines and stand before them; without one the routes answer 503."""
         if engine_client is None:
             state.xllm = "this server renders prompts and has no engine"
             return
@@ -128,6 +146,7 @@ class XllmEndpoints:
         config = load_config(vllm_config.additional_config)
         channel = usable(config.channel)
         if not channel.enabled:
+            self._stand_before(engine_client, config, lambda: None)
             state.xllm = (
                 "the engine channel is off: channel.enabled is false, or its directory cannot be "
                 "used (see the server's log)"
@@ -135,7 +154,13 @@ class XllmEndpoints:
             self._join(config.registration, None, engine_client, args)
             return
         group = await asyncio.to_thread(EngineGroup.from_vllm, channel, vllm_config)
-        state.xllm = _ServerState(self._describe(vllm_config, group, config), group)
+        found = _ServerState(self._describe(vllm_config, group, config), group)
+        state.xllm = found
+        limits = _limits(vllm_config, config)
+        watch = EngineWatch(
+            found.reader, lambda readings: forecast_of(readings, PREDICTOR_SECTION, limits)
+        )
+        self._stand_before(engine_client, config, watch.latest)
         model_name = str(vllm_config.model_config.served_model_name)
         register(XllmCollector(EngineReader(group), model_name), self._registry)
         self._join(config.registration, group, engine_client, args)
@@ -150,7 +175,6 @@ class XllmEndpoints:
         """Register at a service, from the first of several API servers."""
         if not config.url or engine_client.vllm_config.parallel_config._api_process_rank > 0:  # noqa: SLF001
             return
-        check_all(Process.SERVER)
         url = advertised_url(config, args)
         registration = Registration(
             url=url,
@@ -174,6 +198,19 @@ class XllmEndpoints:
         )
         engine_client.shutdown = leaves_first(engine_client.shutdown, registrar)
         registrar.start()
+
+    def _stand_before(
+        self, engine_client: Any, config: XllmConfig, forecast: Callable[[], Forecast | None]
+    ) -> None:
+        weights = config.admission.tenant_weights
+        admission = gate.Admission(
+            config.admission,
+            WaitingList(weights, by_deadline=config.scheduler.policy == "slo"),
+            forecast,
+            gate.phases_of(engine_client),
+            admission_counter(self._registry),
+        )
+        gate.install(engine_client, config.scheduler.default_promise, admission)
 
     def _describe(self, vllm_config: Any, group: EngineGroup, config: XllmConfig) -> Info:
         return Info(
@@ -230,7 +267,7 @@ def _tokenizer(request: Request) -> Response:
     # Classes of `transformers` around the Rust library have it as their backend.
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return _error(404, "NotFoundError", "this model's tokenizer is not one of `tokenizers`")
+        return error_response(404, "NotFoundError", "this model's tokenizer is not one of `tokenizers`")
     return Response(backend.to_str(), media_type="application/json")
 
 
@@ -241,20 +278,22 @@ def _state_of(request: Request) -> _ServerState | str:
     return found
 
 
-def _json(content: Any, status_code: int = 200) -> Response:
-    body = msgspec.json.encode(content, enc_hook=str)
-    return Response(body, status_code=status_code, media_type="application/json")
+def _json(content: Any) -> Response:
+    return Response(msgspec.json.encode(content, enc_hook=str), media_type="application/json")
 
 
 def _unavailable(message: str) -> Response:
     """503: right request, wrong moment."""
-    return _error(503, "ServiceUnavailableError", message)
+    return error_response(503, "ServiceUnavailableError", message)
 
 
-def _error(status: int, kind: str, message: str) -> Response:
-    """In the shape of vLLM's (OpenAI's) errors."""
-    error = {"message": message, "type": kind, "param": None, "code": status}
-    return _json({"error": error}, status_code=status)
+def _limits(vllm_config: Any, config: XllmConfig) -> EngineLimits:
+    plans = config.scheduler.policy == "slo"
+    return EngineLimits(
+        max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        block_size=vllm_config.cache_config.block_size,
+        step_ms=config.scheduler.tpot_ms * config.scheduler.target if plans else None,
+    )
 
 
 def _versions() -> dict[str, str]:

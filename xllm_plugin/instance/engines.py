@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -23,11 +24,14 @@ from xllm_plugin.channel.messages import Reading
 from xllm_plugin.channel.paths import channel_directory, socket_path, sockets_in
 from xllm_plugin.errors import ChannelError, XllmError
 
-__all__ = ["AsyncEngineReader", "EngineGroup", "EngineReader"]
+__all__ = ["AsyncEngineReader", "EngineGroup", "EngineReader", "EngineWatch"]
 
 logger = logging.getLogger("vllm.xllm_plugin")
 
+T = TypeVar("T")
 Clock = Callable[[], float]
+# Twenty looks a second at most, each about 0.1 ms: engines publish ten times a second.
+_MAX_AGE_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +129,61 @@ class AsyncEngineReader:
         except XllmError as error:
             return Reading(dp_rank=dp_rank, error=str(error))
         return Reading(dp_rank=dp_rank, snapshot=snapshot, age_s=snapshot.age_s(self._clock()))
+
+
+class EngineWatch(Generic[T]):
+    """What follows from the engines' latest snapshots, for callers that may not wait.
+
+    `latest` answers at once with what is known, and when that has become old, asks the engines
+    meanwhile; without callers nobody asks.  Use it on one event loop.
+
+    Args:
+        reader: asks the engines.
+        derive: makes of one reading of all engines what callers want.
+        max_age_s: of what is known, before the engines are asked again.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        reader: AsyncEngineReader,
+        derive: Callable[[tuple[Reading, ...]], T],
+        max_age_s: float = _MAX_AGE_S,
+        *,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._reader = reader
+        self._derive = derive
+        self._max_age_s = max_age_s
+        self._clock = clock
+        self._next_look_s = -math.inf
+        self._known: T | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._problem = ""
+
+    def latest(self) -> T | None:
+        """What is known now; None before the first look, and after one that failed."""
+        if self._clock() >= self._next_look_s and self._looking is None:
+            self._looking = asyncio.get_running_loop().create_task(self.look())
+            self._looking.add_done_callback(self._looked)
+        return self._known
+
+    async def look(self) -> None:
+        """Ask the engines now."""
+        readings = await self._reader.read()
+        self._next_look_s = self._clock() + self._max_age_s
+        try:
+            self._known = self._derive(readings)
+        except XllmError as error:
+            self._known = None
+            if str(error) != self._problem:
+                self._problem = str(error)
+                logger.warning("%s", error)
+
+    def _looked(self, task: asyncio.Task[None]) -> None:
+        self._looking = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("asking the engines failed", exc_info=error)
 
 
 class EngineReader:

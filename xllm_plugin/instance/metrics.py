@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -35,7 +35,13 @@ from xllm_plugin.instance.engines import EngineReader
 from xllm_plugin.instance.memory import memory_families
 from xllm_plugin.instance.slo_metrics import slo_families
 
-__all__ = ["XllmCollector", "extend_metrics_route", "is_multiprocess", "register"]
+__all__ = [
+    "XllmCollector",
+    "admission_counter",
+    "extend_metrics_route",
+    "is_multiprocess",
+    "register",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +186,25 @@ def register(collector: XllmCollector, registry: CollectorRegistry) -> None:
         previous.close()
     registry.register(collector)
     _registered[registry] = collector
+
+
+_admissions: WeakKeyDictionary[CollectorRegistry, Counter] = WeakKeyDictionary()
+
+
+def admission_counter(registry: CollectorRegistry) -> Counter:
+    """Decisions of this process, in `registry`; the same counter for the same registry.
+
+    With several API servers prometheus_client keeps the values in the processes' shared files, from
+    where vLLM's text has them all; another copy in ours would be counted twice.
+    """
+    if registry not in _admissions:
+        _admissions[registry] = Counter(
+            "xllm:admissions",
+            "Requests that admission has decided on.",
+            ("service_class", "outcome"),
+            registry=None if is_multiprocess() else registry,
+        )
+    return _admissions[registry]
 
 
 def is_multiprocess() -> bool:
