@@ -24,7 +24,6 @@ class Process(StrEnum):
     """Where a seam is used; it is checked there, where its modules are imported anyway."""
 
     EVERY = "every process"
-    SERVER = "API server that registers itself"
     ENGINE = "engine"
     WORKER = "worker"
     SERVER = "API server"

@@ -17,6 +17,7 @@ from xllm_plugin.accelerator.platform import (
     XllmPlatformMixin,
     add_options,
     allow_own_endpoints,
+    choose_kv_events,
 )
 from xllm_plugin.errors import ConfigError
 
@@ -269,3 +270,34 @@ def test_what_the_policy_slo_cannot_serve_stops_the_start(
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
         checked(slo_config(**changes))
+
+
+def test_a_server_that_registers_publishes_its_cache_only_if_told_to(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The event sockets have no key; and what the user's own flag says stays."""
+    pytest.importorskip("vllm", reason="the configuration's class is vLLM's")
+
+    def chosen(given: Any = None, *, prefix_caching: bool = True) -> Any:
+        vllm_config = SimpleNamespace(
+            additional_config=None,
+            kv_events_config=given,
+            cache_config=SimpleNamespace(enable_prefix_caching=prefix_caching),
+        )
+        choose_kv_events(vllm_config)
+        return vllm_config.kv_events_config
+
+    monkeypatch.setenv("XLLM_REGISTRATION__KV_EVENTS", "1")
+    assert chosen() is None  # it registers nowhere
+    monkeypatch.setenv("XLLM_REGISTRATION__URL", "http://service:8001")
+    found = chosen()
+    assert (found.publisher, found.endpoint, found.replay_endpoint) == (
+        "zmq",
+        "tcp://*:0",
+        "tcp://*:0",
+    )
+    assert chosen("the user's") == "the user's"
+    assert chosen(prefix_caching=False) is None
+    assert "of no use without a prefix cache" in caplog.text
+    monkeypatch.setenv("XLLM_REGISTRATION__KV_EVENTS", "0")
+    assert chosen() is None

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
 from argparse import Namespace
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from queue import Queue
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import msgspec
@@ -141,3 +145,107 @@ def test_a_request_before_the_state_is_there_is_503() -> None:
     response = asyncio.run(ask())
     assert response.status_code == 503
     assert "still starting" in response.text
+
+
+class _Service(BaseHTTPRequestHandler):
+    """Takes every registration."""
+
+    asked: ClassVar[Queue[tuple[str, str, Any]]]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        self.asked.put((self.command, self.path, json.loads(body) if body else None))
+        reply = b'{"name": "here", "lease_s": 60.0, "in_flight": 0}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def do_DELETE(self) -> None:
+        self.do_POST()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("has_channel", [True, False])
+def test_a_server_registers_and_leaves_before_its_engine_stops(
+    vllm_config: Any, start_engine: Start, has_channel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm", reason="the seam is checked in vLLM")
+    start_engine(0)
+    _Service.asked = Queue()
+    stopped: list[float | None] = []
+    source = SimpleNamespace(endpoint="tcp://*:5557", replay_endpoint=None, topic="")
+
+    def shutdown(timeout: float | None = None) -> None:
+        stopped.append(timeout)
+
+    client = SimpleNamespace(
+        vllm_config=vllm_config,
+        shutdown=shutdown,
+        get_num_unfinished_requests=lambda: 0,
+        get_kv_event_sources=lambda: {0: source},
+    )
+    vllm_config.parallel_config._api_process_rank = 0
+    vllm_config.additional_config["xllm"]["channel"]["enabled"] = has_channel
+    args = Namespace(
+        host="127.0.0.1", port=8123, uds=None, ssl_keyfile=None, ssl_certfile=None, model="/m"
+    )
+    args.served_model_name = ["tiny", "alias"]
+
+    async def begin(rank: int) -> None:
+        vllm_config.parallel_config._api_process_rank = rank
+        plugin = XllmEndpoints(CollectorRegistry(), str)
+        await plugin.init_state(client, FastAPI().state, args)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Service) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            monkeypatch.setenv(
+                "XLLM_REGISTRATION__URL", f"http://127.0.0.1:{server.server_address[1]}"
+            )
+            asyncio.run(begin(1))
+            assert client.shutdown is shutdown  # the second of two API servers: the first does it
+            asyncio.run(begin(0))
+            _, path, body = _Service.asked.get(timeout=30)
+            assert (path, body["url"], body["models"], body["role"]) == (
+                "/v1/registrations",
+                "http://127.0.0.1:8123",
+                ["tiny", "alias"],
+                "mixed",
+            )
+            assert body["kv_events"][0]["endpoint"] == "tcp://127.0.0.1:5557"
+            client.shutdown(timeout=3)
+            beat, leaving = _Service.asked.get(timeout=30), _Service.asked.get(timeout=30)
+            assert beat[2]["is_draining"]
+            load = beat[2]["load"]
+            assert load == (
+                {"num_running": 3, "num_waiting": 2, "kv_usage": 0.75, "ttft_s": None}
+                | {"tpot_s": None}
+                if has_channel
+                else None
+            )
+            assert leaving[0] == "DELETE"
+            assert stopped == [3]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_the_tokenizer_is_handed_out_if_it_is_one_of_the_library(vllm_config: Any) -> None:
+    async def ask(client: Any) -> httpx.Response:
+        app = FastAPI()
+        app.state.engine_client = client
+        XllmEndpoints(CollectorRegistry(), str).attach_router(app)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as session:
+            return await session.get("/xllm/tokenizer")
+
+    fast = SimpleNamespace(backend_tokenizer=SimpleNamespace(to_str=lambda: '{"a": 1}'))
+    response = asyncio.run(ask(SimpleNamespace(get_tokenizer=lambda: fast)))
+    assert (response.status_code, response.json()) == (200, {"a": 1})
+    for client in (None, SimpleNamespace(get_tokenizer=object)):
+        response = asyncio.run(ask(client))
+        assert (response.status_code, response.json()["error"]["code"]) == (404, 404)

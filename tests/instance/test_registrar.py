@@ -157,6 +157,7 @@ def test_leaving_drains_and_then_deregisters() -> None:
         "/v1/registrations/here%3A8000?incarnation=i1",
     )
     server.registrar.leave(drain=True)  # vLLM shuts a client down twice
+    server.registrar.step()  # the thread's, which waited for its turn
     assert len(server.service.asked) == 4
 
 

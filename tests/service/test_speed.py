@@ -70,10 +70,14 @@ def test_a_new_instance_begins_as_the_fleet_is_scaled_by_its_capacity() -> None:
     old = it.register(InstanceEntry(url="http://a:1"), source="t")
     for number in range(200):
         it.observe_ttft(old, number * 50, 0.1 + 5e-4 * number * 50)
+    before = old.speed
+    it.tick()
+    assert old.speed.prefill_s_per_token > before.prefill_s_per_token
     new = it.register(InstanceEntry(url="http://b:1", capacity=2.0), source="t")
     assert new.speed.prefill_s_per_token == pytest.approx(2.5e-4, rel=0.1)
     for number in range(200):
         it.observe_ttft(new, number * 50, 1e-4 * number * 50)
+    it.tick()
     assert new.speed.prefill_s_per_token == pytest.approx(1e-4, rel=0.1)
     it.report(new, Registered("2"))  # another server
     assert new.speed.prefill_s_per_token == pytest.approx(1e-4, rel=0.1)

@@ -103,6 +103,8 @@ class Registrar:
     def step(self) -> float:
         """Register, or send a heartbeat; returns after how many seconds the next is due."""
         with self._turn:
+            if self._stopping.is_set():
+                return 0.0  # it has left while this waited for its turn
             try:
                 lease = self._register() if self._lease is None else self._beat()
             except NotNowError as error:

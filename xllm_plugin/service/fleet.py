@@ -110,6 +110,7 @@ class Fleet:
         self._candidates: dict[str | None, list[Instance]] = {}
         self._meter = SpeedMeter()
         """Of all instances together, as if each had capacity 1: where a new one begins."""
+        self._measured: set[Instance] = set()
 
     def __iter__(self) -> Any:
         return iter(tuple(self._instances.values()))
@@ -166,7 +167,9 @@ class Fleet:
                 self._retire(instance, after.reason)
 
     def tick(self) -> None:
-        """Let time pass for every instance."""
+        """Let time pass for every instance, and learn from what was measured in it."""
+        while self._measured:
+            self._reckon(self._measured.pop())
         for instance in self:
             self.report(instance, lifecycle.Tick(instance.in_flight))
 
@@ -189,7 +192,7 @@ class Fleet:
         """A first token came `seconds` after its request, `num_tokens` computed before it."""
         instance.meter.observe_ttft(num_tokens, seconds)
         self._meter.observe_ttft(num_tokens, seconds * instance.capacity)
-        self._reckon(instance)
+        self._measured.add(instance)  # the lines are fitted by `tick`: not in the way of a stream
 
     def _reckon(self, instance: Instance) -> None:
         fleet, capacity = self._meter.speed(Speed()), instance.capacity

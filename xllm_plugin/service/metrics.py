@@ -35,6 +35,7 @@ class ServiceCollector(Collector):
         """Every metric of the service."""
         yield from self._counters()
         yield from self._gauges()
+        yield from self._kv_index()
         yield self._ttft()
 
     def _counters(self) -> Iterator[Metric]:
@@ -72,6 +73,17 @@ class ServiceCollector(Collector):
         clients = _gauge("client_connections", "Open connections of clients.")
         clients.add_metric([], len(self._proxy.clients))
         yield from (in_flight, tokens, state, clients)
+
+    def _kv_index(self) -> Iterator[Metric]:
+        blocks = _gauge("kv_index_blocks", "KV blocks known to be there, in any tier.", "instance")
+        exact = _gauge("kv_index_exact", "1 if that is all it holds.", "instance")
+        directory = self._proxy.directory
+        for instance in self._proxy.fleet:
+            ranks = directory.describe(instance) if directory else []
+            if directory and ranks:
+                blocks.add_metric([instance.name], sum(rank["num_blocks"] for rank in ranks))
+                exact.add_metric([instance.name], directory.is_exact(instance))
+        yield from (blocks, exact)
 
     def _ttft(self) -> Metric:
         ttft = HistogramMetricFamily(

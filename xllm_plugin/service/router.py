@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _MAX_OWNERS = 65536
 _BYTES_PER_TOKEN: Final = 4  # as an exchange estimates its cost_tokens
 _MAX_PROMPT_TOKENS: Final = 100_000
+_SEARCH_BELOW_BYTES = 2**20
 _STREAMS = re.compile(rb'"stream"\s*:\s*true')
 
 
@@ -178,7 +179,8 @@ class Router:
             uncached_tokens=max(1.0, asked.prompt_tokens - cached),
             ahead_tokens=instance.prefill_tokens,
         )
-        if not _STREAMS.search(request.body):
+        # Large bodies are not searched: their prompts count until the answer begins.
+        if len(request.body) < _SEARCH_BELOW_BYTES and not _STREAMS.search(request.body):
             # Its first byte is its last: when its prompt is computed can only be predicted.
             cost = cost_of(asked, instance)
             request.proxy.loop.call_later(cost.queue_s + cost.prefill_s, self._computed, sent)

@@ -48,8 +48,11 @@ class Line:
 
     def observe(self, x: float, y: float) -> None:
         """Take one measurement."""
-        for name, value in (("weight", 1.0), ("x", x), ("y", y), ("xx", x * x), ("xy", x * y)):
-            setattr(self, name, _FORGETTING * getattr(self, name) + value)
+        self.weight = _FORGETTING * self.weight + 1.0
+        self.x = _FORGETTING * self.x + x
+        self.y = _FORGETTING * self.y + y
+        self.xx = _FORGETTING * self.xx + x * x
+        self.xy = _FORGETTING * self.xy + x * y
 
     def fit(self, base: float, slope: float) -> tuple[float, float]:
         """Base and slope, given what they are believed to be."""

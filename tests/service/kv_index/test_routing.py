@@ -176,7 +176,8 @@ def test_texts_are_tokenised_here_once_that_is_known_to_be_the_same(run: Any) ->
             for number in range(4):  # fetches the tokenizer of each, compares it with its server
                 await it.where({"model": "fake", "prompt": f"x {number}"})
             local = it.service._prompts._local
-            await it.until(lambda: len(local) == 2 and all(local.values()))
+            await it.until(lambda: len(local) == 2 and all(one.tokenizer for one in local.values()))
+            assert len(it.service._prompts._shared) == 1
             asked = one.num_asked + two.num_asked
             decision = await it.where({"model": "fake", "prompt": TEXT + " a"})
             assert decision["instance"] == name(two)
@@ -201,7 +202,7 @@ def test_a_tokenizer_that_differs_from_its_server_is_not_used(run: Any, monkeypa
                 await it.where({"model": "fake", "prompt": f"x {number}"})
             await it.until(lambda: one.num_asked > 1 and two.num_asked > 1)
             await it.until(lambda: not it.service._prompts._loading)
-            assert not any(it.service._prompts._local.values())
+            assert not any(one.tokenizer for one in it.service._prompts._local.values())
             assert tokens_module.PROBES
 
     run(check())
@@ -219,6 +220,11 @@ def test_a_server_that_dies_is_purged_and_one_that_says_nothing_is_served(run: A
             assert (await it.where({"model": "fake", "prompt": TEXT}))["instance"] == name(two)
             (known,) = [one for one in it.service.fleet if directory.describe(one)]
             assert directory.is_exact(known)
+            url = f"http://127.0.0.1:{it.service.admin_port}/metrics"
+            async with it.session.get(url) as reply:
+                metrics = await reply.text()
+            assert f'xllm_service_kv_index_blocks{{instance="{name(two)}"}} 6.0' in metrics
+            assert f'xllm_service_kv_index_exact{{instance="{name(two)}"}} 1.0' in metrics
             # Another process on the same port: its cache is empty, whatever was known.
             two.publisher = FakePublisher()
             two.publisher.__enter__()

@@ -168,6 +168,20 @@ def test_a_history_that_is_not_kept_is_degraded(run: Any, caplog: pytest.LogCapt
     assert "no longer kept" in caplog.text
 
 
+def test_an_endpoint_that_is_none_is_degraded_and_no_fault(run: Any) -> None:
+    async def check() -> None:
+        it = Followed()
+        with zmq.asyncio.Context() as context:
+            source = KvEventSource(endpoint="tcp://nowhere", replay_endpoint="tcp://x:y:z")
+            subscriber = Subscriber(source, it.follower, replay_timeout_s=1.0, context=context)
+            assert not await subscriber._replay("tcp://x:y:z")
+            await subscriber.run()
+        assert it.follower.state is State.DEGRADED
+        assert "tcp://nowhere" in it.follower.reason
+
+    run(check())
+
+
 def test_without_a_replay_endpoint_a_gap_is_degraded(run: Any) -> None:
     async def script(publisher: FakePublisher, it: Followed, until: Any) -> None:
         async with asyncio.timeout(30):

@@ -102,6 +102,10 @@ class Follower:
             self._lose(reason)
             self._next = sequence
 
+    def cannot_follow(self, reason: str) -> None:
+        """Nothing will come."""
+        self._become(State.DEGRADED, reason)
+
     def drop(self) -> None:
         """The rank is gone, with its cache."""
         self._index.drop(self.cache)
@@ -169,7 +173,11 @@ class Subscriber:
             socket.set_hwm(_QUEUE_BATCHES)
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt_string(zmq.SUBSCRIBE, source.topic)
-            socket.connect(source.endpoint)
+            try:
+                socket.connect(source.endpoint)
+            except zmq.ZMQError as error:  # an instance says its endpoint, so it may be anything
+                self.follower.cannot_follow(f"{source.endpoint}: {error}")
+                return
             if source.replay_endpoint and not await self._replay(source.replay_endpoint):
                 logger.info("KV index: no replay from %s yet", source.replay_endpoint)
             # Without asyncio: a future a batch would cost more than the batch.
@@ -205,7 +213,11 @@ class Subscriber:
         follower = self.follower
         with self._context.socket(zmq.DEALER) as socket:
             socket.setsockopt(zmq.LINGER, 0)
-            socket.connect(endpoint)
+            try:
+                socket.connect(endpoint)
+            except zmq.ZMQError as error:
+                logger.warning("KV index: no replay from %s: %s", endpoint, error)
+                return False
             await socket.send_multipart((b"", follower.next_sequence.to_bytes(8, "big")))
             while await socket.poll(int(self._replay_timeout_s * 1000)):
                 frames = await socket.recv_multipart()

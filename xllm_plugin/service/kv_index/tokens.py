@@ -79,6 +79,12 @@ _decode_body = msgspec.json.Decoder(_Body).decode
 _decode_answer = msgspec.json.Decoder(_Answer).decode
 
 
+class _Local(NamedTuple):
+    incarnation: str
+    tokenizer: tokenizers.Tokenizer | None = None
+    """None: not there (yet), or not the instance's."""
+
+
 class PromptReader:
     """Finds token ids, and remembers them.
 
@@ -94,7 +100,10 @@ class PromptReader:
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenize")
         self._known: OrderedDict[bytes, bytes] = OrderedDict()
         self._known_bytes = 0
-        self._local: dict[tuple[str, str], tokenizers.Tokenizer | None] = {}
+        self._local: dict[tuple[str, str], _Local] = {}
+        """By model and instance's name: each instance has to agree with it by itself."""
+        self._shared: dict[bytes, tokenizers.Tokenizer] = {}
+        """By digest of its text: instances of one model share one."""
         self._loading: set[asyncio.Task[None]] = set()
         self._turn = 0
 
@@ -179,22 +188,28 @@ class PromptReader:
 
     def _local_tokenizer(self, model: str, instance: Instance) -> tokenizers.Tokenizer | None:
         """The model's tokenizer, if it is here; else it is fetched for the next request."""
-        key = (model, instance.name + instance.life.incarnation)
-        if key not in self._local:
-            self._local[key] = None
+        key, incarnation = (model, instance.name), instance.life.incarnation
+        local = self._local.get(key)
+        if local is None or local.incarnation != incarnation:
+            self._local[key] = local = _Local(incarnation)
             task = asyncio.get_running_loop().create_task(self._load(key, instance))
             self._loading.add(task)
             task.add_done_callback(self._loading.discard)
-        return self._local[key]
+        return local.tokenizer
 
     async def _load(self, key: tuple[str, str], instance: Instance) -> None:
+        incarnation = instance.life.incarnation
         url = f"{instance.entry.url.rstrip('/')}/xllm/tokenizer"
         try:
             async with self._session.get(url, headers=self._authorization()) as reply:
                 if reply.status != 200:  # noqa: PLR2004
                     return  # a plain server, or a tokenizer that has no such form
-                text = await reply.text()
-            loaded = await asyncio.to_thread(tokenizers.Tokenizer.from_str, text)
+                text = await reply.read()
+            digest = hashlib.blake2b(text, digest_size=16).digest()
+            loaded = self._shared.get(digest)
+            if loaded is None:
+                loaded = await asyncio.to_thread(tokenizers.Tokenizer.from_str, text.decode())
+                self._shared[digest] = loaded
             for probe in PROBES:
                 question = msgspec.json.encode({"model": key[0], "prompt": probe})
                 expected = await self._ask(instance, question)
@@ -210,7 +225,7 @@ class PromptReader:
         except Exception as error:  # noqa: BLE001 - the library raises bare ones for what it cannot read
             logger.info("the tokenizer of %s cannot be read: %s", key[0], error)
             return
-        self._local[key] = loaded
+        self._local[key] = _Local(incarnation, loaded)
 
     def _remember(self, key: bytes, tokens: bytes) -> None:
         self._known[key] = tokens
