@@ -75,6 +75,7 @@ class Search:
 
     def run(self) -> None:
         """Search everything, sides interleaved, or as much as there is time for."""
+        self.stage.reporter.peer(self.stage.reference.name, 0, self.repeats)
         self.stage.prepare(self.stage.reference)
         for repeat in range(self.repeats):
             first = repeat % len(self.sides)

@@ -198,7 +198,7 @@ NOT_SHOWN = (
     "Offline requests of other lengths than the online ones, and a backlog that runs dry.",
     "A few hundred online requests a cell: shares of a percent are not resolved.",
     "Prompts share no prefix and hold random tokens.",
-    "Server, client and the server that waits share the machine's cores.",
+    "Server and client share the machine's cores.",
 )
 
 

@@ -35,7 +35,7 @@ QUICK_SIDES = "fcfs,slo"
 PROMISES, QUICK_PROMISES = "1000/50,500/35,4000/100", "1000/50"
 RATIO = 1.19
 """Four rungs double the rate; between two neighbours the crossing is interpolated."""
-SECONDS, QUICK_SECONDS = 20.0, 8.0
+SECONDS, QUICK_SECONDS = 16.0, 8.0
 BEFORE_BURST_S, AFTER_BURST_S = 1.0, 5.0
 
 
@@ -213,7 +213,7 @@ NOT_SHOWN = (
     "One promise for all requests of a trial: how a scheduler weighs unequal ones.",
     "Trials are short: what hours of overload do to queues is another question.",
     "Prompts share no prefix and hold random tokens.",
-    "Servers, client and servers that wait share the machine's cores.",
+    "Server and client share the machine's cores.",
 )
 
 

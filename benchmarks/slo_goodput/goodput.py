@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,10 +57,11 @@ class Search:
         """Search everything, or as much as there is time for.
 
         Stock vLLM first, one server at a time, once: it is there for the distance, and starts
-        slowly.  Then the sides of one engine, all running, promise by promise and repeat by repeat,
+        slowly.  Then the sides of one engine, all started, promise by promise and repeat by repeat,
         each time beginning with another one.
         """
         engine = self.stage.reference.engine
+        self.stage.reporter.peer(self.stage.reference.name, 0, self.repeats)
         self.stage.prepare(self.stage.reference)
         for side in self.sides:
             if side.engine != engine:
@@ -88,19 +89,16 @@ class Search:
         """Requests a second, for each repeat."""
         return [crossing.value for crossing in self.crossings(side, promise).values()]
 
-    def best(self, promise: Promise, names: Iterable[str]) -> str | None:
-        """Of `names`, the one with the highest median goodput; None if none was searched."""
-        found = {name: self.goodput(name, promise) for name in names}
+    def best_static(self, promise: Promise) -> str | None:
+        """Of the contenders that differ in their scheduler alone, the best; None without any."""
+        engine = self.stage.reference.engine
         medians = {
-            name: Figure.of("", "", values).median for name, values in found.items() if values
+            side.name: Figure.of("", "", values).median
+            for side in self.sides
+            if side.engine == engine and not side.is_slo and self._is_contender(side, promise)
+            if (values := self.goodput(side.name, promise))
         }
         return max(medians, key=lambda name: medians[name]) if medians else None
-
-    def best_static(self, promise: Promise) -> str | None:
-        """The best of the sides that differ from the one in question in their scheduler alone."""
-        engine = self.stage.reference.engine
-        names = [s.name for s in self.sides if s.engine == engine and not s.is_slo]
-        return self.best(promise, names)
 
     def trials(self, side: Side, promise: Promise) -> list[Trial]:
         """All trials that say something about a side and promise."""
@@ -135,7 +133,13 @@ class Search:
         return not side.name.startswith(CHUNKED) or side.name == self._best_chunk(promise)
 
     def _best_chunk(self, promise: Promise) -> str | None:
-        return self.best(promise, [s.name for s in self.sides if s.name.startswith(CHUNKED)])
+        """By the first repeat, which all of them have."""
+        first = {
+            one.side: one.crossing.value
+            for one in self.found
+            if one.promise == promise and one.repeat == 0 and one.side.startswith(CHUNKED)
+        }
+        return max(first, key=lambda name: first[name]) if first else None
 
     def _stop_losers(self, sides: Sequence[Side]) -> None:
         for side in sides:

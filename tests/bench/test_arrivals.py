@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xllm_plugin.bench.arrivals import Bursts
@@ -15,6 +15,7 @@ bursts = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(bursts, st.floats(0, 20), durations, st.integers(0, 9))
 def test_as_many_as_the_rate_says_within_the_duration(
     shape: Bursts, rate: float, duration_s: float, seed: int
@@ -25,6 +26,7 @@ def test_as_many_as_the_rate_says_within_the_duration(
     assert times == shape.arrivals(rate, duration_s, seed)
 
 
+@settings(deadline=None)
 @given(bursts, st.floats(0, 10), st.floats(0, 10), durations, st.integers(0, 9))
 def test_a_higher_rate_moves_no_arrival(
     shape: Bursts, low: float, more: float, duration_s: float, seed: int
@@ -33,6 +35,7 @@ def test_a_higher_rate_moves_no_arrival(
     assert shape.arrivals(low + more, duration_s, seed)[: len(fewer)] == fewer
 
 
+@settings(deadline=None)
 @given(bursts, durations, st.integers(0, 9))
 def test_one_burst_a_cycle(shape: Bursts, duration_s: float, seed: int) -> None:
     windows = shape.windows(duration_s, seed)
@@ -65,4 +68,4 @@ def test_bursts_that_are_none(cycle_s: float, length_s: float, factor: float) ->
 
 
 def test_in_words() -> None:
-    assert str(Bursts()) == "4 times the rate for 2 s of every 10 s"
+    assert str(Bursts()) == "4 times the rate for 2 s of every 8 s"

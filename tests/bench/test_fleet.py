@@ -23,25 +23,27 @@ def fake(name: str, *flags: str) -> PeerServer:
 
 def is_up(server: Server) -> bool:
     try:
-        return httpx.get(f"{server.url}/health", trust_env=False).is_success
+        return httpx.get(f"{server.url}/health", trust_env=False, timeout=2.0).is_success
     except httpx.TransportError:
         return False
 
 
-def test_each_is_started_once_and_stopped(tmp_path: Path) -> None:
+def test_each_is_started_once_and_only_one_runs(tmp_path: Path) -> None:
     a, b, seen = fake("a"), fake("b"), list[Waiting]()
     with Fleet(tmp_path, seen.append) as fleet:
         first, second = fleet.server(a), fleet.server(b)
+        assert not is_up(first)  # paused
+        assert is_up(second)
         assert fleet.server(a) is first
         assert is_up(first)
-        assert is_up(second)
+        assert not is_up(second)
         assert {waiting.server for waiting in seen} == {"a", "b"}
         assert sorted(fleet.ready_s) == ["a", "b"]
         assert fleet.waiting_cpu_s("a") > 0  # b has at least started
         fleet.stop("b")
         fleet.stop("b")
         assert not is_up(second)
-        assert not fleet.is_running("b")
+        assert not fleet.is_started("b")
         assert fleet.waiting_cpu_s("a") == 0
     assert not is_up(first)
     assert (tmp_path / "a.log").exists()
@@ -53,7 +55,8 @@ def test_one_that_does_not_come_up_leaves_nothing(tmp_path: Path) -> None:
         first = fleet.server(a)
         with pytest.raises(NotNowError, match="no such model"):
             fleet.server(fake("b", "--die", "no such model"))
-        assert not fleet.is_running("b")
+        assert not fleet.is_started("b")
+        assert fleet.server(a) is first
         assert is_up(first)
     assert not is_up(first)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xllm_plugin.bench.ladder import Ladder
@@ -15,6 +15,7 @@ GOAL = 0.9
 LADDER = Ladder(lowest=1.0, ratio=2.0, rungs=7)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.data())
 def test_finds_the_edge_of_what_falls(rungs: int, data: st.DataObject) -> None:
     ladder = Ladder(1.0, 1.2, rungs)
@@ -36,6 +37,7 @@ def test_finds_the_edge_of_what_falls(rungs: int, data: st.DataObject) -> None:
         assert ladder.value(edge) <= crossing.value <= ladder.value(edge + 1)
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 20),
     st.lists(st.sampled_from([0.5, 0.89, 0.9, 1.0]), min_size=20, max_size=20),

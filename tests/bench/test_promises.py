@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xllm_plugin.bench.promises import Attainment, Outcome, Promise, Verdict, judge, parse_promises
@@ -64,6 +64,7 @@ def test_attainment_counts_all() -> None:
         Attainment.of([], PROMISE)
 
 
+@settings(deadline=None)
 @given(st.floats(0, 9), st.floats(0, 9), st.integers(1, 50), st.floats(1, 5000), st.floats(1, 500))
 def test_what_is_met_was_over_before_the_latest_end(
     wait_s: float, pace_s: float, tokens: int, ttft_ms: float, tpot_ms: float
@@ -82,6 +83,7 @@ def test_what_is_met_was_over_before_the_latest_end(
         assert one.last_s <= one.due_s + promise.latest_end_s(tokens) + 1e-6
 
 
+@settings(deadline=None)
 @given(st.floats(1, 5000), st.floats(1, 500), st.floats(1, 3), st.floats(0, 9), st.floats(0, 9))
 def test_a_looser_promise_is_kept_too(
     ttft_ms: float, tpot_ms: float, factor: float, wait_s: float, pace_s: float

@@ -34,7 +34,7 @@ class Bursts:
     Raises `ConfigError` when the burst does not fit into the cycle, or is none.
     """
 
-    cycle_s: float = 10.0
+    cycle_s: float = 8.0
     length_s: float = 2.0
     factor: float = 4.0
 

@@ -140,8 +140,19 @@ class Server:
         if self._process is None or self._process.poll() is not None:
             raise self._died()
 
+    def pause(self) -> None:
+        """Take all processors from it (SIGSTOP), with its memory and connections kept."""
+        if self._process is not None:
+            _signal_group(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it run again.  Safe to repeat."""
+        if self._process is not None:
+            _signal_group(self._process.pid, signal.SIGCONT)
+
     def stop(self) -> None:
         """SIGTERM the group, SIGKILL what is left after the grace period.  Safe to repeat."""
+        self.resume()  # a paused process would not see SIGTERM
         process, self._process = self._process, None
         if process is not None:
             try:

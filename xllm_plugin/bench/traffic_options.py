@@ -91,7 +91,7 @@ _TRAFFIC_OPTIONS = (
         type=click.FloatRange(min=1),
         default=4.0,
         show_default=True,
-        help="Rate in a burst (2 s of every 10 s) over the rate outside; 1 for none.",
+        help="Rate in a burst (2 s of every 8 s) over the rate outside; 1 for none.",
     ),
     click.option(
         "--vllm-args",
