@@ -1,0 +1,68 @@
+"""How the NPU's memory driver is checked; see `xllm_plugin.testing.conformance`."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from xllm_plugin.npu.acl import MEMCPY_DEVICE_TO_HOST, MEMCPY_HOST_TO_DEVICE
+from xllm_plugin.npu.memory import NpuMemoryDriver
+from xllm_plugin.testing.conformance import MemoryKit, MemoryProbe
+
+__all__ = ["MEMORY_KIT", "probe_memory"]
+
+MAX_PAGES = 1000
+"""A device with room for more is not filled to see how it refuses."""
+
+
+def probe_memory(driver: NpuMemoryDriver) -> MemoryProbe:
+    """Reading and writing on a device; on the emulator also what it does on demand."""
+    acl = driver.acl
+
+    def read(address: int, num_bytes: int) -> bytes:
+        data = ctypes.create_string_buffer(num_bytes)
+        size = ctypes.c_size_t(num_bytes)
+        with driver.current():
+            acl.call(
+                "aclrtMemcpy", data, size, ctypes.c_void_p(address), size, MEMCPY_DEVICE_TO_HOST
+            )
+        return data.raw
+
+    def write(address: int, data: bytes) -> None:
+        size = ctypes.c_size_t(len(data))
+        with driver.current():
+            acl.call(
+                "aclrtMemcpy", ctypes.c_void_p(address), size, data, size, MEMCPY_HOST_TO_DEVICE
+            )
+
+    if not hasattr(acl.library, "emulator_hold"):
+        return MemoryProbe(read=read, write=write)
+
+    @contextmanager
+    def busy() -> Iterator[None]:
+        acl.library.emulator_hold()
+        try:
+            yield
+        finally:
+            acl.library.emulator_release()
+
+    num_pages = num_free_bytes(driver) // driver.granularity_bytes
+    return MemoryProbe(
+        read=read,
+        write=write,
+        max_pages=num_pages if num_pages <= MAX_PAGES else None,
+        fail_map=acl.library.emulator_fail_map,
+        busy=busy,
+    )
+
+
+def num_free_bytes(driver: NpuMemoryDriver) -> int:
+    """The device's free memory."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    with driver.current():
+        driver.acl.call("aclrtGetMemInfo", 1, ctypes.byref(free), ctypes.byref(total))
+    return free.value
+
+
+MEMORY_KIT = MemoryKit(NpuMemoryDriver, probe_memory)
