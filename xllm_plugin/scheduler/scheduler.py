@@ -36,6 +36,7 @@ class XllmSchedulerMixin:
         """Plan, let vLLM schedule, and send our message along with the step."""
         self._waker.take()
         self._telemetry.drain_calls()
+        self._memory.plan()
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         change, has_tokens = self._memory.take_change(), output.total_num_scheduled_tokens > 0
         if has_tokens or change is not None:
