@@ -26,6 +26,7 @@ from xllm_plugin.channel import (
 )
 from xllm_plugin.cli.top import Rates, _Keys, top
 from xllm_plugin.errors import ChannelError
+from xllm_plugin.xtensor.messages import MemorySection
 
 Start = Callable[..., EngineChannel]
 
@@ -84,6 +85,24 @@ def test_once_shows_a_table_of_all_engines(start_engine: Start) -> None:
     assert result.exit_code == 0, result.exception
     for text in ("e1 dp0", "e2 dp1", "tiny[0]", "75.0", "42", "tok/s", "preempted"):
         assert text in result.output
+
+
+def test_an_elastic_kv_cache_has_a_line_below_the_table(start_engine: Start) -> None:
+    engine = start_engine("e1")
+    memory = MemorySection(
+        block_bytes=2**20,
+        slab_blocks=2,
+        num_slabs=9,
+        budget_slabs=8,
+        min_budget_slabs=1,
+        num_resident_slabs=5,
+        num_draining_slabs=0,
+        num_used_blocks=6,
+        num_cached_blocks=2,
+    )
+    engine.add_section("memory", lambda: memory)
+    engine.publish_if_due(force=True)
+    assert "dp0: KV memory 10 of 16 MiB, 20 % of it unused" in run("--once").output
 
 
 def test_once_json_is_one_document_for_scripts(start_engine: Start) -> None:

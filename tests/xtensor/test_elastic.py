@@ -126,6 +126,7 @@ class Engine:
         writes = {block: stamp for block, stamp in self.writes.items() if block in held}
         self.writes = {}
         shows = {block: self.shows[block] for block in held}
+        self.cache.plan()
         self.steps.append(Step(self.cache.take_change(), writes, shows))
 
     def execute(self) -> None:
@@ -350,6 +351,21 @@ def test_what_drains_is_found_by_no_prefix() -> None:
     engine.run()
     assert engine.pool.ledger.num_resident == 2
     assert len([stamp for stamp in (1, 2, 3) if engine.find(stamp)]) == 1
+
+
+def test_a_block_freed_while_a_step_is_scheduled_keeps_its_memory_for_that_step() -> None:
+    """VLLM copies from such blocks in that very step."""
+    engine = Engine(slab_blocks=1, budget_slabs=3)
+    request = engine.allocate(1)
+    engine.run()
+    engine.cache.plan()
+    engine.end(request)
+    change = engine.cache.take_change()
+    assert change is None or not change.released
+    engine.cache.plan()
+    change = engine.cache.take_change()
+    assert change is not None
+    assert len(change.released) == 1
 
 
 def test_memory_that_comes_back_before_the_workers_hear_of_it_is_not_spoken_of() -> None:

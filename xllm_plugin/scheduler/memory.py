@@ -48,6 +48,11 @@ class MemoryControl:
         assert self._cache is not None
         return self._cache.set_budget(budget_bytes)
 
+    def plan(self) -> None:
+        """Decide what is given back, before a step is scheduled."""
+        if self._cache is not None:
+            self._cache.plan()
+
     def take_change(self) -> MemoryChange | None:
         """What the step that was just scheduled tells the workers, or None."""
         if self._cache is None:

@@ -50,6 +50,7 @@ class XllmSchedulerMixin:
         """Plan, let vLLM schedule, and send our message along with the step."""
         self._waker.take()
         self._telemetry.drain_calls()
+        self._memory.plan()
         output: SchedulerOutput
         with nullcontext() if self._slo is None else self._slo.planned():
             output = super().schedule(*args, **kwargs)  # type: ignore[misc]

@@ -1,7 +1,8 @@
 """KV memory: virtual ranges over physical pages.
 
-So far the parts that stand alone, which no server uses yet: the KV cache of a running engine is
-vLLM's.
+The scheduler's side decides (`slabs`, `block_pool`, `kv_cache`), the worker's side does (`memory`,
+`range`, `page_pool`, `keeper`), and `messages` travel between them with the steps.  `layout` is how
+both see vLLM's KV buffer.
 """
 
 from __future__ import annotations

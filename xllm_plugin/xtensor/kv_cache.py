@@ -93,14 +93,18 @@ class ElasticKvCache:
 
     # At each step
 
-    def take_change(self) -> MemoryChange | None:
-        """Decide what is given back, and return what the next step has to tell the workers.
+    def plan(self) -> None:
+        """Decide what is given back; called before a step is scheduled.
 
-        Called once a step, when it is scheduled; None when there is nothing to tell.
+        Not after: the step may still copy from blocks that are freed while it is scheduled.
         """
-        now_s = self._clock()
-        self._num_dropped_slabs += self._pool.drop_cold(now_s - self._config.cache_idle_s)
+        cold_s = self._clock() - self._config.cache_idle_s
+        self._num_dropped_slabs += self._pool.drop_cold(cold_s)
         self._pool.rebalance()
+
+    def take_change(self) -> MemoryChange | None:
+        """What the step that was just scheduled has to tell the workers, or None."""
+        now_s = self._clock()
         ledger = self._ledger
         is_report_due = now_s >= self._report_due_s
         is_told = not ledger.has_changes and ledger.budget_slabs == self._told_budget_slabs
@@ -121,6 +125,7 @@ class ElasticKvCache:
         """Whether a step is wanted for the memory's sake, though no request asks for one."""
         return (
             self._ledger.has_changes
+            or bool(self._ledger.releasable())
             or self._ledger.budget_slabs != self._told_budget_slabs
             or self._clock() >= self.next_work_s()
         )

@@ -75,6 +75,7 @@ class SlabLedger:
         # Slabs to hand blocks out from, by their number of free blocks.
         self._open: list[dict[int, None]] = [{} for _ in range(slab_blocks + 1)]
         self._idle: OrderedDict[int, float] = OrderedDict()  # no used block, since when
+        self._empty: dict[int, None] = {}  # of those, without a cached block either
         self._committed: dict[int, None] = {}  # and the workers do not know yet
         self._released: dict[int, None] = {}
         self.commit()
@@ -170,6 +171,10 @@ class SlabLedger:
             self._idle.pop(slab, None)
         elif before == BlockKind.USED:
             self._idle[slab] = now_s  # at the end: the longest idle come first
+        if self._num_used[slab] or self._num_cached[slab]:
+            self._empty.pop(slab, None)
+        else:
+            self._empty[slab] = None
 
     def commit(self) -> int | None:
         """Give one more slab memory, within the budget; return it, or None."""
@@ -206,6 +211,7 @@ class SlabLedger:
         self._resident.remove(slab)
         self._draining.discard(slab)
         self._idle.pop(slab, None)
+        self._empty.pop(slab, None)
         self._absent.append(slab)
         if slab in self._committed:  # nor that it came
             del self._committed[slab]
@@ -248,7 +254,7 @@ class SlabLedger:
 
     def releasable(self) -> list[int]:
         """Slabs on which every block is free; a slab just committed is not among them."""
-        return [slab for slab in self._idle if slab and not self._num_cached[slab]]
+        return list(self._empty)
 
     def idle_since(self, before_s: float) -> list[int]:
         """Slabs with cached blocks that nobody has used since then, the longest first."""
@@ -275,26 +281,33 @@ class SlabLedger:
 
     def _problems(self) -> Iterable[str]:
         for slab in range(self.num_slabs):
-            kinds = [self._kinds[block] for block in self.blocks_of(slab)]
-            counted = kinds.count(BlockKind.USED), kinds.count(BlockKind.CACHED)
-            if counted != (self._num_used[slab], self._num_cached[slab]):
-                yield f"slab {slab} is counted wrong"
-            if any(counted) and slab not in self._resident:
-                yield f"slab {slab} is in use without memory"
-            is_open = slab in self._resident and slab not in self._draining
-            where = [number for number, slabs in enumerate(self._open) if slab in slabs]
-            if where != ([kinds.count(BlockKind.FREE)] if is_open else []):
-                yield f"slab {slab} is listed under {where} free blocks"
-            if slab in self._idle and (counted[0] or slab not in self._resident):
-                yield f"slab {slab} is idle and in use"
-            if any(counted) and not counted[0] and slab not in self._idle:
-                yield f"slab {slab} has cached blocks alone and is not idle"
+            yield from (f"slab {slab} {problem}" for problem in self._problems_of(slab))
         if sorted([*self._absent, *self._resident]) != list(range(self.num_slabs)):
             yield "a slab is lost, or has memory and has none"
         if not self._draining <= self._resident:
             yield "a slab drains that has no memory"
         if self._committed.keys() - self._resident or self._released.keys() & self._resident:
             yield "the workers would be told what is not so"
+
+    def _problems_of(self, slab: int) -> Iterable[str]:
+        kinds = [self._kinds[block] for block in self.blocks_of(slab)]
+        num_used, num_cached = kinds.count(BlockKind.USED), kinds.count(BlockKind.CACHED)
+        is_resident = slab in self._resident
+        is_open = is_resident and slab not in self._draining
+        where = [number for number, slabs in enumerate(self._open) if slab in slabs]
+        checks = {
+            "is counted wrong": (num_used, num_cached)
+            == (self._num_used[slab], self._num_cached[slab]),
+            "is in use without memory": is_resident or not num_used + num_cached,
+            f"is listed under {where} free blocks": where
+            == ([kinds.count(BlockKind.FREE)] if is_open else []),
+            "is idle and in use": slab not in self._idle or (is_resident and not num_used),
+            "is empty and in use": slab not in self._empty or not num_used + num_cached,
+            "has cached blocks alone and is not idle": not num_cached
+            or num_used > 0
+            or slab in self._idle,
+        }
+        return (problem for problem, holds in checks.items() if not holds)
 
     def _num_free(self, slab: int) -> int:
         return self.slab_blocks - self._num_used[slab] - self._num_cached[slab]
