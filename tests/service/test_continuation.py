@@ -17,7 +17,7 @@ from xllm_plugin.service.continuation import arm
 from xllm_plugin.service.exchange import peek
 from xllm_plugin.service.policy import Choice
 from xllm_plugin.service.routes import route_of
-from xllm_plugin.testing.fake_instance import FakeInstance, answer
+from xllm_plugin.testing.fake_instance import FakeInstance, Received, answer
 from xllm_plugin.testing.fake_streams import Death, FakeModel, events_of, stream_instance
 from xllm_plugin.testing.service_harness import PATIENCE_S, Harness, request, serving
 
@@ -253,6 +253,39 @@ def test_a_drain_deadline_moves_what_still_runs(run: Any) -> None:
             assert b"[DONE]" in last
             assert b"error" not in last
             await harness.settle()
+
+    run(check())
+
+
+def test_a_drain_deadline_moves_what_has_not_begun(run: Any) -> None:
+    async def never(received: Received, _: asyncio.StreamWriter) -> None:
+        await received.gone.wait()
+
+    async def check() -> None:
+        model = FakeModel(PIECES)
+        busy, good = FakeInstance(script=never), stream_instance(model)
+        async with serving(busy, good, policy=first, instances={"drain_s": 0.1}) as harness:
+            fleet = harness.proxy.fleet
+            (draining, _) = fleet
+            fleet.report(draining, lifecycle.Registered("", leased=True))
+            client = await harness.connect()
+            client.send(request(json.dumps(body_of(COMPLETION)).encode()))
+            async with asyncio.timeout(PATIENCE_S):
+                while not busy.requests:
+                    await asyncio.sleep(0.002)
+            fleet.report(draining, lifecycle.Drain())
+            _, answered = await client.read_answer()
+            assert events_of(answered) == expected(model, COMPLETION, body_of(COMPLETION))
+            await harness.settle()
+
+    run(check())
+
+
+def test_clients_cannot_ask_for_a_continuation_themselves(run: Any) -> None:
+    async def check() -> None:
+        async with serving(stream_instance(FakeModel(PIECES))) as harness:
+            head, _ = await harness.ask(request(path=RESUME_PATH.encode()))
+            assert head.startswith(b"HTTP/1.1 403")
 
     run(check())
 

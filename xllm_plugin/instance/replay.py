@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ReplayingEngine", "refusal"]
 
-# A named tool makes chats that stop say "tool_calls"; the engine said "stop".
+# A chat that ends in a tool call says "tool_calls" where the engine said "stop".
 _FINISH_REASONS = {str(reason): reason for reason in FinishReason} | {
     "tool_calls": FinishReason.STOP
 }

@@ -184,7 +184,7 @@ class ArmedStream:
             self._rest = data[end:] if end > 1 else data
             if end < 2:  # noqa: PLR2004 - none is whole
                 if len(data) > _MAX_EVENT_BYTES:
-                    self.failure = f"it sent an event of over {_MAX_EVENT_BYTES} bytes"
+                    self.failure = f"sent an event of over {_MAX_EVENT_BYTES} bytes"
                 return b""
             data = data[:end]
         if data.find(b"\n") == len(data) - 2:  # JSON has no line breaks
@@ -254,7 +254,7 @@ class ArmedStream:
         try:
             content = _decode(memoryview(event)[6:])
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            self.failure = f"it sent an event that is no JSON: {error}"
+            self.failure = f"sent an event that is no JSON: {error}"
             return b""
         if content.error is not None:
             return self._read_error(event, content.error)
@@ -270,14 +270,14 @@ class ArmedStream:
 
     def _read_error(self, event: bytes, fault: _Fault) -> bytes:
         if isinstance(fault.code, int) and fault.code >= _SERVER_ERROR:
-            self.failure = f"it failed: {fault.message}"
+            self.failure = f"failed: {fault.message}"
             return b""
         self._is_lost = True
         return event
 
     def _read_choice(self, event: bytes, choice: _Choice) -> bytes:
         if choice.finish_reason in _FAULTS:
-            self.failure = f"it ended the stream with finish reason {choice.finish_reason!r}"
+            self.failure = f"ended the stream with finish reason {choice.finish_reason!r}"
             return b""
         if choice.token_ids is not None:
             start = event.index(_IDS) + len(_IDS)

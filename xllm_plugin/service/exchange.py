@@ -312,7 +312,7 @@ class Exchange:
         assert stream is not None
         events = stream.take()
         if is_last and not stream.is_done and not stream.failure:
-            stream.failure = "the instance ended the stream before its last event"
+            stream.failure = "ended the stream before its last event"
         data = b"%x\r\n%b\r\n" % (len(events), events) if events else b""
         if is_last and not stream.failure:
             data += _LAST_CHUNK
@@ -474,7 +474,12 @@ class Exchange:
         if connection is None or self.is_done or self.status == _SWITCHED:
             return
         if self.stream is not None and self._drain_is_over():
-            self.broken(connection, "its time to drain is over")
+            if self.stream.is_begun:
+                self.broken(connection, "its time to drain is over")
+                return
+            self._connection = None
+            connection.abandon()
+            self.attempt_failed("drained", "did not answer before its time to drain was over")
             return
         if not self.is_answering:
             if first_byte_s is not None and now_s - self.sent_s > first_byte_s:
