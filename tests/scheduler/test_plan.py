@@ -161,6 +161,9 @@ def test_the_overdue_have_their_turn_and_not_more() -> None:
     plan = planned(old, fine, admitted_since_overdue=3)
     assert plan.admit[0] == "old"
     assert plan.serves_overdue
+    limits = msgspec.structs.replace(LIMITS, max_sequences=1)
+    plan = planned(decode("d"), old, admitted_since_overdue=3, limits=limits)
+    assert not plan.serves_overdue, "without a place its turn is still to come"
     plan = planned(old, fine, admitted_since_overdue=2)
     assert plan.admit[0] == "fine"
     assert not plan.serves_overdue

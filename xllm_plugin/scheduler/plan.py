@@ -162,7 +162,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         predicted_ms: how long.
         bound: why it is not larger.
         num_late: online requests whose TTFT can no longer be met.
-        serves_overdue: whether the first admission is an overdue request's turn.
+        serves_overdue: whether an overdue request has its turn in this step.
     """
 
     order: tuple[str, ...] = ()
@@ -220,7 +220,7 @@ class _Planner:
         self._hold: list[Running] = []
         self._preempt: list[Running] = []
         self._num_late = 0
-        self._serves_overdue = False
+        self._turn: Prompt | None = None
         self._num_blocks = 0
         self._free_blocks = view.free_blocks
 
@@ -275,13 +275,16 @@ class _Planner:
             return
         num_places = self._limits.max_sequences - len(self._view.running)
         num_places += len(self._offline_decodes) + len(self._offline_prompts)
+        # As they will be once all have begun to decode.
         rows = _with_decodes(StepShape(), [*self._decodes, *self._hold])
+        for r in self._prompts:
+            rows = rows.with_decodes(1, r.computed_tokens + r.todo_tokens)
         tpot_ms = min((r.tpot_ms for r in self._decodes), default=float("inf"))
         started = {r.request_id for r in self._prompts}
         num_refused = 0
-        for index, prompt in enumerate(self._ranked()):
+        for prompt in self._ranked():
             is_started = prompt.request_id in started
-            must_run = (self._serves_overdue and not index) or not self._step.num_tokens
+            must_run = prompt is self._turn or not self._step.num_tokens
             if not is_started:
                 if num_places <= len(self._admitted):
                     self._bound = Bound.MEMORY
@@ -294,7 +297,8 @@ class _Planner:
                     continue
             if not self._take_chunk(prompt, must_run=must_run):
                 break
-            rows = rows.with_decodes(1, prompt.computed_tokens + prompt.todo_tokens)
+            if not is_started:
+                rows = rows.with_decodes(1, prompt.computed_tokens + prompt.todo_tokens)
             tpot_ms = min(tpot_ms, prompt.tpot_ms)
         self._hold += [r for r in self._prompts if r.request_id not in self._chunks]
 
@@ -307,7 +311,7 @@ class _Planner:
 
     def _ranked(self) -> Iterator[Prompt]:
         """Online prompts, most urgent first; at most `MAX_CONSIDERED` of each kind."""
-        turn = self._overdue_turn()
+        turn = self._turn = self._overdue_turn()
         if turn is not None:
             yield turn
         cost = _PromptCost(self._model, self._step)
@@ -339,7 +343,6 @@ class _Planner:
         oldest = min(prompts, key=_ARRIVAL)
         if oldest.arrival_s > self._view.now_s - self._limits.max_wait_s:
             return None
-        self._serves_overdue = True
         return oldest
 
     def _share_of_prompts(self) -> float:
@@ -519,7 +522,7 @@ class _Planner:
             predicted_ms=self._model.predict_ms(self._step),
             bound=self._bound,
             num_late=self._num_late,
-            serves_overdue=self._serves_overdue,
+            serves_overdue=self._turn is not None and self._turn.request_id in self._chunks,
         )
 
 

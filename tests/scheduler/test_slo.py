@@ -1,0 +1,301 @@
+"""The policy around a stand-in for vLLM's scheduler: plans come into force, and are taken back."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from xllm_plugin import shims
+from xllm_plugin.errors import ConfigError
+from xllm_plugin.scheduler.config import SchedulerConfig
+from xllm_plugin.scheduler.predictor import StepModel, Work
+from xllm_plugin.worker.messages import StepMessage, StepStamp
+
+pytestmark = pytest.mark.engine  # imports vLLM, some seconds
+
+WORK = Work(weight_ms=10, token_ms=0.2, kv_token_ms=0, pair_ms=0, overhead_ms=64)
+# 10 ms, 1 ms a row and 0.2 ms a token.
+MODEL = StepModel(work=WORK, factors=(0, 0, 1, 0, 0, 1, 1, 0), error=0.0, num_samples=100)
+
+
+@pytest.fixture(scope="module")
+def vllm() -> Any:
+    shims.install()
+    pytest.importorskip("vllm")
+    from vllm.v1.core.sched import interface, request_queue
+
+    from xllm_plugin.scheduler import prior, slo
+
+    return SimpleNamespace(interface=interface, queue=request_queue, slo=slo, prior=prior)
+
+
+class Asked(SimpleNamespace):
+    """Goes into sets, as vLLM's request does."""
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+def request(name: str, prompt: int = 100, computed: int = 0, output: int = 0, **args: Any) -> Any:
+    """As vLLM's, as far as the policy reads it."""
+    return Asked(
+        request_id=name,
+        arrival_time=1000.0,
+        priority=0,
+        sampling_params=SimpleNamespace(extra_args=args),
+        num_computed_tokens=computed,
+        num_tokens=prompt + output,
+        num_tokens_with_spec=prompt + output,
+        num_output_tokens=output,
+        num_output_placeholders=0,
+        spec_token_ids=[],
+        is_finished=lambda: False,
+    )
+
+
+class Scheduler:
+    """Holds what the policy reads and sets; `seen` is what `schedule` would have met."""
+
+    def __init__(self, vllm: Any) -> None:
+        self.vllm_config = None
+        self.need_mamba_block_aligned_split = False
+        self.cache_config = SimpleNamespace(enable_prefix_caching=False)
+        self.kv_cache_config = SimpleNamespace(kv_cache_groups=[None])
+        self.scheduler_config = SimpleNamespace(long_prefill_token_threshold=0)
+        pool = SimpleNamespace(num_gpu_blocks=1000, get_num_free_blocks=lambda: 900)
+        self.kv_cache_manager = SimpleNamespace(block_pool=pool)
+        self.block_size = 16
+        self.max_num_active_reqs = 6
+        self.max_num_scheduled_tokens = 512
+        self.adaptive_long_prefill_threshold = True
+        self.num_spec_tokens = 0
+        self.num_waiting_for_streaming_input = 0
+        self.requires_kv_delivery = False
+        self.pause_state = vllm.interface.PauseState.UNPAUSED
+        self.prev_step_scheduled_req_ids: set[str] = set()
+        self.kv_holding_waiting: list[Any] = []
+        self.waiting = vllm.queue.FCFSRequestQueue()
+        self.running: list[Any] = []
+        self.requests: dict[str, Any] = {}
+        self.seen: dict[str, Any] = {}
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def look(self) -> None:
+        """What stands there while vLLM schedules."""
+        self.seen = {
+            "running": [r.request_id for r in self.running],
+            "waiting": [r.request_id for r in self.waiting],
+            "joining": self.max_num_active_reqs - len(self.running),
+            "tokens": self.max_num_scheduled_tokens,
+            "chunk": self.scheduler_config.long_prefill_token_threshold,
+        }
+
+    def limits(self) -> tuple[Any, ...]:
+        return (
+            self.max_num_active_reqs,
+            self.max_num_scheduled_tokens,
+            self.adaptive_long_prefill_threshold,
+            self.scheduler_config.long_prefill_token_threshold,
+        )
+
+
+class Rig:
+    """A policy with a clock of ours over a stand-in scheduler."""
+
+    def __init__(self, vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(vllm.slo, "prior_work", lambda vllm_config: WORK)
+        self.scheduler = Scheduler(vllm)
+        self.now_s = 50.0
+        self.policy = vllm.slo.SloPolicy(
+            self.scheduler,
+            SchedulerConfig(policy="slo"),
+            clock=lambda: self.now_s,
+            wall_clock=lambda: 1000.0,
+        )
+        self.policy._learner.model = MODEL
+
+    def run(self, made: Any, first_token_s: float | None = None) -> Any:
+        """Let a request run, its first token out at `first_token_s`."""
+        self.policy.add(made)
+        self.scheduler.requests[made.request_id] = made
+        self.scheduler.running.append(made)
+        tracked = self.policy._requests[made.request_id]
+        tracked.first_token_s, tracked.num_tokens = first_token_s, made.num_output_tokens
+        return made
+
+    def wait(self, made: Any) -> Any:
+        self.policy.add(made)
+        self.scheduler.requests[made.request_id] = made
+        self.scheduler.waiting.add_request(made)
+        return made
+
+    def plan(self) -> dict[str, Any]:
+        with self.policy.planned():
+            self.scheduler.look()
+        return self.scheduler.seen
+
+
+@pytest.fixture
+def rig(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    return Rig(vllm, monkeypatch)
+
+
+def decoding(name: str, **args: Any) -> Any:
+    return request(name, prompt=100, computed=100, output=1, **args)
+
+
+def test_a_plan_is_in_force_while_vllm_schedules_and_no_longer(rig: Rig) -> None:
+    rig.run(decoding("d"), first_token_s=50.0)  # due in 50 ms
+    rig.wait(request("w", prompt=400))
+    before = rig.scheduler.limits()
+    # 49 ms less 10, two rows and one token; then 0.2 ms a token.
+    assert rig.plan() == {
+        "running": ["d"],
+        "waiting": ["w"],
+        "joining": 1,
+        "tokens": 184,
+        "chunk": 183,
+    }
+    assert rig.scheduler.limits() == before
+
+
+def test_limits_return_and_held_requests_too_when_vllm_fails(rig: Rig) -> None:
+    rig.run(decoding("d"), first_token_s=49.0)
+    rig.run(decoding("o", xllm_class="offline"), first_token_s=50.0)
+    rig.policy._learner.model = msgspec.structs.replace(MODEL, error=0.9)  # nothing is merged
+    before = rig.scheduler.limits()
+
+    def fail() -> None:
+        with rig.policy.planned():
+            assert [r.request_id for r in rig.scheduler.running] == ["d"]
+            assert rig.scheduler.max_num_active_reqs <= before[0] - 1, "a held one counts"
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        fail()
+    assert [r.request_id for r in rig.scheduler.running] == ["d", "o"]
+    assert rig.scheduler.limits() == before
+
+
+def test_who_is_most_urgent_is_put_first(rig: Rig) -> None:
+    for name, ttft_ms in (("slow", 9000), ("soon", 300), ("next", 500)):
+        rig.wait(request(name, xllm_ttft_ms=ttft_ms))
+    seen = rig.plan()
+    assert seen["waiting"] == ["soon", "next", "slow"]
+    assert seen["joining"] == 3
+    rig.wait(request("urgent", xllm_ttft_ms=200, xllm_priority=-1))
+    assert rig.plan()["waiting"][0] == "urgent"
+
+
+def test_a_paused_engine_is_left_alone(rig: Rig, vllm: Any) -> None:
+    rig.wait(request("w"))
+    rig.scheduler.pause_state = vllm.interface.PauseState.PAUSED_NEW
+    assert rig.plan()["tokens"] == 512
+    assert rig.policy.snapshot().num_planned == 0
+
+
+def test_an_engine_that_does_not_move_is_given_back_to_vllm(rig: Rig) -> None:
+    rig.wait(request("w"))
+    nothing = SimpleNamespace(num_scheduled_tokens={}, scheduled_encoder_inputs={})
+    for _ in range(3):
+        rig.plan()
+        rig.policy.record_scheduled(nothing, 0)
+    rig.plan()
+    assert rig.policy.snapshot().num_planned == 3
+    rig.plan()
+    assert rig.policy.snapshot().num_planned == 4, "for one step"
+
+
+def step(rig: Rig, number: int, scheduled: dict[str, int], duration_ms: float) -> None:
+    """One step of `scheduled` tokens, of which every request gets one."""
+    for name, num in scheduled.items():
+        rig.scheduler.requests[name].num_computed_tokens += num
+    output = SimpleNamespace(num_scheduled_tokens=scheduled, scheduled_encoder_inputs={})
+    rig.policy._began_s = rig.now_s
+    rig.policy.record_scheduled(output, number)
+    rig.now_s += duration_ms / 1e3
+    outputs = [
+        SimpleNamespace(request_id=name, new_token_ids=[7], finish_reason=None)
+        for name in scheduled
+    ]
+    rig.policy.record_step(
+        StepMessage(number), {0: SimpleNamespace(outputs=outputs)}, StepStamp(number, 1.0)
+    )
+
+
+def finish(rig: Rig, name: str) -> None:
+    done = SimpleNamespace(request_id=name, new_token_ids=[], finish_reason="length")
+    rig.policy.record_step(None, {0: SimpleNamespace(outputs=[done])}, None)
+
+
+def test_steps_are_learned_with_all_that_a_request_waits_for(rig: Rig) -> None:
+    rig.run(request("p", prompt=300))
+    step(rig, 1, {"p": 300}, 80.0)
+    snapshot = rig.policy.snapshot()
+    assert snapshot.measured_ms == pytest.approx(80.0), "not the worker's 1 ms alone"
+    assert snapshot.predicted_ms == pytest.approx(10 + 1 + 60)
+    assert rig.policy.model().num_samples == 101
+
+
+def test_slack_and_kept_promises_are_counted(rig: Rig) -> None:
+    rig.run(request("a", xllm_tenant="t"))
+    step(rig, 1, {"a": 100}, 200.0)
+    for number in (2, 3, 4):
+        step(rig, number, {"a": 1}, 60.0)
+    del rig.scheduler.requests["a"]
+    finish(rig, "a")
+    snapshot = rig.policy.snapshot()
+    assert sum(snapshot.slack_counts) == 4
+    # 800 ms before its TTFT; then 10, 20 and 30 ms late.
+    assert snapshot.slack_sum_ms == pytest.approx(800 - 10 - 20 - 30)
+    (group,) = snapshot.attainment
+    assert (group.tenant, group.num_finished, group.num_kept) == ("t", 1, 0)
+    assert (group.num_ttft_missed, group.num_tpot_missed) == (0, 1)
+    assert not rig.policy._requests
+
+
+def test_offline_tokens_are_counted_and_have_no_slack(rig: Rig) -> None:
+    rig.run(request("o", xllm_class="offline"))
+    step(rig, 1, {"o": 100}, 200.0)
+    snapshot = rig.policy.snapshot()
+    assert snapshot.offline_tokens == 100
+    assert sum(snapshot.slack_counts) == 0
+
+
+def test_a_streaming_session_is_kept_from_turn_to_turn(rig: Rig) -> None:
+    session = rig.run(request("s"))
+    step(rig, 1, {"s": 100}, 20.0)
+    finish(rig, "s")  # its turn; vLLM still knows it
+    rig.now_s += 100.0
+    rig.policy.add(session)
+    tracked = rig.policy._requests["s"]
+    assert (tracked.arrival_s, tracked.first_token_s) == (rig.now_s, None)
+    rig.policy.forget([session])
+    assert not rig.policy._requests
+
+
+def test_a_cached_prefix_is_not_counted_as_work(rig: Rig) -> None:
+    rig.scheduler.cache_config.enable_prefix_caching = True
+    rig.scheduler.kv_cache_manager.get_computed_blocks = lambda request: (None, 64, 0)
+    rig.wait(request("w", prompt=100))
+    view = rig.policy._view(rig.now_s).waiting[0]
+    assert (view.todo_tokens, view.computed_tokens) == (36, 64)
+
+
+def test_a_promise_that_cannot_be_read_does_not_end_the_engine(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.wait(request("w", xllm_ttft_ms="soon"))
+    assert "xllm_ttft_ms is 'soon'" in caplog.text
+    assert rig.policy.snapshot().num_invalid == 1
+
+
+def test_chunks_that_have_to_end_at_blocks_are_refused(rig: Rig, vllm: Any) -> None:
+    rig.scheduler.need_mamba_block_aligned_split = True
+    with pytest.raises(ConfigError, match="mamba-cache-mode"):
+        vllm.slo.SloPolicy(rig.scheduler, SchedulerConfig(policy="slo"))
