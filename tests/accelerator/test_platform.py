@@ -17,6 +17,7 @@ from xllm_plugin.accelerator.platform import (
     XllmPlatformMixin,
     add_options,
     allow_own_endpoints,
+    check_settings,
 )
 from xllm_plugin.errors import ConfigError
 
@@ -269,3 +270,9 @@ def test_what_the_policy_slo_cannot_serve_stops_the_start(
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
         checked(slo_config(**changes))
+
+
+def test_refusing_what_is_at_risk_needs_the_policy_that_predicts() -> None:
+    settings: dict[str, Any] = {"admission": {"at_risk": "refuse"}}
+    with pytest.raises(ConfigError, match=r"admission.at_risk=refuse .* scheduler.policy=slo"):
+        check_settings(SimpleNamespace(additional_config={"xllm": settings}))
