@@ -99,10 +99,21 @@ def register() -> None:
 
 
 def endpoints() -> object:
-    """Return the endpoint plugin that adds `/xllm/*` and our metrics to the API server."""
+    """Return the endpoint plugin that adds `/xllm/*`, our metrics and admission to the API server.
+
+    Raises:
+        SeamError: this vLLM is not what this package was written against.
+    """
     if select_here().is_native:
         return NoEndpoints()
     from xllm_plugin.instance.endpoints import XllmEndpoints
+    from xllm_plugin.seams import Process, check_all
+
+    try:
+        check_all(Process.SERVER)
+    except XllmError as error:
+        _stop_vllm_command(error)  # vLLM would log it and serve without us
+        raise
 
     return XllmEndpoints()
 

@@ -24,6 +24,7 @@ class Process(StrEnum):
     """Where a seam is used; it is checked there, where its modules are imported anyway."""
 
     EVERY = "every process"
+    SERVER = "API server"
     ENGINE = "engine"
     WORKER = "worker"
     SERVER = "API server"
@@ -355,7 +356,7 @@ SEAMS: tuple[Seam, ...] = (
         upstream="vllm/entrypoints/openai/chat_completion/serving.py, "
         "vllm/entrypoints/openai/completion/serving.py",
         leaves_when="plugins are handed a request between its rendering and its answer.",
-        process=Process.EVERY,
+        process=Process.SERVER,
         fits=_a_request_meets_the_engine_in_one_call,
     ),
     Seam(
@@ -366,7 +367,7 @@ SEAMS: tuple[Seam, ...] = (
         versions="0.32",
         upstream="vllm/v1/engine/output_processor.py",
         leaves_when="EngineClient tells which requests wait, not only how many tokens.",
-        process=Process.EVERY,
+        process=Process.SERVER,
         fits=_requests_have_phases,
     ),
     Seam(

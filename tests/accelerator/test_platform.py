@@ -17,6 +17,7 @@ from xllm_plugin.accelerator.platform import (
     XllmPlatformMixin,
     add_options,
     allow_own_endpoints,
+    check_settings,
     choose_kv_events,
 )
 from xllm_plugin.errors import ConfigError
@@ -301,3 +302,9 @@ def test_a_server_that_registers_publishes_its_cache_only_if_told_to(
     assert "of no use without a prefix cache" in caplog.text
     monkeypatch.setenv("XLLM_REGISTRATION__KV_EVENTS", "0")
     assert chosen() is None
+
+
+def test_refusing_what_is_at_risk_needs_the_policy_that_predicts() -> None:
+    settings: dict[str, Any] = {"admission": {"at_risk": "refuse"}}
+    with pytest.raises(ConfigError, match=r"admission.at_risk=refuse .* scheduler.policy=slo"):
+        check_settings(SimpleNamespace(additional_config={"xllm": settings}))

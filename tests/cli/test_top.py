@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from xllm_plugin.channel import (
     ChannelConfig,
@@ -24,8 +26,10 @@ from xllm_plugin.channel import (
     Readings,
     Snapshot,
 )
-from xllm_plugin.cli.top import Rates, _Keys, top
+from xllm_plugin.cli.top import _Keys, top
+from xllm_plugin.cli.top_view import Rates, frame
 from xllm_plugin.errors import ChannelError
+from xllm_plugin.scheduler.report import ClassReport, SchedulerReport, StepReport
 from xllm_plugin.xtensor.messages import MemorySection
 
 Start = Callable[..., EngineChannel]
@@ -248,6 +252,68 @@ class TestRates:
         rates.update(look(snapshot))
         rates.update(Readings())
         assert rates.of(snapshot) is None
+
+
+REPORT = SchedulerReport(
+    policy="slo",
+    online=ClassReport(num_running=5, num_held=1, num_waiting=3, num_late=2, least_slack_ms=-120.4),
+    offline=ClassReport(num_waiting=40),
+    step=StepReport(
+        num_sequences=5,
+        decode_tokens=4,
+        prefill_tokens=256,
+        context_tokens=9000,
+        predicted_ms=41.2,
+        measured_ms=43.9,
+        bound="tpot",
+    ),
+    error=0.062,
+)
+
+
+def show(*snapshots: Snapshot) -> list[list[str]]:
+    """The words of each line of a frame, as a terminal of 100 columns shows it."""
+    console = Console(record=True, width=100, file=io.StringIO())
+    engines = tuple(Reading(dp_rank=0, snapshot=snapshot, age_s=0.0) for snapshot in snapshots)
+    console.print(frame(Readings(engines=engines), Rates()))
+    return [line.split() for line in console.export_text().splitlines()]
+
+
+def with_section(value: Any) -> Snapshot:
+    return msgspec.structs.replace(make_snapshot(1, 10.0), sections={"scheduler": value})
+
+
+class TestFrame:
+    def test_it_shows_requests_by_class_and_the_last_step(self) -> None:
+        lines = show(with_section(msgspec.to_builtins(REPORT)))
+        assert ["e1", "dp0", "online", "5", "1", "3", "2", "-120"] in lines
+        assert ["e1", "dp0", "offline", "0", "0", "40", "0", "-"] in lines
+        step = ["e1", "dp0", "slo", "5", "4", "256", "9000", "41.2", "43.9", "6.2", "tpot"]
+        assert step in lines
+
+    def test_an_engine_that_reports_nothing_of_it_has_its_row_alone(self) -> None:
+        lines = show(make_snapshot(1, 10.0), with_section(REPORT))
+        assert len([line for line in lines if line[:2] == ["e1", "dp0"]]) == 2 + 2 + 1
+        assert ["requests"] not in show(make_snapshot(1, 10.0))
+
+    def test_without_a_model_of_steps_nothing_was_predicted(self) -> None:
+        step = StepReport(num_sequences=2, measured_ms=20.0)
+        lines = show(with_section(SchedulerReport(policy="fcfs", step=step)))
+        assert ["e1", "dp0", "fcfs", "2", "0", "0", "0", "-", "20.0", "-", "-"] in lines
+
+    def test_another_versions_report_is_a_remark(self) -> None:
+        text = " ".join(" ".join(line) for line in show(with_section({"policy": 3})))
+        assert "e1 dp0: section 'scheduler' of the snapshot does not fit" in text
+        assert "tiny[0]" in text
+
+    def test_the_section_travels_through_a_socket(self, start_engine: Start) -> None:
+        channel = start_engine()
+        channel.add_section("scheduler", lambda: REPORT)
+        channel.publish_if_due(force=True)
+        result = run("--once")
+        assert "-120" in result.output
+        (engine,) = json.loads(run("--once", "--json").output)["engines"]
+        assert engine["snapshot"]["sections"]["scheduler"]["online"]["num_held"] == 1
 
 
 class TestKeys:

@@ -175,6 +175,7 @@ def main() -> None:
         }
         found[name]["leftovers"] = leftovers(driver)
     found["snapshot"] = msgspec.to_builtins(driver.policy.snapshot())
+    found["report"] = msgspec.to_builtins(driver.policy.report())
     found["limits"] = [
         driver.scheduler.max_num_active_reqs,
         driver.scheduler.max_num_scheduled_tokens,

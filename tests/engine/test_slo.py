@@ -97,3 +97,11 @@ def test_promises_are_counted(found: dict[str, Any]) -> None:
         assert 0 <= group["num_kept"] <= group["num_finished"]
     num_online_tokens = sum(snapshot["slack_counts"])
     assert num_online_tokens > 16 * groups["online"]["num_finished"] / 2
+
+
+def test_the_last_step_is_reported_beside_its_prediction(found: dict[str, Any]) -> None:
+    report = found["report"]
+    assert report["online"]["num_running"] == report["online"]["num_waiting"] == 0
+    assert report["step"]["num_sequences"] > 0
+    assert report["step"]["predicted_ms"] > 0
+    assert report["step"]["measured_ms"] > 0

@@ -16,6 +16,7 @@ import pytest
 from xllm_plugin import shims
 from xllm_plugin.channel import EngineChannel
 from xllm_plugin.instance.endpoints import XllmEndpoints
+from xllm_plugin.seams import Process, check_all
 
 pytestmark = pytest.mark.engine  # imports vLLM, about ten seconds
 
@@ -90,3 +91,7 @@ def test_metrics_of_several_api_servers(
 def test_routes_of_ours_are_found(engine_client: Any) -> None:
     assert scrape("/xllm/snapshot", engine_client).status_code == 200
     assert scrape("/xllm/info", engine_client).json()["platform"] == "p"
+
+
+def test_what_we_lean_on_in_the_api_server_is_there() -> None:
+    check_all(Process.SERVER)

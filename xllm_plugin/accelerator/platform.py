@@ -82,13 +82,19 @@ def check_settings(vllm_config: Any) -> None:
 
     Raises:
         ConfigError: see `load_config`; or the directory named for the channel cannot be used; or
-            the scheduler's policy does not go with vLLM's settings.
+            the scheduler's policy does not go with vLLM's settings, or admission's with the policy.
     """
     config = load_config(vllm_config.additional_config)
     usable(config.channel)
     if config.scheduler.policy == "slo" and (reason := slo_refusal(vllm_config)):
         raise ConfigError(
             f"scheduler.policy=slo cannot be used: {reason}. Change that, or use policy=fcfs."
+        )
+    if config.admission.at_risk == "refuse" and config.scheduler.policy != "slo":
+        raise ConfigError(
+            f"admission.at_risk=refuse cannot be used: scheduler.policy is "
+            f"{config.scheduler.policy}, which predicts nothing to refuse by. Set "
+            "scheduler.policy=slo, or leave admission.at_risk=admit."
         )
 
 

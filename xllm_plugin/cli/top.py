@@ -10,30 +10,24 @@ import termios
 import time
 import tty
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import click
 import httpx
 import msgspec
-from rich import box
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
 from xllm_plugin.channel.client import ChannelClient
-from xllm_plugin.channel.messages import Reading, Readings, Snapshot
+from xllm_plugin.channel.messages import Reading, Readings
 from xllm_plugin.channel.paths import EngineSocket, channel_directory, find_engines
+from xllm_plugin.cli.top_view import Rates, frame
 from xllm_plugin.errors import ChannelError
-from xllm_plugin.xtensor.messages import MemorySection
 
 __all__ = ["top"]
 
 _TIMEOUT_S = 1.0
-# A busy engine publishes every 100 ms; this long without one is worth a look.
-_STALE_S = 5.0
 
 Source = Callable[[], Readings]
 
@@ -139,7 +133,7 @@ def _show_once(readings: Readings, *, as_json: bool) -> None:
     if as_json:
         _print_json(readings)
     else:
-        Console().print(_table(readings, Rates()))
+        Console().print(frame(readings, Rates()))
 
 
 def _print_json(readings: Readings) -> None:
@@ -173,133 +167,11 @@ def _display(*, as_json: bool) -> Iterator[Callable[[Readings, Rates], None]]:
         yield lambda readings, _: _print_json(readings)
         return
     with Live(auto_refresh=False, screen=sys.stdout.isatty()) as live:
-        yield lambda readings, rates: live.update(_table(readings, rates), refresh=True)
+        yield lambda readings, rates: live.update(frame(readings, rates, _hint()), refresh=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    snapshot: Snapshot
-    looked_s: float
-    tokens_per_s: float | None
-
-
-class Rates:
-    """Tokens per second of each engine, from its successive snapshots."""
-
-    def __init__(self) -> None:
-        self._marks: dict[tuple[str, int, int], _Mark] = {}
-
-    def update(self, readings: Readings) -> None:
-        """Take the next look into account."""
-        self._marks = {
-            _key(reading.snapshot): self._advanced(reading.snapshot, reading.age_s or 0.0)
-            for reading in readings.engines
-            if reading.snapshot
-        }
-
-    def of(self, snapshot: Snapshot) -> float | None:
-        """Tokens per second; None before two snapshots of the engine have been seen."""
-        mark = self._marks.get(_key(snapshot))
-        return None if mark is None else mark.tokens_per_s
-
-    def _advanced(self, snapshot: Snapshot, age_s: float) -> _Mark:
-        looked_s = snapshot.monotonic_s + age_s
-        previous = self._marks.get(_key(snapshot))
-        if previous is None:
-            return _Mark(snapshot, looked_s, None)
-        if snapshot.sequence == previous.snapshot.sequence:
-            # Nothing new: an idle engine stays silent, a busy one is in a long step.
-            rate = 0.0 if snapshot.load.is_idle else previous.tokens_per_s
-            return _Mark(snapshot, looked_s, rate)
-        before = previous.snapshot
-        num_tokens = snapshot.load.num_generated_tokens - before.load.num_generated_tokens
-        # Idle time before the last look is not part of what has happened since.
-        since_s = previous.looked_s if before.load.is_idle else before.monotonic_s
-        elapsed_s = snapshot.monotonic_s - since_s
-        rate_now = num_tokens / elapsed_s if elapsed_s > 0 else previous.tokens_per_s
-        return _Mark(snapshot, looked_s, rate_now)
-
-
-def _key(snapshot: Snapshot) -> tuple[str, int, int]:
-    # The pid tells a restarted engine, whose totals begin again, from the one before.
-    return snapshot.engine.instance_id, snapshot.engine.dp_rank, snapshot.engine.pid
-
-
-_MAX_NAME = 12
-_TEXT_COLUMNS = ("engine", "model", "device")
-_NUMBER_COLUMNS = (
-    *("running", "waiting", "KV %", "tok/s"),
-    *("step ms", "steps", "preempted", "age s"),
-)
-
-
-def _table(readings: Readings, rates: Rates) -> Table:
-    table = Table(
-        title="xllm engines",
-        caption=_caption(readings),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,  # eleven columns fit a terminal of 80
-        padding=(0, 1, 0, 0),
-    )
-    for heading in _TEXT_COLUMNS:
-        table.add_column(heading, overflow="fold")
-    for heading in _NUMBER_COLUMNS:
-        table.add_column(heading, justify="right")
-    for reading in readings.engines:
-        table.add_row(*_row(reading, rates))
-    return table
-
-
-def _short(instance_id: str) -> str:
-    """Return the end of vLLM's own ids, which count nanoseconds; names that users gave stay."""
-    return instance_id if len(instance_id) <= _MAX_NAME else f"~{instance_id[-6:]}"
-
-
-def _caption(readings: Readings) -> Text:
-    lines = [
-        f"dp{reading.dp_rank}: {reading.error}" for reading in readings.engines if reading.error
-    ]
-    lines += [line for reading in readings.engines if (line := _memory_line(reading))]
-    if not readings.engines:
-        lines.append("No engine is running; waiting for one.")
-    if sys.stdin.isatty():
-        lines.append("q: quit")
-    return Text("\n".join(lines))
-
-
-def _memory_line(reading: Reading) -> str | None:
-    """What an elastic KV cache has taken of its budget, or None."""
-    snapshot = reading.snapshot
-    memory = None if snapshot is None else snapshot.section("memory", MemorySection)
-    if memory is None:
-        return None
-    return (
-        f"dp{reading.dp_rank}: KV memory {memory.resident_bytes / 2**20:.0f} of "
-        f"{memory.budget_bytes / 2**20:.0f} MiB, {100 * memory.fragmentation:.0f} % of it unused"
-    )
-
-
-def _row(reading: Reading, rates: Rates) -> list[Text]:
-    snapshot = reading.snapshot
-    if snapshot is None:
-        return [Text(f"dp{reading.dp_rank}"), Text("no answer", style="red")]
-    engine, load, age_s = snapshot.engine, snapshot.load, reading.age_s or 0.0
-    rate = rates.of(snapshot)
-    is_stale = age_s > _STALE_S and not load.is_idle
-    cells = (
-        f"{_short(engine.instance_id)} dp{engine.dp_rank}",
-        engine.model,
-        engine.device,
-        str(load.num_running),
-        str(load.num_waiting),
-        f"{100 * load.kv_usage:.1f}",
-        "-" if rate is None else f"{rate:.1f}",
-        f"{load.smoothed_step_ms:.1f}",
-        str(load.num_steps),
-        str(load.num_preemptions),
-    )
-    age = Text(f"{age_s:.1f}", style="red" if is_stale else "")
-    return [*(Text(cell) for cell in cells), age]
+def _hint() -> str:
+    return "q: quit" if sys.stdin.isatty() else ""
 
 
 class _Keys:

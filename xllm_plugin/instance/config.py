@@ -28,7 +28,8 @@ class AdmissionConfig(BaseModel):
 
     at_risk: Literal["admit", "refuse"] = "admit"
     """What happens to an online request that is not expected to keep its TTFT: `admit` it, and say
-    so in a header of the answer, or `refuse` it."""
+    so in a header of the answer, or `refuse` it.  `refuse` needs `scheduler.policy=slo`, whose
+    step-time model tells what to expect."""
 
     online: QueueBounds = QueueBounds()
     """Bounds for requests that somebody waits for."""

@@ -10,6 +10,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from xllm_plugin.config import load_config
 from xllm_plugin.scheduler.memory import MemoryControl
+from xllm_plugin.scheduler.report import REPORT_SECTION
 from xllm_plugin.scheduler.slo import SloPolicy
 from xllm_plugin.scheduler.slo_metrics import PREDICTOR_SECTION, SLO_SECTION
 from xllm_plugin.scheduler.telemetry import Telemetry
@@ -44,6 +45,7 @@ class XllmSchedulerMixin:
         policy = SloPolicy(self, config)
         self._telemetry.add_section(PREDICTOR_SECTION, policy.model)
         self._telemetry.add_section(SLO_SECTION, policy.snapshot)
+        self._telemetry.add_section(REPORT_SECTION, policy.report)
         return policy
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:

@@ -26,6 +26,7 @@ from xllm_plugin.scheduler.plan import Limits, Plan, Running, View, Waiting, mak
 from xllm_plugin.scheduler.predictor import StepModel, StepShape, StepTimeLearner
 from xllm_plugin.scheduler.prior import prior_work
 from xllm_plugin.scheduler.promise import Promise, read_promise
+from xllm_plugin.scheduler.report import SchedulerReport, StepReport, class_report
 from xllm_plugin.scheduler.slo_metrics import SloMetrics, SloSnapshot
 
 if TYPE_CHECKING:
@@ -115,8 +116,12 @@ class SloPolicy:
         self._learner = StepTimeLearner(prior_work(scheduler.vllm_config))
         self._metrics = SloMetrics()
         self._requests: dict[str, Tracked] = {}
-        # Of steps under way: what they are made of, the predicted duration in ms, their begin.
-        self._steps: dict[int, tuple[StepShape, float, float]] = {}
+        # Of steps under way: what they are made of, the predicted duration in ms, their begin, and
+        # what bounded them.
+        self._steps: dict[int, tuple[StepShape, float, float, str]] = {}
+        self._held: frozenset[str] = frozenset()
+        self._bound = ""
+        self._last_step = StepReport()
         self._began_s = 0.0
         self._ended_s = 0.0
         self._admitted_since_overdue = 0
@@ -165,10 +170,12 @@ class SloPolicy:
         """Plan, and keep the plan in force while vLLM schedules."""
         began_s = self._began_s = self._clock()
         if self._may_not_plan():
+            self._held, self._bound = frozenset(), ""
             yield
             return
         plan = make_plan(self._view(began_s), self._learner.model, self._limits)
         held = self._take_out(plan)
+        self._held, self._bound = frozenset(plan.hold), plan.bound.value
         num_held_online = sum(
             1 for request in held if self._requests[request.request_id].promise.is_online
         )
@@ -329,7 +336,7 @@ class SloPolicy:
                 self._metrics.offline_tokens += num
         if not output.scheduled_encoder_inputs:  # their time is in no term of the model
             predicted_ms = self._learner.model.predict_ms(shape)
-            self._steps[step] = (shape, predicted_ms, self._began_s)
+            self._steps[step] = (shape, predicted_ms, self._began_s, self._bound)
 
     def record_step(
         self, message: StepMessage | None, outputs: dict[int, Any], stamp: StepStamp | None
@@ -342,12 +349,21 @@ class SloPolicy:
         now_s = self._clock()
         step = self._steps.pop(message.step, None) if message is not None else None
         if step is not None and stamp is not None:
-            shape, predicted_ms, began_s = step
+            shape, predicted_ms, began_s, bound = step
             elapsed_ms = (now_s - max(began_s, self._ended_s)) * 1e3
             duration_ms = max(stamp.duration_ms, elapsed_ms)
             self._learner.observe(shape, duration_ms)
             self._metrics.predicted_ms += predicted_ms
             self._metrics.measured_ms += duration_ms
+            self._last_step = StepReport(
+                num_sequences=shape.num_sequences,
+                decode_tokens=shape.num_tokens - shape.prefill_tokens,
+                prefill_tokens=shape.prefill_tokens,
+                context_tokens=shape.context_tokens,
+                predicted_ms=predicted_ms,
+                measured_ms=duration_ms,
+                bound=bound,
+            )
         self._ended_s = now_s
         for client in outputs.values():
             for output in client.outputs:
@@ -390,3 +406,16 @@ class SloPolicy:
         """The counters of now."""
         model = self._learner.model
         return self._metrics.snapshot(model.error, is_model_reliable=model.is_reliable)
+
+    def report(self) -> SchedulerReport:
+        """The requests of now and the last step."""
+        view = self._view(self._clock())
+        model = self._learner.model
+        return SchedulerReport(
+            policy="slo",
+            online=class_report(view, self._held, is_online=True),
+            offline=class_report(view, self._held, is_online=False),
+            step=self._last_step,
+            error=model.error,
+            is_cautious=not model.is_reliable,
+        )
