@@ -27,7 +27,6 @@ class Process(StrEnum):
     SERVER = "API server"
     ENGINE = "engine"
     WORKER = "worker"
-    SERVER = "API server"
 
 
 @dataclass(frozen=True, slots=True)

@@ -267,7 +267,9 @@ def _tokenizer(request: Request) -> Response:
     # Classes of `transformers` around the Rust library have it as their backend.
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return error_response(404, "NotFoundError", "this model's tokenizer is not one of `tokenizers`")
+        return error_response(
+            404, "NotFoundError", "this model's tokenizer is not one of `tokenizers`"
+        )
     return Response(backend.to_str(), media_type="application/json")
 
 

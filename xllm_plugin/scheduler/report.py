@@ -97,7 +97,8 @@ def class_report(view: View, held: AbstractSet[str], *, is_online: bool) -> Clas
     }
     if not is_online:
         return ClassReport(**counts)
-    deadlines_s = [r.deadline_s for r in running] + [r.deadline_s for r in waiting]
+    deadlines_s = [r.deadline_s for r in running]
+    deadlines_s += [r.deadline_s for r in waiting]
     slacks_s = [deadline_s - view.now_s for deadline_s in deadlines_s]
     return ClassReport(
         **counts,
