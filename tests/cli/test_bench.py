@@ -56,9 +56,10 @@ def command(folder):
 """
 
 RUN_IN = """
-import sys
+import signal, sys
 from pathlib import Path
 from xllm_plugin.cli.bench import bench
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs with &
 bench._folder = Path(sys.argv[1])
 bench(sys.argv[2:])
 """
