@@ -20,7 +20,7 @@ from xllm_plugin.errors import ConfigError
 
 INTERVAL = "channel.snapshot_interval_ms"
 INTERVAL_ENV = "XLLM_CHANNEL__SNAPSHOT_INTERVAL_MS"
-KNOWN = "known are channel.enabled, channel.directory, channel.snapshot_interval_ms"
+KNOWN = "channel.enabled, channel.directory, channel.snapshot_interval_ms"
 
 
 def section(**channel: Any) -> dict[str, Any]:

@@ -194,7 +194,8 @@ def test_serving_against_two_running_servers(tmp_path: Path) -> None:
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
     headline = {row.labels["peer"]: row for row in result.rows if "Highest" in row.table}
     assert headline["slow"].labels["bound"] == "broken at the lightest load"
-    loads = [(row.labels["load"], row.labels["peer"]) for row in result.rows if "load" in row.table]
+    every = [row.labels for row in result.rows if row.table == "At every load"]
+    loads = [(labels["load"], labels["peer"]) for labels in every]
     # The slow one is so far beyond the bound that its curve ends at once.
     assert loads[0] == ("1 client", "slow")
     assert ("2 clients", "slow") not in loads

@@ -14,7 +14,7 @@ from xllm_plugin.testing.dialogues import DIALOGUES, MAX_TOKENS, PERSON_SCHEMA, 
 pytestmark = pytest.mark.e2e
 
 MODEL_NAME = "smollm2"
-OWN_ROUTES = "/xllm/"
+OWN_ROUTES = ("/xllm/", "/v1/xllm/")
 
 
 @pytest.mark.parametrize("name", [name for name in DIALOGUES if name != "routes"])

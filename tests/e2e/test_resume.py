@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import httpx
@@ -56,7 +57,7 @@ CASES = {
 }
 QUICK = ("chat", "chat with tools", "characters of several tokens", "a stop string")
 REFUSED = {
-    "n > 1": {"n": 2},
+    "n > 1": {"n": 2, "temperature": 1.0},
     "structured outputs": {"structured_outputs": {"regex": "[0-9]+"}},
     "a frequency penalty": {"frequency_penalty": 0.5},
     "a presence penalty": {"presence_penalty": 0.5},
@@ -94,6 +95,17 @@ def resumption(path: str, body: dict[str, Any], had: list[Any]) -> dict[str, Any
     return asked
 
 
+def is_same(one: Any, other: Any) -> bool:
+    """Equal but for rounding: tokens that were decoded one by one are now read as a prompt."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, abs_tol=1e-3)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(is_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    return bool(one == other)
+
+
 def check(url: str, name: str, stride: int) -> None:
     path, changes = CASES[name]
     body = {"model": MODEL_NAME, "temperature": 0, "stream": True, "return_token_ids": True}
@@ -102,7 +114,8 @@ def check(url: str, name: str, stride: int) -> None:
     cuts = {1, *range(2, len(whole), stride), len(whole) - 1, len(whole)}
     for cut in sorted(cuts):
         asked = resumption(path, body, whole[:cut])
-        assert events(post(url + RESUME_PATH, asked)) == whole[cut:], f"after {cut} events"
+        rest = events(post(url + RESUME_PATH, asked))
+        assert is_same(rest, whole[cut:]), f"after {cut} events: {rest} is not {whole[cut:]}"
 
 
 @pytest.mark.parametrize("name", QUICK)

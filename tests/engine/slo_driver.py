@@ -40,6 +40,10 @@ def greedy(promise: dict[str, Any], **changes: Any) -> SamplingParams:
     return SamplingParams(extra_args=dict(promise), **values)
 
 
+# Without a channel nobody asks the policy for its report while it is taken out.
+SETTINGS = {"scheduler": {"policy": "slo"}, "channel": {"enabled": False}}
+
+
 class Driver:
     """The scenarios; every method that does not start with an underscore is one."""
 
@@ -56,7 +60,7 @@ class Driver:
             kv_cache_memory_bytes=2**27,
             async_scheduling=is_async,
             disable_log_stats=False,
-            additional_config={"xllm": {"scheduler": {"policy": "slo"}}},
+            additional_config={"xllm": SETTINGS},
         )
         self.scheduler: Any = self._llm.llm_engine.engine_core.engine_core.scheduler
         self.policy = self.scheduler._slo

@@ -100,7 +100,7 @@ def test_memory_is_shown_where_the_kv_cache_is_elastic(
     engine.add_section("memory", lambda: memory)
     engine.publish_if_due(force=True)
     start_engine(1)
-    response = get("/xllm/memory", SimpleNamespace(vllm_config=vllm_config))
+    response = get("/xllm/memory", SimpleNamespace(vllm_config=vllm_config, generate=None))
     assert response.status_code == 200
     elastic, fixed, absent = response.json()["engines"]
     assert (elastic["is_elastic"], fixed["is_elastic"], absent["is_elastic"]) == (
@@ -183,6 +183,7 @@ def test_a_server_registers_and_leaves_before_its_engine_stops(
 
     client = SimpleNamespace(
         vllm_config=vllm_config,
+        generate=None,
         shutdown=shutdown,
         get_num_unfinished_requests=lambda: 0,
         get_kv_event_sources=lambda: {0: source},
