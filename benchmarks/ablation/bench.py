@@ -57,7 +57,8 @@ CHANGES: Final[dict[str, Change]] = {
     ),
     "eager": Change(
         "neither native layers nor a compiled graph",
-        (("XLLM_GRAPH__NATIVE_LAYERS", "0"), ("XLLM_GRAPH__BACKGROUND_COMPILE", "0")),
+        (("XLLM_GRAPH__NATIVE_LAYERS", "0"),),
+        ("--enforce-eager",),
     ),
     "graph mode off": Change(
         "vLLM's own compilation, before it serves", (("XLLM_GRAPH__MODE", "off"),)

@@ -60,7 +60,7 @@ def names_in(text: str) -> tuple[str, ...]:
 def conclude(result: Result, json_path: Path, console: Console) -> None:
     """Write the result and its README, print the tables, and exit with 1 if a check failed."""
     written = readme.publish(result, json_path)
-    console.print(Markdown(readme.render(result)))
+    console.print(Markdown(readme.render(result).replace("<br>", "  \n")))  # not HTML here
     console.print(f"written: {', '.join(map(str, written))}", highlight=False)
     if not result.passed:
         raise click.exceptions.Exit(1)
