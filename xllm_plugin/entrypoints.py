@@ -72,6 +72,7 @@ def _resolved(selection: Selection) -> tuple[str | None, str]:
         from xllm_plugin.collection import import_pause
 
         import_pause.begin()
+        choice.family.prepare()
     return choice.family.platform_class, f", device {choice.family.name} ({choice.reason})"
 
 

@@ -52,6 +52,8 @@ class DeviceFamily:
         probe: finds out whether it can run here; imports nothing heavy and does not initialise
             the device.
         capabilities: the parts that exist.
+        prepare: called once in a server's process, early in its imports, for what can be done
+            beside them; returns at once, raises nothing.
     """
 
     name: str
@@ -59,3 +61,4 @@ class DeviceFamily:
     platform_class: str
     probe: Callable[[], Probe]
     capabilities: Capabilities = field(default_factory=Capabilities)
+    prepare: Callable[[], None] = lambda: None

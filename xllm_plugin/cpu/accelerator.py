@@ -6,6 +6,7 @@ import importlib.metadata
 from collections.abc import Callable
 
 from xllm_plugin.accelerator.family import Capabilities, DeviceFamily, Probe
+from xllm_plugin.cpu.native.build import early_build
 from xllm_plugin.hookspecs import hookimpl
 
 __all__ = ["FAMILY", "register_device_families"]
@@ -34,6 +35,7 @@ FAMILY = DeviceFamily(
     capabilities=Capabilities(
         graph_modes=("eager",), memory_driver="xllm_plugin.cpu.memory.CpuMemoryDriver"
     ),
+    prepare=early_build.begin,
 )
 
 

@@ -19,7 +19,7 @@ from xllm_plugin.accelerator.platform import (
 from xllm_plugin.config import load_config
 from xllm_plugin.cpu import fork
 from xllm_plugin.cpu.graphs import choice as background
-from xllm_plugin.cpu.native.build import NativeBuildError, built_library
+from xllm_plugin.cpu.native.build import NativeBuildError, built_library, early_build
 from xllm_plugin.cpu.native.choice import refusal
 from xllm_plugin.cpu.threads import OpenMPEnvironment, ThreadPlan, allowed_cpus, plan_here
 from xllm_plugin.errors import ConfigError, PlatformError
@@ -225,6 +225,7 @@ def choose_graphs(vllm_config: VllmConfig) -> None:
     # vLLM's configuration chooses its platform while it is being imported.
     from vllm.config import CompilationMode
 
+    early_build.wait()
     if native_refusal(vllm_config) is None:
         try:
             built_library()

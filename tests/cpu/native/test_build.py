@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,30 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, compiler: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(build.NativeBuildError, match="XLLM_CACHE_DIR"):
         build.built_library(tmp_path / "cache")
+
+
+def test_a_build_begun_early_is_the_only_one(
+    tmp_path: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLLM_CACHE_DIR", str(tmp_path / "cache"))
+    early = build.EarlyBuild()
+    monkeypatch.setattr(build, "early_build", early)
+    early.begin()
+    early.begin()
+    assert build.built_library().read_text() == "library\n"
+    assert num_builds(compiler) == 1
+    assert not any(thread.name == "xllm-kernels" for thread in threading.enumerate())
+
+
+def test_an_early_build_that_fails_is_told_to_who_needs_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XLLM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "/bin/false")
+    early = build.EarlyBuild()
+    monkeypatch.setattr(build, "early_build", early)
+    early.begin()
+    early.wait()
+    assert capsys.readouterr().err == ""
+    with pytest.raises(build.NativeBuildError, match="/bin/false"):
+        build.built_library()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from pathlib import Path
 
 from xllm_plugin.models.cache import ModelCache
 from xllm_plugin.native_library import NativeBuildError, NativeLibrary
 
-__all__ = ["KERNELS", "NativeBuildError", "built_library", "find_compiler"]
+__all__ = ["KERNELS", "NativeBuildError", "built_library", "early_build", "find_compiler"]
 
 KERNELS = NativeLibrary(
     what="kernels",
@@ -45,4 +47,37 @@ def built_library(root: Path | None = None) -> Path:
     Raises:
         NativeBuildError: there is no compiler, it refuses, or the cache cannot be written.
     """
-    return KERNELS.built(root or ModelCache.at().root / "native")
+    early_build.wait()
+    return KERNELS.built(root or _cache())
+
+
+class EarlyBuild:
+    """The first build on a machine, while a server's imports leave all cores but one idle."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Build in a thread, which waits for the compiler.  Safe to repeat."""
+        if self._thread is None:
+            # A server that ends in a usage error does not wait for it.
+            self._thread = threading.Thread(target=self._build, name="xllm-kernels", daemon=True)
+            self._thread.start()
+
+    def _build(self) -> None:
+        # Whoever needs the library asks `built_library`, and is told.
+        with contextlib.suppress(NativeBuildError):
+            KERNELS.built(_cache())
+
+    def wait(self) -> None:
+        """Return when no build is going on: a process must not be forked meanwhile."""
+        if self._thread is not None:
+            self._thread.join()
+
+
+# Of this process, as the cache is of this machine.
+early_build = EarlyBuild()
+
+
+def _cache() -> Path:
+    return ModelCache.at().root / "native"
