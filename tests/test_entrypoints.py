@@ -251,6 +251,31 @@ def test_a_server_s_imports_are_not_interrupted(
     assert done.stdout.split()[-1] == is_collecting
 
 
+@needs_vllm
+@pytest.mark.parametrize(
+    ("argv", "is_prepared"), [(COMMAND, True), (["vllm", "bench", "latency"], False)]
+)
+def test_a_server_s_device_family_prepares(
+    run_python: Any, site: Any, argv: list[str], is_prepared: bool
+) -> None:
+    site.add_module(
+        "swift",
+        """
+        from xllm_plugin.accelerator.family import DeviceFamily, Probe
+        from xllm_plugin.hookspecs import hookimpl
+
+        @hookimpl
+        def register_device_families(register):
+            probe = Probe(True, "a toy", "a toy")
+            prepare = lambda: print("prepared")
+            register(DeviceFamily("swift", 9, "toy.Platform", lambda: probe, prepare=prepare))
+        """,
+    )
+    site.add_distribution("swift-dist", entry_points={"xllm_plugin": {"swift": "swift"}})
+    done = ask(run_python, argv)
+    assert done.stdout.splitlines() == ["prepared"] * is_prepared + ["toy.Platform"], done.stderr
+
+
 def test_endpoints_and_seams_under_native(run_python: Any) -> None:
     """Neither adds nor imports anything, and both can be called without a platform before them."""
     done = run_python(

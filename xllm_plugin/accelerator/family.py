@@ -52,8 +52,8 @@ class DeviceFamily:
         probe: finds out whether it can run here; imports nothing heavy and does not initialise
             the device.
         capabilities: the parts that exist.
-        prepare: called once in a server's process, early in its imports, for what can be done
-            beside them; returns at once, raises nothing.
+        prepare: called in a server's process, early in its imports and perhaps again, for what
+            can be done beside them; returns at once, raises nothing.
     """
 
     name: str
