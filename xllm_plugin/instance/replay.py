@@ -111,8 +111,8 @@ class ReplayingEngine:
             self.is_live = True
             async for output in live:
                 yield output
-        except Exception:
-            self.is_live = True  # what is said about it is new
+        except Exception:  # what is said about any of them is new to the client; raised again
+            self.is_live = True
             raise
         finally:
             await live.aclose()
@@ -138,7 +138,7 @@ class ReplayingEngine:
         state = processor.request_states[request.request_id]
         try:
             self._replayed = _replay(state, self._resumption.chunks, finish)
-        except BaseException:
+        except BaseException:  # also cancelled: nobody would run the request; raised again
             processor.abort_requests([request.request_id], internal=True)
             raise
         if finish is not None:
