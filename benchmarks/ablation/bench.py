@@ -19,7 +19,7 @@ from xllm_plugin.bench.options import command_line, common_options
 from xllm_plugin.bench.peers import PeerServer, peer_servers
 from xllm_plugin.bench.replay import Measured, Plan, replay
 from xllm_plugin.bench.schema import Check, Figure, Row
-from xllm_plugin.bench.servers import Server, clean_environment, find_free_port
+from xllm_plugin.bench.servers import find_free_port
 from xllm_plugin.bench.traces import Vocabulary, read_lengths
 from xllm_plugin.errors import ConfigError, NotNowError
 
@@ -101,11 +101,7 @@ def compile_first(peer: PeerServer, log: Path, console: Console) -> None:
         NotNowError: no graph after `COMPILE_TIMEOUT_S`.
     """
     console.print(f"{peer.name}: compiling once, one or two minutes", highlight=False)
-    port = int(peer.command[peer.command.index("--port") + 1])
-    environment = clean_environment(peer.environment)
-    with Server(
-        peer.name, peer.command, port=port, log_path=log, environment=environment
-    ) as server:
+    with peer.server(log) as server:
         until_s = time.monotonic() + COMPILE_TIMEOUT_S
         while not any(mark in log.read_text(errors="replace") for mark in COMPILED_MARKS):
             server.check_alive()

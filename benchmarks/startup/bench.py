@@ -22,7 +22,7 @@ from xllm_plugin.bench.options import command_line, common_options
 from xllm_plugin.bench.peers import PEER_NAMES, PeerServer, peer_servers
 from xllm_plugin.bench.progress import Reporter
 from xllm_plugin.bench.schema import Check, Figure, Row
-from xllm_plugin.bench.servers import Server, Waiting, clean_environment, find_free_port
+from xllm_plugin.bench.servers import Server, Waiting, find_free_port
 from xllm_plugin.bench.traces import Vocabulary
 from xllm_plugin.errors import ConfigError, NotNowError
 from xllm_plugin.testing.equality import Completion, Spread
@@ -272,15 +272,7 @@ def server_of(
     peer: PeerServer, caches: Path | None, log: Path, on_wait: Callable[[Waiting], None]
 ) -> Server:
     """The peer's server, not started; its caches under `caches` or, for None, the user's own."""
-    return Server(
-        peer.name,
-        peer.command,
-        port=int(peer.command[peer.command.index("--port") + 1]),
-        log_path=log,
-        environment=clean_environment({**peer.environment, **cache_environment(caches)}),
-        poll_s=POLL_S,
-        on_wait=on_wait,
-    )
+    return peer.server(log, more=cache_environment(caches), poll_s=POLL_S, on_wait=on_wait)
 
 
 def ask(server: Server, plan: Plan, number: int) -> stream.Streamed:

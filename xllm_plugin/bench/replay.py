@@ -21,7 +21,7 @@ from xllm_plugin.bench.load import Load, LoadClient, LoadResult
 from xllm_plugin.bench.peers import PeerServer
 from xllm_plugin.bench.progress import Reporter
 from xllm_plugin.bench.schema import Peer
-from xllm_plugin.bench.servers import Server, Waiting, clean_environment
+from xllm_plugin.bench.servers import Waiting
 from xllm_plugin.bench.traces import Lengths, Request, Vocabulary, synthesise
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.testing.equality import Completion, Spread
@@ -193,14 +193,7 @@ def running(
     if isinstance(target, External):
         yield target.url, None, lambda: None
         return
-    with Server(
-        target.name,
-        target.command,
-        port=target.port,
-        log_path=log,
-        environment=clean_environment(target.environment),
-        on_wait=on_wait,
-    ) as server:
+    with target.server(log, on_wait=on_wait) as server:
         yield server.url, server.ready_after_s, server.check_alive
 
 

@@ -6,7 +6,6 @@ A side that is not told the promise is measured once for all of them.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from xllm_plugin.bench import outputs
+from xllm_plugin.bench.commands import log_folder
 from xllm_plugin.bench.curve import percentile
 from xllm_plugin.bench.fleet import Fleet
 from xllm_plugin.bench.open_loop import Backlog, BacklogTally, send
@@ -291,10 +291,9 @@ def open_stage(
         limit_s: after that no trial begins.
         keep_logs: folder for the servers' logs; a temporary one by default.
     """
-    with contextlib.ExitStack() as stack:
-        log_folder = keep_logs or Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="xllm-bench-"))
-        )
-        reporter = stack.enter_context(Reporter(console, steps, first="starting"))
-        fleet = stack.enter_context(Fleet(log_folder, reporter.waiting))
+    with (
+        log_folder(keep_logs) as logs,
+        Reporter(console, steps, first="starting") as reporter,
+        Fleet(logs, reporter.waiting) as fleet,
+    ):
         yield Stage(traffic, promises, fleet, reporter, Deadline(limit_s), reference)
