@@ -27,7 +27,16 @@ from xllm_plugin.bench.schema import Check
 from xllm_plugin.bench.traffic import Traffic
 from xllm_plugin.testing.equality import Completion, Spread
 
-__all__ = ["OUTPUTS_NOTE", "Deadline", "Key", "Stage", "Trial", "open_stage"]
+__all__ = [
+    "OUTPUTS_NOTE",
+    "Deadline",
+    "Key",
+    "Stage",
+    "Trial",
+    "finished_check",
+    "left_out",
+    "open_stage",
+]
 
 OUTPUTS_NOTE = (
     f"Outputs compared before a side is timed: {outputs.NUM_OUTPUT_PROMPTS} prompts of "
@@ -297,3 +306,25 @@ def open_stage(
         Fleet(logs, reporter.waiting) as fleet,
     ):
         yield Stage(traffic, promises, fleet, reporter, Deadline(limit_s), reference)
+
+
+def finished_check(skipped: Sequence[tuple[str, int]], what: str) -> Check:
+    """Whether there was time for every first search.
+
+    Args:
+        skipped: what was not searched to its end, and in which repeat.
+        what: names all that is searched, for people.
+    """
+    missing = [name for name, repeat in skipped if repeat == 0]
+    return Check(
+        name=f"every {what} was searched at least once",
+        passed=not missing,
+        detail="no time for " + ", ".join(missing) if missing else "",
+    )
+
+
+def left_out(skipped: Sequence[tuple[str, int]]) -> Iterator[str]:
+    """The note that names what was not searched to its end, if anything was."""
+    names = [f"{name}, repeat {repeat + 1}" for name, repeat in skipped]
+    if names:
+        yield f"Left out for lack of time: {'; '.join(names)}."
