@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -62,12 +61,7 @@ class Bf16Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
         if kind is None and self._waiting:
             raise ValueError(f"tensors announced and not written: {self._waiting}")
