@@ -32,7 +32,7 @@ def promised(promise: dict[str, Any], **changes: Any) -> SamplingParams:
     return greedy(extra_args=dict(promise), **values)
 
 
-# Without a channel nobody asks the policy for its report while it is taken out.
+# Without a channel nobody asks the policy for its report, which reads the clock.
 SETTINGS = {"scheduler": {"policy": "slo"}, "channel": {"enabled": False}}
 
 
