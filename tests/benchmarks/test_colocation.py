@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from xllm_plugin.bench import readme, schema
+from xllm_plugin.bench import readme, schema, trials
+from xllm_plugin.bench.open_loop import Backlog
 from xllm_plugin.bench.promises import Promise
 from xllm_plugin.errors import ConfigError
 
@@ -26,6 +27,7 @@ def run(
     tmp_path: Path,
 ) -> Callable[..., Any]:
     monkeypatch.setattr(bench, "GOODPUT", tmp_path / "none.json")
+    monkeypatch.setattr(trials, "Backlog", partial(Backlog, lead_s=0.2))
     flags = {"priority": SLOTS, "slo": (*SLOTS, "--offline-apart")}
     return partial(run_on_fakes, flags, "--burst-factor", "1")
 
