@@ -5,7 +5,9 @@ from __future__ import annotations
 from xllm_plugin.scheduler.report import ClassReport, Listed, class_report
 
 
-def listed(slack_ms: float, *, online: bool = True, runs: bool = True, held: bool = False) -> Listed:
+def listed(
+    slack_ms: float, *, online: bool = True, runs: bool = True, held: bool = False
+) -> Listed:
     return Listed(online, runs, held, slack_ms)
 
 

@@ -34,7 +34,7 @@ def counters(
 
 
 def _filled(
-    kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+    kind: type[GaugeMetricFamily | CounterMetricFamily],
     table: Table[T],
     sources: Sequence[tuple[list[str], T]],
     label_names: Sequence[str],

@@ -93,9 +93,7 @@ class ReplayingEngine:
         if reason is not None:
             raise VLLMValidationError(f"A stream with {reason} cannot be continued here.")
         # Admission has let it in elsewhere; the promise holds here too.
-        sampling_params.extra_args = with_headers(
-            sampling_params.extra_args, current_request.get()
-        )
+        sampling_params.extra_args = with_headers(sampling_params.extra_args, current_request.get())
         return self._outputs(prompt, sampling_params, *args, **options)
 
     async def add_request(self, *args: Any, **options: Any) -> RequestOutputCollector:

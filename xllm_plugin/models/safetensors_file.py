@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -61,7 +62,12 @@ class Bf16Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self._file.close()
         if kind is None and self._waiting:
             raise ValueError(f"tensors announced and not written: {self._waiting}")

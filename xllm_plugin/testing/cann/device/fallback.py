@@ -47,6 +47,7 @@ TAKES_HOST_TENSORS = frozenset(
 OFFSET_STEP = 4
 """Offsets of a device's generator are multiples of 4."""
 
+
 def register() -> None:
     """Register a kernel over each that torch_npu has; safe to repeat."""
     put_over("aten", _kernel_of)

@@ -16,6 +16,7 @@ from xllm_plugin.testing.cann.device.host import host_view, to_device
 
 __all__ = ["register"]
 
+
 def register() -> None:
     """Register the emulated operators, and a refusal for every other; safe to repeat."""
     put_over("npu", _kernel_of)
