@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from xllm_plugin.bench import readme, schema
+from xllm_plugin.bench import outputs, readme, schema
 from xllm_plugin.bench.arrivals import Bursts
 from xllm_plugin.bench.fleet import Fleet
 from xllm_plugin.bench.ladder import Ladder
@@ -33,7 +33,10 @@ TIGHT, LOOSE = Promise(100, 50), Promise(400, 100)
 
 
 @pytest.fixture
-def run(run_on_fakes: Callable[..., Any]) -> Callable[..., Any]:
+def run(
+    run_on_fakes: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    monkeypatch.setattr(outputs, "NUM_OUTPUT_PROMPTS", 2)
     flags = {"stock-best": NARROW, "fcfs": NARROW, "slo": WIDE}
     traffic = ("--seconds", "0.5", "--burst-factor", "1", "--start-rate", "16")
     return partial(run_on_fakes, flags, *traffic)
