@@ -33,9 +33,7 @@ TIGHT, LOOSE = Promise(100, 50), Promise(400, 100)
 
 
 @pytest.fixture
-def run(
-    run_on_fakes: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Any]:
+def run(run_on_fakes: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.setattr(outputs, "NUM_OUTPUT_PROMPTS", 2)
     flags = {"stock-best": NARROW, "fcfs": NARROW, "slo": WIDE}
     traffic = ("--seconds", "0.5", "--burst-factor", "1", "--start-rate", "16")

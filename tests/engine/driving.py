@@ -1,20 +1,11 @@
-"""What the drivers of this folder share: a tiny engine in their process, scenarios, the report.
-
-As a program: imports vLLM once, and runs each driver that stdin names in a fork of itself.
-"""
+"""What the drivers of this folder share: a tiny engine in their process, scenarios, the report."""
 
 from __future__ import annotations
 
 import json
-import os
-import runpy
 import sys
 from collections.abc import Iterator
-from typing import Any, NoReturn
-
-if __name__ == "__main__":
-    CODES = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # vLLM logs on stdout
+from typing import Any
 
 from vllm import LLM, SamplingParams
 
@@ -47,29 +38,3 @@ def scenarios(driver: Any) -> Iterator[str]:
 def report(found: dict[str, Any]) -> None:
     """The line that the fixture `drive` reads; vLLM may have left one without an end before it."""
     sys.stdout.write(f"\nFOUND {json.dumps(found)}\n")
-
-
-def serve() -> None:
-    """Run the driver of every line, and write its exit code."""
-    for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            become(json.loads(line))
-        _, status = os.waitpid(child, 0)
-        CODES.write(f"{os.waitstatus_to_exitcode(status)}\n")
-        CODES.flush()
-
-
-def become(job: dict[str, Any]) -> NoReturn:
-    """Run one driver, as `python SCRIPT ARGUMENTS...` would, with its output in a log."""
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT, 0o600)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.environ.update(job["environment"])
-    sys.argv = [job["script"], *job["arguments"]]
-    runpy.run_path(job["script"], run_name="__main__")
-    raise SystemExit
-
-
-if __name__ == "__main__":
-    serve()
