@@ -55,7 +55,8 @@ def test_the_same_batches_give_the_same_bits(
 ) -> None:
     """Sixteen prompts under stock vLLM and under xllm."""
     settings = settings_of(model)
-    native = answers(replace(settings, custom_ops=stock_custom_ops), prompts, "native")
+    stock = replace(settings, custom_ops=stock_custom_ops, alone=True)  # as below: one engine
+    native = answers(stock, prompts, "native")
     xllm = answers(settings, prompts, "xllm")
     assert native.num_threads == xllm.num_threads
     assert xllm.num_replaced_modules == 0
@@ -71,11 +72,11 @@ def test_the_same_batches_give_the_same_bits(
 )
 def test_native_layers_differ_from_stock_as_stock_does_from_itself() -> None:
     wide = settings_of("smollm2")
-    stock = answers(wide, TEXT, "native").completions
-    alone = answers(replace(wide, max_num_seqs=1), TEXT, "native").completions
+    stock = answers(replace(wide, alone=True), TEXT, "native")
     native_layers = answers(replace(wide, eager=False), TEXT, "xllm")
     assert native_layers.num_replaced_modules == 1, "the stack of layers, as one call"
-    report = check_near_ties(stock, native_layers.completions, measure(stock, alone))
+    noise = measure(stock.completions, stock.alone)
+    report = check_near_ties(stock.completions, native_layers.completions, noise)
     assert report.equal, report.summary()
 
 
