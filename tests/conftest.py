@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -103,6 +106,81 @@ def run_python(site: Site) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+class Forks:
+    """Runs programs as forks of one process, which has imported what is slow to import.
+
+    Args:
+        folder: gets the logs.
+        modules: to import.
+        environment: of the process.
+    """
+
+    def __init__(self, folder: Path, modules: tuple[str, ...], environment: Any) -> None:
+        self._folder = folder
+        self._command = [str(ROOT / "tests" / "fork_server.py"), *modules]
+        self._environment = environment
+        self._num_runs = 0
+        self._server: subprocess.Popen[str] | None = None
+
+    def run(self, script: Path, *arguments: str, **environment: str) -> str:
+        """What the script has said; fails with that if it has failed."""
+        self._num_runs += 1
+        log = self._folder / f"{script.stem}.{self._num_runs}.log"
+        job = {
+            "script": str(script),
+            "arguments": arguments,
+            "environment": environment,
+            "log": str(log),
+        }
+        try:
+            code = self._ask(json.dumps(job))
+        except BaseException:  # the next run must not get this one's answer; raised again
+            self.close()
+            raise
+        said = (log if log.exists() else self._folder / "server.log").read_text()
+        assert code == "0", f"exit code {code or 'unknown'}: {said[-6000:]}"
+        return said
+
+    def close(self) -> None:
+        """End the process, and a fork that hangs.  Safe to repeat."""
+        server, self._server = self._server, None
+        if server is not None:
+            with server, contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+
+    def _ask(self, job: str) -> str:
+        if self._server is None:
+            with (self._folder / "server.log").open("w") as log:
+                self._server = subprocess.Popen(
+                    [sys.executable, "-W", "ignore", *self._command],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=self._environment,
+                    cwd=ROOT,
+                    text=True,
+                    start_new_session=True,
+                )
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(job + "\n")
+        self._server.stdin.flush()
+        return self._server.stdout.readline().strip()
+
+
+@pytest.fixture(scope="session")
+def make_forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Starts a `Forks` that has imported the modules named; gives its `run`."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*modules: str, environment: Mapping[str, str]) -> Callable[..., str]:
+            forks = Forks(tmp_path_factory.mktemp("forks"), modules, environment)
+            stack.callback(forks.close)
+            return forks.run
+
+        yield make
+
+
 @pytest.fixture(scope="session")
 def emulator() -> Emulator:
     try:
@@ -112,23 +190,26 @@ def emulator() -> Emulator:
 
 
 @pytest.fixture(scope="session")
-def on_device(emulator: Emulator) -> Callable[..., Any]:
-    """Runs Python that leaves its findings in `result`, a JSON value, in a process of its own."""
+def on_device(
+    emulator: Emulator, make_forks: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Any]:
+    """Runs Python that leaves its findings in `result`, a JSON value, in a process of its own.
+
+    Importing torch_npu takes seconds, so these processes are forks of one that has.
+    """
+    script = tmp_path_factory.mktemp("program") / "program.py"
+
+    @functools.cache
+    def forks(*, operators: bool) -> Callable[..., str]:
+        environment = emulator.environment(operators=operators)
+        run_fork: Callable[..., str] = make_forks("torch", "torch_npu", environment=environment)
+        return run_fork
 
     def run(source: str, *, operators: bool = False, **variables: str) -> Any:
         program = f"result = None\n{textwrap.dedent(source)}\nimport json, sys\n"
-        program += "print('RESULT', json.dumps(result))\n"
-        environment = emulator.environment(operators=operators)
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", program],
-            env={**environment, **variables},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return json.loads(done.stdout.rpartition("RESULT ")[2])
+        script.write_text(program + "print('\\nRESULT', json.dumps(result))\n")
+        said = forks(operators=operators)(script, **variables)
+        (line,) = [line for line in said.splitlines() if line.startswith("RESULT ")]
+        return json.loads(line.removeprefix("RESULT "))
 
     return run

@@ -12,14 +12,14 @@ from typing import Final
 import click
 from rich.console import Console
 
-from xllm_plugin.bench import outputs, schema
+from xllm_plugin.bench import schema
 from xllm_plugin.bench.commands import conclude, log_folder, model_folder, names_in
 from xllm_plugin.bench.load import parse_loads
-from xllm_plugin.bench.options import command_line, common_options
+from xllm_plugin.bench.options import command_line, common_options, peer_options
 from xllm_plugin.bench.peers import PeerServer, peer_servers
-from xllm_plugin.bench.replay import Measured, Plan, replay
-from xllm_plugin.bench.schema import Check, Figure, Row
-from xllm_plugin.bench.servers import Server, clean_environment, find_free_port
+from xllm_plugin.bench.replay import Measured, Plan, answer_checks, replay
+from xllm_plugin.bench.schema import Figure, Row
+from xllm_plugin.bench.servers import find_free_port
 from xllm_plugin.bench.traces import Vocabulary, read_lengths
 from xllm_plugin.errors import ConfigError, NotNowError
 
@@ -102,11 +102,7 @@ def compile_first(peer: PeerServer, log: Path, console: Console) -> None:
         NotNowError: no graph after `COMPILE_TIMEOUT_S`.
     """
     console.print(f"{peer.name}: compiling once, one or two minutes", highlight=False)
-    port = int(peer.command[peer.command.index("--port") + 1])
-    environment = clean_environment(peer.environment)
-    with Server(
-        peer.name, peer.command, port=port, log_path=log, environment=environment
-    ) as server:
+    with peer.server(log) as server:
         until_s = time.monotonic() + COMPILE_TIMEOUT_S
         while not any(mark in log.read_text(errors="replace") for mark in COMPILED_MARKS):
             server.check_alive()
@@ -140,27 +136,6 @@ def _times(name: str, values: Sequence[float], bases: Sequence[float]) -> Figure
     return Figure.of(name, "", [value / base for value, base in zip(values, bases, strict=True)])
 
 
-def checks(measured: Sequence[Measured]) -> list[Check]:
-    """Every request answered in full; outputs no further from the first than it from itself."""
-    base, *others = measured
-    points = [point for one in measured for point in one.points()]
-    failed, short = sum(p.failed for p in points), sum(p.short for p in points)
-    assert base.noise is not None
-    answered = Check(
-        name="every request was answered in full",
-        passed=failed == short == 0,
-        detail=f"{sum(p.requests for p in points)} requests, {failed} failed, {short} short",
-    )
-    noise = base.noise
-    return [
-        answered,
-        *(
-            outputs.compare(other.name, base.name, base.outputs, other.outputs, noise)
-            for other in others
-        ),
-    ]
-
-
 def notes(plan: Plan, model: str) -> tuple[str, ...]:
     """How to read the figures."""
     counts = ", ".join(f"{plan.num_requests(load)} at {load}" for load in plan.loads)
@@ -188,21 +163,11 @@ NOT_SHOWN = (
 @click.option(
     "--changes", help=f"In this order, beside '{BASE}'.  [default: all: {', '.join(CHANGES)}]"
 )
-@click.option("--model", default="smollm2", show_default=True, help="Folder, or `xllm model` name.")
+@peer_options
 @click.option(
     "--loads", default=LOADS, show_default=True, help="Clients; the first and the last count."
 )
 @click.option("--repeats", type=click.IntRange(min=1), help="[default: 3]")
-@click.option(
-    "--vllm-args",
-    default="--max-model-len 2048 --kv-cache-memory-bytes 4294967296",
-    show_default=True,
-    help="Flags that every server gets.",
-)
-@click.option("--port", type=int, help="For the servers.  [default: a free one]")
-@click.option(
-    "--keep-logs", type=click.Path(file_okay=False, path_type=Path), help="Folder for server logs."
-)
 def command(
     *,
     quick: bool,
@@ -249,7 +214,7 @@ def command(
     result = run.finish(
         peers=[peer.record(str(folder)) for peer in peers],
         rows=rows(measured, plan),
-        checks=checks(measured),
+        checks=answer_checks(measured),
         notes=notes(plan, folder.name),
         not_shown=NOT_SHOWN,
         details={

@@ -16,9 +16,9 @@ from xllm_plugin.bench.ladder import Ladder
 from xllm_plugin.bench.options import command_line, common_options
 from xllm_plugin.bench.promises import Promise, parse_promises
 from xllm_plugin.bench.schedulers import Side, choose_sides, reference_of
-from xllm_plugin.bench.schema import Check, Figure, Row
+from xllm_plugin.bench.schema import Figure, Row
 from xllm_plugin.bench.traffic_options import TrafficOptions, traffic_options
-from xllm_plugin.bench.trials import OUTPUTS_NOTE, Trial, open_stage
+from xllm_plugin.bench.trials import OUTPUTS_NOTE, Trial, finished_check, left_out, open_stage
 from xllm_plugin.errors import ConfigError
 
 FOLDER = Path(__file__).parent
@@ -131,16 +131,6 @@ def _trials(search: Search, load: float, side: Side | None = None) -> list[Trial
     ]
 
 
-def finished_check(search: Search) -> Check:
-    """Whether there was time for every first search."""
-    missing = [what for what, repeat in search.skipped if repeat == 0]
-    return Check(
-        name="every side and load was searched at least once",
-        passed=not missing,
-        detail="no time for " + ", ".join(missing) if missing else "",
-    )
-
-
 def draw(search: Search, path: Path) -> bool:
     """Write the picture; False without matplotlib."""
     panels = {_load(search, load): _curves(search, load) for load in search.loads_percent}
@@ -174,7 +164,6 @@ def _curves(search: Search, load: float) -> dict[str, list[tuple[float, float]]]
 
 def notes(search: Search, model: str, origin: str) -> tuple[str, ...]:
     """How to read the figures."""
-    left_out = [f"{what}, repeat {repeat + 1}" for what, repeat in search.skipped]
     return (
         search.stage.traffic.describe(model),
         (
@@ -190,7 +179,7 @@ def notes(search: Search, model: str, origin: str) -> tuple[str, ...]:
             "sides."
         ),
         OUTPUTS_NOTE,
-        *(["Left out for lack of time: " + "; ".join(left_out) + "."] if left_out else []),
+        *left_out(search.skipped),
     )
 
 
@@ -324,7 +313,7 @@ def command(
     result = run.finish(
         peers=[side.server.record(str(folder)) for side in chosen],
         rows=[*offline_rows(search), *backlog_rows(search)],
-        checks=[*stage.checks(), finished_check(search)],
+        checks=[*stage.checks(), finished_check(search.skipped, "side and load")],
         notes=notes(search, folder.name, origin),
         not_shown=NOT_SHOWN,
         details=details(search),

@@ -14,7 +14,12 @@ from rich.console import Console
 
 from xllm_plugin.bench import outputs, schema
 from xllm_plugin.bench.commands import beside, conclude, log_folder, model_folder
-from xllm_plugin.bench.options import command_line, common_options
+from xllm_plugin.bench.options import (
+    command_line,
+    common_options,
+    keep_logs_option,
+    model_option,
+)
 from xllm_plugin.bench.peers import COMMON_ENVIRONMENT
 from xllm_plugin.bench.progress import Reporter
 from xllm_plugin.bench.schema import Check, Figure, Peer, Row
@@ -294,11 +299,9 @@ NOT_SHOWN = (
 
 @click.command(NAME)
 @common_options(NAME)
-@click.option("--model", default="smollm2", show_default=True, help="Folder, or `xllm model` name.")
+@model_option
 @click.option("--repeats", type=click.IntRange(min=1), help="[default: 3]")
-@click.option(
-    "--keep-logs", type=click.Path(file_okay=False, path_type=Path), help="Folder for engine logs."
-)
+@keep_logs_option
 def command(
     *, quick: bool, json_path: Path, model: str, repeats: int | None, keep_logs: Path | None
 ) -> None:

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ import httpx
 from rich.console import Console
 
 from xllm_plugin.bench import schema
-from xllm_plugin.bench.commands import conclude, names_in
+from xllm_plugin.bench.commands import conclude, log_folder, names_in
 from xllm_plugin.bench.options import command_line, common_options
 from xllm_plugin.bench.schema import Check, Figure, Peer, Row
 from xllm_plugin.bench.servers import Server, clean_environment, find_free_port
@@ -310,7 +309,7 @@ def command(
     run = schema.begin(NAME, question=QUESTION, command=called)
     console = Console()
     with contextlib.ExitStack() as stack:
-        logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="xllm-bench-")))
+        logs = stack.enter_context(log_folder(None))
         bench = Bench(seconds or (1.0 if quick else 3.0), logs, stack)
         bench.start_backends()
         measure(bench, [known[name] for name in names], repeats or (1 if quick else 3), console)

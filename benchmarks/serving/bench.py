@@ -14,7 +14,7 @@ from xllm_plugin.bench import outputs, readme, schema
 from xllm_plugin.bench.commands import model_folder
 from xllm_plugin.bench.curve import AtBound
 from xllm_plugin.bench.load import Load, parse_loads
-from xllm_plugin.bench.options import command_line, common_options
+from xllm_plugin.bench.options import command_line, common_options, peer_options
 from xllm_plugin.bench.peers import PEER_NAMES, peer_servers
 from xllm_plugin.bench.plots import CurvePoint, plot_latency_against_throughput
 from xllm_plugin.bench.replay import (
@@ -23,9 +23,10 @@ from xllm_plugin.bench.replay import (
     Measured,
     Plan,
     Target,
+    answer_checks,
     replay,
 )
-from xllm_plugin.bench.schema import Check, Figure, Result, Row
+from xllm_plugin.bench.schema import Figure, Result, Row
 from xllm_plugin.bench.servers import find_free_port
 from xllm_plugin.bench.traces import Vocabulary, read_lengths
 from xllm_plugin.errors import ConfigError
@@ -141,29 +142,6 @@ def start_rows(measured: Sequence[Measured]) -> list[Row]:
     ]
 
 
-def checks(measured: Sequence[Measured]) -> list[Check]:
-    """Every request answered in full, and every peer's outputs equal to the first one's."""
-    reference, *others = measured
-    points = [point for one in measured for point in one.points()]
-    failed, short = sum(p.failed for p in points), sum(p.short for p in points)
-    errors = next((f": {point.first_error}" for point in points if point.first_error), "")
-    found = [
-        Check(
-            name="every request was answered in full",
-            passed=failed == 0 and short == 0,
-            detail=f"{sum(p.requests for p in points)} requests, {failed} failed, {short} short"
-            + errors,
-        )
-    ]
-    assert reference.noise is not None
-    noise = reference.noise
-    found += [
-        outputs.compare(other.name, reference.name, reference.outputs, other.outputs, noise)
-        for other in others
-    ]
-    return found
-
-
 def curves(measured: Sequence[Measured], loads: Sequence[Load]) -> dict[str, list[CurvePoint]]:
     """Medians for the picture."""
     return {
@@ -236,7 +214,7 @@ NOT_SHOWN = (
     metavar="NAME=URL",
     help="Measure servers that run already instead of peers; repeat for each.",
 )
-@click.option("--model", default="smollm2", show_default=True, help="Folder, or `xllm model` name.")
+@peer_options
 @click.option("--trace", type=click.Choice(TRACES), default=TRACES[0], show_default=True)
 @click.option(
     "--loads", help=f"Clients (1,8) or requests a second (0.5/s,1/s).  [default: {LOADS}]"
@@ -250,17 +228,7 @@ NOT_SHOWN = (
 @click.option("--tpot-ms", type=float, default=50.0, show_default=True, help="Bound on TPOT p90.")
 @click.option("--max-input", type=click.IntRange(min=1), default=1024, show_default=True)
 @click.option("--max-output", type=click.IntRange(min=2), default=128, show_default=True)
-@click.option(
-    "--vllm-args",
-    default="--max-model-len 2048 --kv-cache-memory-bytes 4294967296",
-    show_default=True,
-    help="Flags that every peer gets.",
-)
-@click.option("--port", type=int, help="For the peers.  [default: a free one]")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option(
-    "--keep-logs", type=click.Path(file_okay=False, path_type=Path), help="Folder for server logs."
-)
 def command(
     *,
     quick: bool,
@@ -315,7 +283,7 @@ def command(
             *load_rows(measured, plan.loads),
             *start_rows(measured),
         ],
-        checks=checks(measured),
+        checks=answer_checks(measured),
         notes=notes(plan, trace, folder.name),
         not_shown=NOT_SHOWN,
         details={

@@ -17,9 +17,9 @@ from xllm_plugin.bench.ladder import Crossing, Ladder
 from xllm_plugin.bench.options import command_line, common_options
 from xllm_plugin.bench.promises import Promise, Verdict, judge, parse_promises
 from xllm_plugin.bench.schedulers import Side, choose_sides, reference_of
-from xllm_plugin.bench.schema import Check, Figure, Row
+from xllm_plugin.bench.schema import Figure, Row
 from xllm_plugin.bench.traffic_options import TrafficOptions, traffic_options
-from xllm_plugin.bench.trials import OUTPUTS_NOTE, Trial, open_stage
+from xllm_plugin.bench.trials import OUTPUTS_NOTE, Trial, finished_check, left_out, open_stage
 
 FOLDER = Path(__file__).parent
 if TYPE_CHECKING:
@@ -101,16 +101,6 @@ def _rate_figures(trials: Sequence[Trial], promise: Promise) -> tuple[Figure, ..
     return (*figures, Figure.of("refused", "%", refused))
 
 
-def finished_check(search: Search) -> Check:
-    """Whether there was time for every first search."""
-    missing = [what for what, repeat in search.skipped if repeat == 0]
-    return Check(
-        name="every side and promise was searched at least once",
-        passed=not missing,
-        detail="no time for " + ", ".join(missing) if missing else "",
-    )
-
-
 def draw(search: Search, json_path: Path) -> list[Path]:
     """Write the pictures; none without matplotlib."""
     attainment = json_path.with_suffix(".png")
@@ -187,7 +177,6 @@ def _bars(trial: Trial, promise: Promise, shown_s: tuple[float, float]) -> list[
 def notes(search: Search, model: str) -> tuple[str, ...]:
     """How to read the figures."""
     traffic = search.stage.traffic
-    left_out = [f"{what}, repeat {repeat + 1}" for what, repeat in search.skipped]
     found = (
         "Goodput is where the share that keeps the promise falls through "
         f"{search.goal:.0%}: between two neighbouring rates (ratio {RATIO:g}), interpolated; "
@@ -205,7 +194,7 @@ def notes(search: Search, model: str) -> tuple[str, ...]:
             "their own engine."
         ),
         OUTPUTS_NOTE,
-        *(["Left out for lack of time: " + "; ".join(left_out) + "."] if left_out else []),
+        *left_out(search.skipped),
     )
 
 
@@ -303,7 +292,7 @@ def command(
     result = run.finish(
         peers=[side.server.record(str(folder)) for side in chosen],
         rows=[*goodput_rows(search), *rate_rows(search)],
-        checks=[*stage.checks(), finished_check(search)],
+        checks=[*stage.checks(), finished_check(search.skipped, "side and promise")],
         notes=notes(search, folder.name),
         not_shown=NOT_SHOWN,
         details=search.details(),

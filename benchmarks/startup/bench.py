@@ -18,11 +18,11 @@ from rich.console import Console
 
 from xllm_plugin.bench import outputs, schema
 from xllm_plugin.bench.commands import beside, conclude, log_folder, model_folder, names_in
-from xllm_plugin.bench.options import command_line, common_options
+from xllm_plugin.bench.options import command_line, common_options, peer_options
 from xllm_plugin.bench.peers import PEER_NAMES, PeerServer, peer_servers
 from xllm_plugin.bench.progress import Reporter
 from xllm_plugin.bench.schema import Check, Figure, Row
-from xllm_plugin.bench.servers import Server, Waiting, clean_environment, find_free_port
+from xllm_plugin.bench.servers import Server, Waiting, find_free_port
 from xllm_plugin.bench.traces import Vocabulary
 from xllm_plugin.errors import ConfigError, NotNowError
 from xllm_plugin.testing.equality import Completion, Spread
@@ -272,15 +272,7 @@ def server_of(
     peer: PeerServer, caches: Path | None, log: Path, on_wait: Callable[[Waiting], None]
 ) -> Server:
     """The peer's server, not started; its caches under `caches` or, for None, the user's own."""
-    return Server(
-        peer.name,
-        peer.command,
-        port=int(peer.command[peer.command.index("--port") + 1]),
-        log_path=log,
-        environment=clean_environment({**peer.environment, **cache_environment(caches)}),
-        poll_s=POLL_S,
-        on_wait=on_wait,
-    )
+    return peer.server(log, more=cache_environment(caches), poll_s=POLL_S, on_wait=on_wait)
 
 
 def ask(server: Server, plan: Plan, number: int) -> stream.Streamed:
@@ -474,22 +466,12 @@ NOT_SHOWN = (
 @click.command(NAME)
 @common_options(NAME)
 @click.option("--peers", help=f"In this order.  [default: {','.join(PEERS)}]")
-@click.option("--model", default="smollm2", show_default=True, help="Folder, or `xllm model` name.")
+@peer_options
 @click.option("--conditions", help=f"cold, warm or both.  [default: {COLD},{WARM}]")
 @click.option(
     "--repeats",
     type=click.IntRange(min=1),
     help="Of the peers that do not compile; the others start once.  [default: 3]",
-)
-@click.option(
-    "--vllm-args",
-    default="--max-model-len 2048 --kv-cache-memory-bytes 4294967296",
-    show_default=True,
-    help="Flags that every peer gets.",
-)
-@click.option("--port", type=int, help="For the peers.  [default: a free one]")
-@click.option(
-    "--keep-logs", type=click.Path(file_okay=False, path_type=Path), help="Folder for server logs."
 )
 def command(
     *,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -11,19 +10,11 @@ import pytest
 from xllm_plugin.bench.load import Load, LoadResult
 from xllm_plugin.bench.replay import Measured, Plan
 from xllm_plugin.bench.traces import Lengths, Vocabulary
-from xllm_plugin.cli.bench import _load
 from xllm_plugin.config import load_config
 from xllm_plugin.errors import ConfigError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "ablation"
 LOADS = (Load(clients=1), Load(clients=8))
-
-
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    """The benchmark, loaded as `xllm bench ablation` loads it."""
-    command = _load(FOLDER / "bench.py")
-    return sys.modules[str(command.callback.__module__)]
 
 
 def point(load: Load, tpot_ms: float, ttft_ms: float, *, failed: int = 0) -> LoadResult:

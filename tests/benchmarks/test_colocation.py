@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from xllm_plugin.bench import readme, schema
+from xllm_plugin.bench import readme, schema, trials
+from xllm_plugin.bench.open_loop import Backlog
 from xllm_plugin.bench.promises import Promise
-from xllm_plugin.cli.bench import _load
 from xllm_plugin.errors import ConfigError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "colocation"
 SLOTS = ("--slots", "4", "--ttft-ms", "20")
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    command = _load(FOLDER / "bench.py")
-    return sys.modules[str(command.callback.__module__)]
-
-
 @pytest.fixture
 def run(
     bench: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
-    vocabulary_folder: Path,
-    make_fake_sides: Callable[..., Any],
+    run_on_fakes: Callable[..., Any],
     tmp_path: Path,
 ) -> Callable[..., Any]:
-    flags = {"priority": SLOTS, "slo": (*SLOTS, "--offline-apart")}
-    monkeypatch.setattr(bench, "choose_sides", make_fake_sides(flags))
     monkeypatch.setattr(bench, "GOODPUT", tmp_path / "none.json")
-
-    def invoke(*arguments: str) -> Any:
-        always = ("--model", str(vocabulary_folder), "--json", str(tmp_path / "result.json"))
-        return CliRunner().invoke(bench.command, [*always, "--burst-factor", "1", *arguments])
-
-    return invoke
+    monkeypatch.setattr(trials, "Backlog", partial(Backlog, lead_s=0.2))
+    flags = {"priority": SLOTS, "slo": (*SLOTS, "--offline-apart")}
+    return partial(run_on_fakes, flags, "--burst-factor", "1")
 
 
 def test_a_run_against_servers_of_known_capacity(run: Callable[..., Any], tmp_path: Path) -> None:

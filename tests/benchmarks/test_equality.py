@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +11,9 @@ from typing import Any
 import pytest
 
 from xllm_plugin.bench import readme, schema
-from xllm_plugin.cli.bench import _load
 from xllm_plugin.testing.equality import Completion, Verdict
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "equality"
-
-
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    """The benchmark, loaded as `xllm bench equality` loads it."""
-    command = _load(FOLDER / "bench.py")
-    return sys.modules[str(command.callback.__module__)]
 
 
 def completions(*, flips: int = 0, gap: float = 0.0, num: int = 20) -> list[Completion]:

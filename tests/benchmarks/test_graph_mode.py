@@ -10,17 +10,9 @@ from types import ModuleType
 import pytest
 
 from xllm_plugin.bench.commands import beside
-from xllm_plugin.cli.bench import _load
 from xllm_plugin.errors import ConfigError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "graph_mode"
-
-
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    """The benchmark, loaded as `xllm bench graph_mode` loads it."""
-    command = _load(FOLDER / "bench.py")
-    return sys.modules[str(command.callback.__module__)]
 
 
 @pytest.fixture(scope="module")

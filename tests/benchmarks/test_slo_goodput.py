@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from rich.console import Console
 
-from xllm_plugin.bench import readme, schema
+from xllm_plugin.bench import outputs, readme, schema
 from xllm_plugin.bench.arrivals import Bursts
 from xllm_plugin.bench.fleet import Fleet
 from xllm_plugin.bench.ladder import Ladder
@@ -24,7 +23,6 @@ from xllm_plugin.bench.schedulers import Side, choose_sides, reference_of
 from xllm_plugin.bench.traces import Vocabulary
 from xllm_plugin.bench.traffic import Traffic
 from xllm_plugin.bench.trials import Deadline, Key, Stage, Trial
-from xllm_plugin.cli.bench import _load
 from xllm_plugin.errors import ConfigError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "slo_goodput"
@@ -34,29 +32,12 @@ WIDE = ("--slots", "4", "--ttft-ms", "100")
 TIGHT, LOOSE = Promise(100, 50), Promise(400, 100)
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    command = _load(FOLDER / "bench.py")
-    return sys.modules[str(command.callback.__module__)]
-
-
 @pytest.fixture
-def run(
-    bench: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    vocabulary_folder: Path,
-    make_fake_sides: Callable[..., Any],
-    tmp_path: Path,
-) -> Callable[..., Any]:
+def run(run_on_fakes: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    monkeypatch.setattr(outputs, "NUM_OUTPUT_PROMPTS", 2)
     flags = {"stock-best": NARROW, "fcfs": NARROW, "slo": WIDE}
-    monkeypatch.setattr(bench, "choose_sides", make_fake_sides(flags))
-
-    def invoke(*arguments: str) -> Any:
-        always = ("--model", str(vocabulary_folder), "--json", str(tmp_path / "result.json"))
-        traffic = ("--seconds", "0.5", "--burst-factor", "1", "--start-rate", "16")
-        return CliRunner().invoke(bench.command, [*always, *traffic, *arguments])
-
-    return invoke
+    traffic = ("--seconds", "0.5", "--burst-factor", "1", "--start-rate", "16")
+    return partial(run_on_fakes, flags, *traffic)
 
 
 def test_a_run_against_servers_of_known_capacity(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -187,7 +168,7 @@ def test_what_the_deadline_cut_off_is_no_result(
     search = searched(limit=7)
     assert ("slo at 400/100", 0) in search.skipped
     assert not search.goodput("slo", LOOSE)
-    check = bench.finished_check(search)
+    check = bench.finished_check(search.skipped, "side and promise")
     assert not check.passed
     assert "slo at 400/100" in check.detail
     list(bench.goodput_rows(search))

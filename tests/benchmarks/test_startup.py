@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -18,18 +17,10 @@ from xllm_plugin.bench import readme, schema
 from xllm_plugin.bench.commands import model_folder, names_in
 from xllm_plugin.bench.peers import PEER_NAMES
 from xllm_plugin.bench.traces import Vocabulary
-from xllm_plugin.cli.bench import _load
 from xllm_plugin.errors import ConfigError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "startup"
 FLAGS = ("--max-model-len", "2048")
-
-
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    """The benchmark, loaded as `xllm bench startup` loads it."""
-    command = _load(FOLDER / "bench.py")
-    return sys.modules[str(command.callback.__module__)]
 
 
 def peers(bench: ModuleType, names: Sequence[str]) -> list[Any]:

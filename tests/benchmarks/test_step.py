@@ -15,17 +15,9 @@ from click.testing import CliRunner
 from xllm_plugin.bench import readme, schema
 from xllm_plugin.bench.peers import COMMON_ENVIRONMENT, peer_servers
 from xllm_plugin.bench.traces import Vocabulary
-from xllm_plugin.cli.bench import _load
 from xllm_plugin.errors import ConfigError, InternalError, ModelError, NotNowError, SeamError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "step"
-
-
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    """The benchmark, loaded as `xllm bench step` loads it."""
-    command = _load(FOLDER / "bench.py")
-    return sys.modules[str(command.callback.__module__)]
 
 
 class Clock:

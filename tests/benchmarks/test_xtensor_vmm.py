@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,18 +11,10 @@ from typing import Any
 import pytest
 
 from xllm_plugin.bench import readme, schema
-from xllm_plugin.cli.bench import _load
 from xllm_plugin.cpu.memory import PAGE_BYTES, CpuMemoryDriver
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "xtensor_vmm"
 NUM_PAGES = 4
-
-
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    """The benchmark, loaded as `xllm bench xtensor_vmm` loads it."""
-    command = _load(FOLDER / "bench.py")
-    return sys.modules[str(command.callback.__module__)]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from xllm_plugin.bench import schema
+from xllm_plugin.bench import outputs, schema
 from xllm_plugin.bench.plots import CurvePoint
 from xllm_plugin.bench.servers import Server, clean_environment, find_free_port
 from xllm_plugin.cli.bench import BenchGroup, bench, benchmarks_folder
@@ -176,9 +176,12 @@ def test_serving_with_a_failed_check_exits_with_1(tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
-def test_serving_against_two_running_servers(tmp_path: Path) -> None:
+def test_serving_against_two_running_servers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole benchmark, with vLLM's client, against servers of which one is much slower."""
     pytest.importorskip("vllm")
+    monkeypatch.setattr(outputs, "OUTPUT_TOKENS", 4)
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 100}))
     out = tmp_path / "result.json"
     options = [

@@ -53,6 +53,7 @@ CASES = {
         "Once upon a time", stop=[" and"], include_stop_str_in_output=True, max_tokens=60
     ),
     "a repetition penalty": completion("Once upon a time", repetition_penalty=1.3),
+    "a promise": completion("Once upon a time", vllm_xargs={"xllm_tpot_ms": 90}),
     "several tokens an event": completion("Once upon a time", stream_interval=4),
 }
 QUICK = ("chat", "chat with tools", "characters of several tokens", "a stop string")
@@ -62,6 +63,7 @@ REFUSED = {
     "a frequency penalty": {"frequency_penalty": 0.5},
     "a presence penalty": {"presence_penalty": 0.5},
     "a seed with a temperature": {"seed": 1, "temperature": 1.0},
+    "extra arguments": {"vllm_xargs": {"other": 1}},
 }
 
 
@@ -120,7 +122,7 @@ def check(url: str, name: str, stride: int) -> None:
 
 @pytest.mark.parametrize("name", QUICK)
 def test_a_stream_is_continued_exactly(xllm_url: str, name: str) -> None:
-    check(xllm_url, name, stride=9)
+    check(xllm_url, name, stride=25)
 
 
 @pytest.mark.full

@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from vllm import LLM, SamplingParams
+from driving import greedy, report, scenarios, tiny_engine
+from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 PROMPTS = (
@@ -28,10 +27,6 @@ SCHEMA = {
     "required": ["name", "is_red"],
     "additionalProperties": False,
 }
-
-
-def greedy(**changes: Any) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **changes})
 
 
 def told(outputs: Sequence[Any]) -> list[dict[str, Any]]:
@@ -60,19 +55,7 @@ class Driver:
     """The scenarios; every method that does not start with an underscore is one."""
 
     def __init__(self, model: str, *, is_async: bool) -> None:
-        self._llm = LLM(
-            model,
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=512,
-            max_num_seqs=8,
-            max_num_batched_tokens=64,
-            block_size=32,
-            num_gpu_blocks_override=33,
-            kv_cache_memory_bytes=2**27,
-            async_scheduling=is_async,
-            disable_log_stats=False,
-        )
+        self._llm = tiny_engine(model, async_scheduling=is_async)
         self._core: Any = self._llm.llm_engine.engine_core.engine_core
 
     def _generate(self, prompts: Sequence[str], params: Any) -> list[dict[str, Any]]:
@@ -183,8 +166,7 @@ def main() -> None:
     model, mode = sys.argv[1:]
     num_threads = torch.get_num_threads()
     driver = Driver(model, is_async=mode == "async")
-    names = [name for name in vars(Driver) if not name.startswith("_")]
-    found: dict[str, Any] = {name: getattr(driver, name)() for name in names}
+    found: dict[str, Any] = {name: getattr(driver, name)() for name in scenarios(driver)}
     core = driver._core
     found["mode"] = {
         "executor": type(core.model_executor).__name__,
@@ -207,9 +189,8 @@ def main() -> None:
         "num_threads": torch.get_num_threads(),
         "names": sorted(thread.name for thread in threading.enumerate()),
     }
-    sys.stdout.write(f"FOUND {json.dumps(found)}\n")
+    report(found)
 
 
 if __name__ == "__main__":
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     main()

@@ -5,16 +5,13 @@
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from vllm import LLM, SamplingParams
+import psutil
+from driving import greedy, report, scenarios, tiny_engine
 
-BLOCK_TOKENS = 32
 NUM_BLOCKS = 65
 PROMPTS = (
     "The sun rises in the",
@@ -24,37 +21,16 @@ PROMPTS = (
 )
 
 
-def greedy(**changes: Any) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **changes})
-
-
 def rss_of_pages() -> int:
-    """Bytes of the driver's file that this process has in memory (/proc/PID/smaps)."""
-    found, is_ours = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            is_ours = "memfd:xllm-pages" in line
-        elif is_ours and line.startswith("Rss:"):
-            found += int(line.split()[1]) * 1024
-    return found
+    """Bytes of the driver's file that this process has in memory."""
+    return sum(m.rss for m in psutil.Process().memory_maps() if "memfd:xllm-pages" in m.path)
 
 
 class Driver:
     """The scenarios; every method that does not start with an underscore is one."""
 
     def __init__(self, model: str) -> None:
-        self._llm = LLM(
-            model,
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=512,
-            max_num_seqs=8,
-            max_num_batched_tokens=64,
-            block_size=BLOCK_TOKENS,
-            num_gpu_blocks_override=NUM_BLOCKS,
-            kv_cache_memory_bytes=2**27,
-            disable_log_stats=False,
-        )
+        self._llm = tiny_engine(model, num_gpu_blocks_override=NUM_BLOCKS)
         core: Any = self._llm.llm_engine.engine_core
         self._core = core.engine_core
         self._scheduler = self._core.scheduler
@@ -151,13 +127,12 @@ class Driver:
 
 def main() -> None:
     driver = Driver(sys.argv[1])
-    names = [name for name in vars(Driver) if not name.startswith("_")]
-    found: dict[str, Any] = {name: getattr(driver, name)() for name in names}
+    found: dict[str, Any] = {name: getattr(driver, name)() for name in scenarios(driver)}
     if driver._cache is not None:
         driver._follow_memory()
     found["memory"] = driver.found_memory
     found["pool"] = type(driver._scheduler.kv_cache_manager.block_pool).__name__
-    sys.stdout.write(f"\nFOUND {json.dumps(found)}\n")
+    report(found)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ counter for a clock and a fixed step-time model, so that it plans the same at an
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
-from vllm import LLM, SamplingParams
+from driving import greedy, report, scenarios, tiny_engine
+from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from xllm_plugin.scheduler.predictor import StepModel
@@ -27,20 +26,13 @@ OFFLINE = {"xllm_class": "offline"}
 CLASSES = (ONLINE, OFFLINE, TIGHT, LOOSE)
 
 
-def greedy(promise: dict[str, Any], **changes: Any) -> SamplingParams:
+def promised(promise: dict[str, Any], **changes: Any) -> SamplingParams:
     # All samples of a request come in its last output, whichever ends first.
-    final = RequestOutputKind.FINAL_ONLY
-    values = {
-        "output_kind": final,
-        "temperature": 0.0,
-        "max_tokens": 16,
-        "ignore_eos": True,
-        **changes,
-    }
-    return SamplingParams(extra_args=dict(promise), **values)
+    values = {"output_kind": RequestOutputKind.FINAL_ONLY, "max_tokens": 16, **changes}
+    return greedy(extra_args=dict(promise), **values)
 
 
-# Without a channel nobody asks the policy for its report while it is taken out.
+# Without a channel nobody asks the policy for its report, which reads the clock.
 SETTINGS = {"scheduler": {"policy": "slo"}, "channel": {"enabled": False}}
 
 
@@ -48,18 +40,10 @@ class Driver:
     """The scenarios; every method that does not start with an underscore is one."""
 
     def __init__(self, model: str, *, is_async: bool) -> None:
-        self._llm = LLM(
+        self._llm = tiny_engine(
             model,
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=512,
-            max_num_seqs=8,
             max_num_batched_tokens=128,
-            block_size=32,
-            num_gpu_blocks_override=33,
-            kv_cache_memory_bytes=2**27,
             async_scheduling=is_async,
-            disable_log_stats=False,
             additional_config={"xllm": SETTINGS},
         )
         self.scheduler: Any = self._llm.llm_engine.engine_core.engine_core.scheduler
@@ -101,15 +85,15 @@ class Driver:
     def mixed(self) -> list[Any]:
         """Four classes, prompts from one word to several chunks, more than fit the batch."""
         prompts = [f"{i} " + LONG * (i % 5) for i in range(24)]
-        return self._run(prompts, [greedy(CLASSES[i % 4]) for i in range(24)])
+        return self._run(prompts, [promised(CLASSES[i % 4]) for i in range(24)])
 
     def sampling(self) -> list[Any]:
         """Seeds, several samples, penalties: state that a held request must keep."""
         params = []
         for promise in CLASSES * 2:
             params += [
-                greedy(promise, temperature=1.0, seed=7, n=2),
-                greedy(promise, repetition_penalty=1.3, presence_penalty=0.5),
+                promised(promise, temperature=1.0, seed=7, n=2),
+                promised(promise, repetition_penalty=1.3, presence_penalty=0.5),
             ]
         return self._run([f"{i} {LONG}" for i in range(16)], params)
 
@@ -117,7 +101,7 @@ class Driver:
         """Beside requests that may say anything."""
         shape = StructuredOutputsParams(regex="[0-9]{5}-[a-f]{9}")
         params = [
-            greedy(CLASSES[i % 4], **({"structured_outputs": shape} if i % 2 else {}))
+            promised(CLASSES[i % 4], **({"structured_outputs": shape} if i % 2 else {}))
             for i in range(12)
         ]
         return self._run([f"{i} {LONG}" for i in range(12)], params)
@@ -125,11 +109,11 @@ class Driver:
     def prefix_caching(self) -> list[Any]:
         """One long beginning, shared by requests of all classes."""
         prompts = [LONG * 4 + f"and then {i}" for i in range(12)]
-        return self._run(prompts, [greedy(CLASSES[i % 4]) for i in range(12)], each_step=1)
+        return self._run(prompts, [promised(CLASSES[i % 4]) for i in range(12)], each_step=1)
 
     def preemption(self) -> list[Any]:
         """More tokens than the cache holds, of both classes."""
-        params = [greedy((OFFLINE, ONLINE)[i // 4 % 2], max_tokens=130) for i in range(12)]
+        params = [promised((OFFLINE, ONLINE)[i // 4 % 2], max_tokens=130) for i in range(12)]
         return self._run([f"{i} {LONG}" for i in range(12)], params, each_step=1)
 
     def aborts(self) -> list[Any]:
@@ -140,11 +124,11 @@ class Driver:
                 self._llm.llm_engine.abort_request([f"{i:03}" for i in range(step, 24, 7)])
 
         prompts = [f"{i} " + LONG * (i % 4) for i in range(24)]
-        return self._run(prompts, [greedy(CLASSES[i % 4]) for i in range(24)], between)
+        return self._run(prompts, [promised(CLASSES[i % 4]) for i in range(24)], between)
 
     def wrong_promise(self) -> list[Any]:
         """What an API server would refuse gets the default promise here."""
-        return self._run(["a", "b"], [greedy({"xllm_ttft_ms": "soon"}), greedy(ONLINE)])
+        return self._run(["a", "b"], [promised({"xllm_ttft_ms": "soon"}), promised(ONLINE)])
 
 
 def leftovers(driver: Driver) -> dict[str, int]:
@@ -161,7 +145,7 @@ def main() -> None:
     model, mode = sys.argv[1:]
     driver = Driver(model, is_async=mode == "async")
     found: dict[str, Any] = {"scheduler": type(driver.scheduler).__name__}
-    for name in [name for name in vars(Driver) if not name.startswith("_")]:
+    for name in scenarios(driver):
         found[name] = {}
         for side, policy in (("theirs", None), ("ours", driver.policy)):
             driver.scheduler._slo = policy
@@ -186,9 +170,8 @@ def main() -> None:
         driver.scheduler.scheduler_config.long_prefill_token_threshold,
     ]
     driver._llm.llm_engine.engine_core.shutdown()
-    sys.stdout.write(f"FOUND {json.dumps(found)}\n")
+    report(found)
 
 
 if __name__ == "__main__":
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     main()

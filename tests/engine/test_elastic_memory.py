@@ -2,54 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from xllm_plugin.models import prepare
-
 pytestmark = pytest.mark.engine
 
-DRIVER = Path(__file__).with_name("elastic_driver.py")
 SCENARIOS = ("chunked_prefill", "prefix_caching", "preemption", "resized_while_running")
 
 
-def found_by(**environment: str) -> dict[str, Any]:
-    """What the driver found; its log if it fails."""
-    done = subprocess.run(
-        [sys.executable, str(DRIVER), str(prepare("tiny-llama"))],
-        env={
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "XLLM_PLATFORM": "xllm",
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    found: dict[str, Any] = json.loads(line.removeprefix("FOUND "))
-    return found
+@pytest.fixture(scope="module")
+def fixed(drive: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return drive("elastic_driver")
 
 
 @pytest.fixture(scope="module")
-def fixed() -> dict[str, Any]:
-    return found_by()
-
-
-@pytest.fixture(scope="module")
-def elastic() -> dict[str, Any]:
-    return found_by(XLLM_XTENSOR__ENABLED="1")
+def elastic(drive: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return drive("elastic_driver", XLLM_XTENSOR__ENABLED="1")
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -26,14 +28,14 @@ TEXT, IMAGES = DATA / "prompts.jsonl", DATA / "images.jsonl"
 MLA_ON_STOCK = ("all", "-rotary_embedding")
 
 
-def both(model: str, prompts: Path, *stock_custom_ops: str) -> tuple[Collection, Collection]:
-    """The same sixteen prompts under stock vLLM and under xllm."""
-    settings = Settings(model=str(prepare(model)), max_tokens=16, limit=16)
-    native = replace(settings, custom_ops=stock_custom_ops)
-    return (
-        collect_in_child(native, prompts, platform="native"),
-        collect_in_child(settings, prompts, platform="xllm"),
-    )
+def settings_of(model: str) -> Settings:
+    return Settings(model=str(prepare(model)), max_tokens=32, limit=16)
+
+
+@cache
+def answers(settings: Settings, prompts: Path, platform: Literal["xllm", "native"]) -> Collection:
+    """One engine for all tests that ask the same: a start takes a quarter of a minute."""
+    return collect_in_child(settings, prompts, platform=platform)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,11 @@ def both(model: str, prompts: Path, *stock_custom_ops: str) -> tuple[Collection,
 def test_the_same_batches_give_the_same_bits(
     model: str, prompts: Path, stock_custom_ops: tuple[str, ...]
 ) -> None:
-    native, xllm = both(model, prompts, *stock_custom_ops)
+    """Sixteen prompts under stock vLLM and under xllm."""
+    settings = settings_of(model)
+    stock = replace(settings, custom_ops=stock_custom_ops, alone=True)  # as below: one engine
+    native = answers(stock, prompts, "native")
+    xllm = answers(settings, prompts, "xllm")
     assert native.num_threads == xllm.num_threads
     assert xllm.num_replaced_modules == 0
     report = check_bit_equal(native.completions, xllm.completions)
@@ -65,19 +71,19 @@ def test_the_same_batches_give_the_same_bits(
     reason="native layers need AVX512-BF16, and leave AMX to oneDNN",
 )
 def test_native_layers_differ_from_stock_as_stock_does_from_itself() -> None:
-    wide = Settings(model=str(prepare("smollm2")), max_tokens=32, limit=16)
-    stock = collect_in_child(wide, TEXT, platform="native").completions
-    alone = collect_in_child(replace(wide, max_num_seqs=1), TEXT, platform="native").completions
-    native_layers = collect_in_child(replace(wide, eager=False), TEXT, platform="xllm")
+    wide = settings_of("smollm2")
+    stock = answers(replace(wide, alone=True), TEXT, "native")
+    native_layers = answers(replace(wide, eager=False), TEXT, "xllm")
     assert native_layers.num_replaced_modules == 1, "the stack of layers, as one call"
-    report = check_near_ties(stock, native_layers.completions, measure(stock, alone))
+    noise = measure(stock.completions, stock.alone)
+    report = check_near_ties(stock.completions, native_layers.completions, noise)
     assert report.equal, report.summary()
 
 
 @pytest.mark.full
 def test_other_batches_give_the_same_tokens_in_float32() -> None:
-    wide = Settings(model=str(prepare("smollm2")), dtype="float32", max_tokens=16, limit=16)
-    native = collect_in_child(wide, TEXT, platform="native")
-    xllm = collect_in_child(replace(wide, max_num_seqs=1), TEXT, platform="xllm")
+    wide = replace(settings_of("smollm2"), dtype="float32", max_tokens=16)
+    native = answers(wide, TEXT, "native")
+    xllm = answers(replace(wide, max_num_seqs=1), TEXT, "xllm")
     report = check_token_equal(native.completions, xllm.completions)
     assert report.equal, report.summary()

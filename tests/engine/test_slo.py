@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from xllm_plugin.models import prepare
-
 pytestmark = pytest.mark.engine
 
-DRIVER = Path(__file__).with_name("slo_driver.py")
 SCENARIOS = {
     "mixed": 24,
     "sampling": 16,
@@ -26,31 +19,9 @@ SCENARIOS = {
 }
 
 
-def drive(mode: str) -> dict[str, Any]:
-    """What the driver found; its log if it fails."""
-    done = subprocess.run(
-        [sys.executable, str(DRIVER), str(prepare("tiny-llama")), mode],
-        env={
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "XLLM_PLATFORM": "xllm",
-        },
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    found: dict[str, Any] = json.loads(line.removeprefix("FOUND "))
-    return found
-
-
 @pytest.fixture(scope="module", params=["sync", pytest.param("async", marks=pytest.mark.full)])
-def found(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return drive(request.param)
+def found(request: pytest.FixtureRequest, drive: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return drive("slo_driver", request.param)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

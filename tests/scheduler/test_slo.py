@@ -295,6 +295,23 @@ def test_a_promise_that_cannot_be_read_does_not_end_the_engine(
     assert rig.policy.snapshot().num_invalid == 1
 
 
+def test_the_report_is_of_the_requests_it_was_told_of(rig: Rig) -> None:
+    running = rig.run(decoding("d"), first_token_s=50.0)  # due in 50 ms
+    running.num_computed_tokens += 1  # in a step that is under way
+    rig.run(decoding("o", xllm_class="offline"), first_token_s=50.0)
+    rig.wait(request("w", xllm_ttft_ms=200))
+    rig.scheduler.running.append(decoding("stranger"))
+    rig.scheduler.waiting.add_request(request("another"))
+    report = rig.policy.report()
+    assert (report.online.num_running, report.online.num_waiting) == (1, 1)
+    assert (report.offline.num_running, report.offline.num_waiting) == (1, 0)
+    assert report.online.least_slack_ms == pytest.approx(50)
+    rig.now_s += 0.1
+    report = rig.policy.report()
+    assert (report.online.num_late, report.offline.num_late) == (1, 0)
+    assert report.online.least_slack_ms == pytest.approx(-50)
+
+
 def test_chunks_that_have_to_end_at_blocks_are_refused(rig: Rig, vllm: Any) -> None:
     rig.scheduler.need_mamba_block_aligned_split = True
     with pytest.raises(ConfigError, match="mamba-cache-mode"):

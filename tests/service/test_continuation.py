@@ -130,12 +130,37 @@ def test_what_happened_is_counted(run: Any) -> None:
         model = FakeModel(PIECES)
         dying, good = stream_instance(model, Death(500)), stream_instance(model)
         async with serving(dying, good, policy=first) as harness:
-            await ask(harness, COMPLETION, body_of(COMPLETION))
+            head, answered = await harness.ask(request(json.dumps(body_of(COMPLETION)).encode()))
             assert good.requests[0].target == RESUME_PATH.encode()
             bad, other = harness.proxy.fleet
             assert (bad.stats.resumes, bad.stats.errors) == (1, {"broken": 1})
             assert bad.life.state is lifecycle.State.SUSPECT
             assert other.stats.answered == {200: 1}
+            assert bad.stats.bytes_from > 0
+            assert bad.stats.bytes_from + other.stats.bytes_from == len(head) + len(answered)
+            await harness.settle()
+
+    run(check())
+
+
+def test_a_continued_prompt_is_computed_once_its_stream_goes_on(run: Any) -> None:
+    """It is in front of nobody any more; the instance's speed is not learned from it."""
+
+    async def check() -> None:
+        model = FakeModel([b"a", b"b", b"c", b"d"])
+        body = body_of(COMPLETION)
+        sizes = [len(e) for e in model.events(COMPLETION, body | {"return_token_ids": True})]
+        dying = stream_instance(model, Death(sizes[0] + sizes[1]))
+        slow = stream_instance(model, Death(sizes[2], "silence"))
+        async with serving(dying, slow, policy=first) as harness:
+            client = await harness.connect()
+            client.send(request(json.dumps(body).encode()))
+            async with asyncio.timeout(PATIENCE_S):
+                await client.reader.readuntil(b'"text":"c"')
+            _, other = harness.proxy.fleet
+            assert (other.in_flight, other.prefill_tokens) == (1, 0)
+            assert other.meter.ttft.weight == 0
+            client.writer.transport.abort()
             await harness.settle()
 
     run(check())

@@ -23,6 +23,7 @@ def test_settings_travel_through_the_command_line(tmp_path: Path) -> None:
             eager=False,
             custom_ops=("all", "-rotary_embedding"),
             limit=16,
+            alone=True,
         ),
     ):
         prompts = DATA / "prompts.jsonl"

@@ -215,6 +215,13 @@ class BookedMemoryDriver(ABC, Generic[PhysicalT]):
                 f"{num_bytes} bytes are no positive multiple of {self._granularity_bytes}"
             )
 
+    def _check_inside(self, address: int, num_bytes: int) -> None:
+        if not any(
+            start <= address and address + num_bytes <= start + size
+            for start, size in self._ranges.items()
+        ):
+            raise ValueError(f"{num_bytes} bytes at {address:#x} are not in one reserved range")
+
     def _check_free(self, address: int) -> None:
         if address % self._granularity_bytes:
             raise ValueError(f"address {address:#x} is no multiple of {self._granularity_bytes}")

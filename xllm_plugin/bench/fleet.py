@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from xllm_plugin.bench.peers import PeerServer
-from xllm_plugin.bench.servers import Server, Waiting, clean_environment, group_cpu_s
+from xllm_plugin.bench.servers import Server, Waiting, group_cpu_s
 from xllm_plugin.errors import NotNowError
 
 __all__ = ["Fleet"]
@@ -39,12 +38,7 @@ class Fleet:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with contextlib.ExitStack() as stack:  # all are stopped, whatever one of them raises
             for name in list(self._servers):
                 stack.callback(self.stop, name)
@@ -65,14 +59,8 @@ class Fleet:
             self._servers[peer.name].resume()
         else:
             self._require_memory(peer.name)
-            server = Server(
-                peer.name,
-                peer.command,
-                port=peer.port,
-                log_path=self._log_folder / f"{peer.name}.log",
-                environment=clean_environment(peer.environment),
-                on_wait=self._on_wait,
-            )
+            log_path = self._log_folder / f"{peer.name}.log"
+            server = peer.server(log_path, on_wait=self._on_wait)
             self._servers[peer.name] = server.__enter__()
             self.ready_s[peer.name] = server.ready_after_s
         return self._servers[peer.name]

@@ -12,7 +12,7 @@ import click
 
 from xllm_plugin.bench.provenance import home_relative
 
-__all__ = ["command_line", "common_options"]
+__all__ = ["command_line", "common_options", "keep_logs_option", "model_option", "peer_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,6 +34,31 @@ def common_options(name: str) -> Callable[[F], F]:
         )(function)
 
     return decorate
+
+
+model_option = click.option(
+    "--model", default="smollm2", show_default=True, help="Folder, or `xllm model` name."
+)
+keep_logs_option = click.option(
+    "--keep-logs",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the logs of servers and engines.",
+)
+
+
+def peer_options(function: F) -> F:
+    """Add what a benchmark of `xllm_plugin.bench.peers` is told of them and where they run.
+
+    Arguments: `model: str`, `vllm_args: str`, `port: int | None`, `keep_logs: Path | None`.
+    """
+    flags = click.option(
+        "--vllm-args",
+        default="--max-model-len 2048 --kv-cache-memory-bytes 4294967296",
+        show_default=True,
+        help="Flags that every peer gets.",
+    )
+    port = click.option("--port", type=int, help="For the peers.  [default: a free one]")
+    return model_option(flags(port(keep_logs_option(function))))
 
 
 def command_line() -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from xllm_plugin.bench import schema
 from xllm_plugin.bench.provenance import home_relative
-from xllm_plugin.bench.servers import LOOPBACK
+from xllm_plugin.bench.servers import LOOPBACK, POLL_S, Server, Waiting, clean_environment
 from xllm_plugin.errors import ConfigError
 
 __all__ = ["PEER_NAMES", "PeerServer", "peer_servers"]
@@ -38,6 +38,25 @@ class PeerServer:
     def port(self) -> int:
         """Where it listens, as its command says."""
         return int(self.command[self.command.index("--port") + 1])
+
+    def server(
+        self,
+        log_path: Path,
+        *,
+        more: Mapping[str, str] | None = None,
+        poll_s: float = POLL_S,
+        on_wait: Callable[[Waiting], None] | None = None,
+    ) -> Server:
+        """Its server, not started; `more` joins its environment, the rest is as `Server` has it."""
+        return Server(
+            self.name,
+            self.command,
+            port=self.port,
+            log_path=log_path,
+            environment=clean_environment({**self.environment, **(more or {})}),
+            poll_s=poll_s,
+            on_wait=on_wait,
+        )
 
     def record(self, model: str) -> schema.Peer:
         """The peer as a result tells it: interpreter and model by name, not by this disk's path."""

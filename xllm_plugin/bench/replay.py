@@ -20,13 +20,13 @@ from xllm_plugin.bench.curve import AtBound, LoadPoint, at_bound
 from xllm_plugin.bench.load import Load, LoadClient, LoadResult
 from xllm_plugin.bench.peers import PeerServer
 from xllm_plugin.bench.progress import Reporter
-from xllm_plugin.bench.schema import Peer
-from xllm_plugin.bench.servers import Server, Waiting, clean_environment
+from xllm_plugin.bench.schema import Check, Peer
+from xllm_plugin.bench.servers import Waiting
 from xllm_plugin.bench.traces import Lengths, Request, Vocabulary, synthesise
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.testing.equality import Completion, Spread
 
-__all__ = ["External", "Measured", "Plan", "Target", "replay", "served_model"]
+__all__ = ["External", "Measured", "Plan", "Target", "answer_checks", "replay", "served_model"]
 
 STOP_FACTOR = 1.5
 """A peer's curve ends after the first load this far beyond the bound: no more is asked of it."""
@@ -193,14 +193,7 @@ def running(
     if isinstance(target, External):
         yield target.url, None, lambda: None
         return
-    with Server(
-        target.name,
-        target.command,
-        port=target.port,
-        log_path=log,
-        environment=clean_environment(target.environment),
-        on_wait=on_wait,
-    ) as server:
+    with target.server(log, on_wait=on_wait) as server:
         yield server.url, server.ready_after_s, server.check_alive
 
 
@@ -234,3 +227,25 @@ def replay(
         LoadClient(logs / "client.log") as client,
     ):
         return Session(plan, client, reporter, logs).measure_all(targets)
+
+
+def answer_checks(measured: Sequence[Measured]) -> list[Check]:
+    """Every request answered in full; no outputs further from the first's than its own noise."""
+    reference, *others = measured
+    points = [point for one in measured for point in one.points()]
+    failed, short = sum(p.failed for p in points), sum(p.short for p in points)
+    error = next((f": {point.first_error}" for point in points if point.first_error), "")
+    assert reference.noise is not None
+    noise = reference.noise
+    total = sum(point.requests for point in points)
+    return [
+        Check(
+            name="every request was answered in full",
+            passed=failed == short == 0,
+            detail=f"{total} requests, {failed} failed, {short} short{error}",
+        ),
+        *(
+            outputs.compare(other.name, reference.name, reference.outputs, other.outputs, noise)
+            for other in others
+        ),
+    ]

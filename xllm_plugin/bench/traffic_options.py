@@ -12,6 +12,7 @@ import click
 
 from xllm_plugin.bench.arrivals import Bursts
 from xllm_plugin.bench.commands import names_in
+from xllm_plugin.bench.options import keep_logs_option, model_option
 from xllm_plugin.bench.traces import Vocabulary, read_lengths
 from xllm_plugin.bench.traffic import Traffic
 from xllm_plugin.errors import ConfigError
@@ -69,9 +70,7 @@ def traffic_options(function: F) -> F:
 
 
 _TRAFFIC_OPTIONS = (
-    click.option(
-        "--model", default="smollm2", show_default=True, help="Folder, or `xllm model` name."
-    ),
+    model_option,
     click.option(
         "--traces",
         default="azure-conv,azure-code",
@@ -107,9 +106,5 @@ _TRAFFIC_OPTIONS = (
         show_default=True,
         help="After that no trial begins; what is missing is left out and named.",
     ),
-    click.option(
-        "--keep-logs",
-        type=click.Path(file_okay=False, path_type=Path),
-        help="Folder for server logs.",
-    ),
+    keep_logs_option,
 )

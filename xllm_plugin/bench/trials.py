@@ -6,7 +6,6 @@ A side that is not told the promise is measured once for all of them.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from xllm_plugin.bench import outputs
+from xllm_plugin.bench.commands import log_folder
 from xllm_plugin.bench.curve import percentile
 from xllm_plugin.bench.fleet import Fleet
 from xllm_plugin.bench.open_loop import Backlog, BacklogTally, send
@@ -27,7 +27,16 @@ from xllm_plugin.bench.schema import Check
 from xllm_plugin.bench.traffic import Traffic
 from xllm_plugin.testing.equality import Completion, Spread
 
-__all__ = ["OUTPUTS_NOTE", "Deadline", "Key", "Stage", "Trial", "open_stage"]
+__all__ = [
+    "OUTPUTS_NOTE",
+    "Deadline",
+    "Key",
+    "Stage",
+    "Trial",
+    "finished_check",
+    "left_out",
+    "open_stage",
+]
 
 OUTPUTS_NOTE = (
     f"Outputs compared before a side is timed: {outputs.NUM_OUTPUT_PROMPTS} prompts of "
@@ -291,10 +300,31 @@ def open_stage(
         limit_s: after that no trial begins.
         keep_logs: folder for the servers' logs; a temporary one by default.
     """
-    with contextlib.ExitStack() as stack:
-        log_folder = keep_logs or Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="xllm-bench-"))
-        )
-        reporter = stack.enter_context(Reporter(console, steps, first="starting"))
-        fleet = stack.enter_context(Fleet(log_folder, reporter.waiting))
+    with (
+        log_folder(keep_logs) as logs,
+        Reporter(console, steps, first="starting") as reporter,
+        Fleet(logs, reporter.waiting) as fleet,
+    ):
         yield Stage(traffic, promises, fleet, reporter, Deadline(limit_s), reference)
+
+
+def finished_check(skipped: Sequence[tuple[str, int]], what: str) -> Check:
+    """Whether there was time for every first search.
+
+    Args:
+        skipped: what was not searched to its end, and in which repeat.
+        what: names all that is searched, for people.
+    """
+    missing = [name for name, repeat in skipped if repeat == 0]
+    return Check(
+        name=f"every {what} was searched at least once",
+        passed=not missing,
+        detail="no time for " + ", ".join(missing) if missing else "",
+    )
+
+
+def left_out(skipped: Sequence[tuple[str, int]]) -> Iterator[str]:
+    """The note that names what was not searched to its end, if anything was."""
+    names = [f"{name}, repeat {repeat + 1}" for name, repeat in skipped]
+    if names:
+        yield f"Left out for lack of time: {'; '.join(names)}."

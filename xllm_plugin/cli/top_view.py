@@ -17,7 +17,7 @@ from rich.text import Text
 from xllm_plugin.channel.messages import Reading, Readings, Snapshot
 from xllm_plugin.errors import ChannelError
 from xllm_plugin.scheduler.report import REPORT_SECTION, SchedulerReport
-from xllm_plugin.xtensor.messages import MemorySection
+from xllm_plugin.xtensor.messages import MEMORY_SECTION, MemorySection
 
 __all__ = ["Rates", "frame"]
 
@@ -211,7 +211,7 @@ def _remarks(readings: Readings, problems: list[str], hint: str) -> Text:
 def _memory_line(reading: Reading) -> str | None:
     """What an elastic KV cache has taken of its budget, or None."""
     snapshot = reading.snapshot
-    memory = None if snapshot is None else snapshot.section("memory", MemorySection)
+    memory = None if snapshot is None else snapshot.section(MEMORY_SECTION, MemorySection)
     if memory is None:
         return None
     return (

@@ -130,11 +130,7 @@ class CpuMemoryDriver(BookedMemoryDriver[int]):
         """
         import torch
 
-        if not any(
-            start <= address and address + num_bytes <= start + size
-            for start, size in self._ranges.items()
-        ):
-            raise ValueError(f"{num_bytes} bytes at {address:#x} are not in one reserved range")
+        self._check_inside(address, num_bytes)
         array = (ctypes.c_int8 * num_bytes).from_address(address)
         array.driver = self  # type: ignore[attr-defined]  # the tensor holds the array, and it us
         return torch.frombuffer(array, dtype=torch.int8)

@@ -220,7 +220,7 @@ class GraphCache:
             handle = self._backend.capture(work(key))
         except MemoryError:
             self._refuse(key, Reason.OVER_BUDGET)
-        except Exception:
+        except Exception:  # a device raises anything in a capture; such batches run eager
             self._refuse(key, Reason.FAILED)
             logger.exception(
                 "xllm-plugin: no %s graph for %d tokens; such batches run eager from now on.",

@@ -1,4 +1,4 @@
-"""vLLM endpoint plugin: `GET /xllm/snapshot`, `/xllm/memory`, `/xllm/info`; our part of `/metrics`.
+"""vLLM endpoint plugin: `GET /xllm/snapshot`, `memory`, `info`, `tokenizer`; part of `/metrics`.
 
 It also puts in place what stands in the way of every request: the middleware that reads our headers
 (`promises`) and the gate before the engine (`gate`).
@@ -105,7 +105,7 @@ class XllmEndpoints:
     Args:
         registry: holds vLLM's metrics when there is one API server.
         platform_name: names the platform in force.
-        check_seams: raises `SeamError` if this vLLM is not as `resume` needs it.
+        check_seams: raises `SeamError` if this vLLM is not as the API server's seams need it.
     """
 
     name = "xllm"

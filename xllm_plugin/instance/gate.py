@@ -23,7 +23,7 @@ from xllm_plugin.errors import PromiseError
 from xllm_plugin.instance.admission import Outcome, Verdict, decide
 from xllm_plugin.instance.config import AdmissionConfig
 from xllm_plugin.instance.forecast import Forecast
-from xllm_plugin.instance.promises import RequestContext, current_request
+from xllm_plugin.instance.promises import RequestContext, current_request, with_headers
 from xllm_plugin.instance.waiting import IsPrefilling, WaitingList
 from xllm_plugin.scheduler.promise import Promise, read_promise
 
@@ -147,11 +147,7 @@ class Gate:
 
     def _promise_of(self, sampling_params: Any, context: RequestContext | None) -> Promise:
         """The promise of the body and of the headers, which is written to the parameters."""
-        given = sampling_params.extra_args
-        if context is not None and context.promise_args:
-            # The body wins: headers are what a gateway adds for clients that say nothing.
-            given = {**context.promise_args, **(given or {})}
-            sampling_params.extra_args = given
+        given = sampling_params.extra_args = with_headers(sampling_params.extra_args, context)
         try:
             return read_promise(given, self._defaults)
         except PromiseError as error:

@@ -6,19 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
-from prometheus_client.metrics_core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    Metric,
-    SummaryMetricFamily,
-)
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric, SummaryMetricFamily
 
 from xllm_plugin.channel.messages import Reading, Snapshot
-from xllm_plugin.xtensor.messages import MemoryReport, MemorySection
+from xllm_plugin.instance.families import counters, gauges
+from xllm_plugin.xtensor.messages import MEMORY_SECTION, MemoryReport, MemorySection
 
 __all__ = ["MemoryReading", "memory_families", "memory_readings"]
-
-SECTION = "memory"
 
 _GAUGES: dict[str, tuple[str, Callable[[MemorySection], float]]] = {
     "xllm:kv_memory_budget_bytes": (
@@ -38,7 +32,6 @@ _GAUGES: dict[str, tuple[str, Callable[[MemorySection], float]]] = {
         lambda section: section.fragmentation,
     ),
 }
-# prometheus_client appends _total.
 _COUNTERS: dict[str, tuple[str, Callable[[MemoryReport], float]]] = {
     "xllm:kv_memory_pages_created": (
         "Pages taken from the system.",
@@ -114,7 +107,7 @@ def _memory_reading(reading: Reading) -> MemoryReading:
 
 
 def _section(snapshot: Snapshot | None) -> MemorySection | None:
-    return None if snapshot is None else snapshot.section(SECTION, MemorySection)
+    return None if snapshot is None else snapshot.section(MEMORY_SECTION, MemorySection)
 
 
 def memory_families(
@@ -128,17 +121,9 @@ def memory_families(
     """
     sections = [(labels, section) for labels, snap in known if (section := _section(snap))]
     pages = [(labels, section.pages) for labels, section in sections if section.pages]
-    for name, (text, value) in _GAUGES.items():
-        gauge = GaugeMetricFamily(name, text, labels=label_names)
-        for labels, section in sections:
-            gauge.add_metric(labels, value(section))
-        yield gauge
+    yield from gauges(_GAUGES, sections, label_names)
     yield _pages_by_state(pages, label_names)
-    for name, (text, count) in _COUNTERS.items():
-        counter = CounterMetricFamily(name, text, labels=label_names)
-        for labels, report in pages:
-            counter.add_metric(labels, count(report))
-        yield counter
+    yield from counters(_COUNTERS, pages, label_names)
     for name, (text, measured) in _SUMMARIES.items():
         summary = SummaryMetricFamily(name, text, labels=label_names)
         for labels, report in pages:

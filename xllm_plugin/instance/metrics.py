@@ -27,11 +27,12 @@ from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry, Counter, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from xllm_plugin.channel.messages import Reading, Snapshot
 from xllm_plugin.instance.engines import EngineReader
+from xllm_plugin.instance.families import counters, gauges
 from xllm_plugin.instance.memory import memory_families
 from xllm_plugin.instance.slo_metrics import slo_families
 
@@ -82,7 +83,6 @@ _GAUGES: dict[str, tuple[str, Value]] = {
         lambda snapshot: snapshot.load.smoothed_step_ms / 1000,
     ),
 }
-# prometheus_client appends _total.
 _COUNTERS: dict[str, tuple[str, Value]] = {
     "xllm:steps": (
         "Steps the engine has taken.",
@@ -148,22 +148,10 @@ def _families(readings: tuple[tuple[list[str], Reading], ...]) -> Iterator[Metri
     yield up
     yield age
     known = [(labels, reading.snapshot) for labels, reading in readings if reading.snapshot]
-    for name, (text, value) in _GAUGES.items():
-        yield _filled(GaugeMetricFamily(name, text, labels=_LABELS), known, value)
-    for name, (text, value) in _COUNTERS.items():
-        yield _filled(CounterMetricFamily(name, text, labels=_LABELS), known, value)
+    yield from gauges(_GAUGES, known, _LABELS)
+    yield from counters(_COUNTERS, known, _LABELS)
     yield from slo_families(known, _LABELS)
     yield from memory_families(known, _LABELS)
-
-
-def _filled(
-    family: GaugeMetricFamily | CounterMetricFamily,
-    known: list[tuple[list[str], Snapshot]],
-    value: Value,
-) -> Metric:
-    for labels, snapshot in known:
-        family.add_metric(labels, value(snapshot))
-    return family
 
 
 def _on_event_loop() -> bool:

@@ -35,6 +35,7 @@ __all__ = [
     "current_request",
     "error_response",
     "promise_args",
+    "with_headers",
 ]
 
 HEADERS: Final[dict[str, str]] = {
@@ -121,6 +122,18 @@ def promise_args(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
     if found:
         _check(found)
     return found
+
+
+def with_headers(
+    extra_args: dict[str, Any] | None, context: RequestContext | None
+) -> dict[str, Any] | None:
+    """What a request asks for in its body and its headers, as `SamplingParams.extra_args`.
+
+    The body wins: headers are what a gateway adds for clients that say nothing.
+    """
+    if context is None or not context.promise_args:
+        return extra_args
+    return {**context.promise_args, **(extra_args or {})}
 
 
 def _check(found: dict[str, str]) -> None:

@@ -139,9 +139,7 @@ class Registrar:
         while not self._stopping.wait(wait_s):
             try:
                 wait_s = self.step()
-            except Exception:
-                # A fault of ours must not take the server with it; without heartbeats the service
-                # stops sending requests, so it is said and tried again.
+            except Exception:  # a fault of ours must not end the heartbeats; tried again
                 logger.exception("xllm-plugin: registering has failed; please report this")
                 wait_s = _LAST_RETRY_S
 

@@ -18,7 +18,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.outputs import LogprobsLists
 
+from xllm_plugin.instance.promises import current_request, with_headers
 from xllm_plugin.instance.resumption import Finish, Resumption
+from xllm_plugin.scheduler.promise import KEYS
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
@@ -42,6 +44,7 @@ def refusal(params: SamplingParams) -> str | None:
     counts or follows output tokens alone.
     """
     is_random = params.temperature > 0
+    others = (params.extra_args or {}).keys() - set(KEYS)  # promises hold wherever it runs
     reasons = {
         "n > 1": params.n != 1,
         "structured outputs": params.structured_outputs is not None,
@@ -52,7 +55,7 @@ def refusal(params: SamplingParams) -> str | None:
         "a thinking token budget": params.thinking_token_budget is not None,
         "repetition detection": params.repetition_detection is not None,
         "prompt log probabilities": params.prompt_logprobs is not None,
-        "extra arguments": bool(params.extra_args),
+        "extra arguments": bool(others),
         "watermarking": bool(params.watermarking),
     }
     return next((name for name, is_used in reasons.items() if is_used), None)
@@ -89,6 +92,8 @@ class ReplayingEngine:
             reason = f"a prompt of type {prompt.get('type')!r}"
         if reason is not None:
             raise VLLMValidationError(f"A stream with {reason} cannot be continued here.")
+        # Admission has let it in elsewhere; the promise holds here too.
+        sampling_params.extra_args = with_headers(sampling_params.extra_args, current_request.get())
         return self._outputs(prompt, sampling_params, *args, **options)
 
     async def add_request(self, *args: Any, **options: Any) -> RequestOutputCollector:
@@ -111,8 +116,8 @@ class ReplayingEngine:
             self.is_live = True
             async for output in live:
                 yield output
-        except Exception:
-            self.is_live = True  # what is said about it is new
+        except Exception:  # what is said about any of them is new to the client; raised again
+            self.is_live = True
             raise
         finally:
             await live.aclose()
@@ -138,7 +143,7 @@ class ReplayingEngine:
         state = processor.request_states[request.request_id]
         try:
             self._replayed = _replay(state, self._resumption.chunks, finish)
-        except BaseException:
+        except BaseException:  # also cancelled: nobody would run the request; raised again
             processor.abort_requests([request.request_id], internal=True)
             raise
         if finish is not None:

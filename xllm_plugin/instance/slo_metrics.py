@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 
-from prometheus_client.metrics_core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
+from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
 
 from xllm_plugin.channel.messages import Snapshot
+from xllm_plugin.instance.families import counters, gauges
 from xllm_plugin.scheduler.slo_metrics import SLACK_EDGES_MS, SLO_SECTION, Attainment, SloSnapshot
 
 __all__ = ["slo_families"]
@@ -33,7 +29,6 @@ _GAUGES: dict[str, tuple[str, Callable[[SloSnapshot], float]]] = {
         lambda slo: slo.num_late,
     ),
 }
-# prometheus_client appends _total.
 _COUNTERS: dict[str, tuple[str, Callable[[SloSnapshot], float]]] = {
     "xllm:steps_predicted_seconds": (
         "Predicted duration of all measured steps.",
@@ -75,16 +70,8 @@ def slo_families(
         for labels, snapshot in known
         if (slo := snapshot.section(SLO_SECTION, SloSnapshot)) is not None
     ]
-    for name, (text, value) in _GAUGES.items():
-        gauge = GaugeMetricFamily(name, text, labels=label_names)
-        for labels, slo in planned:
-            gauge.add_metric(labels, value(slo))
-        yield gauge
-    for name, (text, value) in _COUNTERS.items():
-        counter = CounterMetricFamily(name, text, labels=label_names)
-        for labels, slo in planned:
-            counter.add_metric(labels, value(slo))
-        yield counter
+    yield from gauges(_GAUGES, planned, label_names)
+    yield from counters(_COUNTERS, planned, label_names)
     yield from _by_class_and_tenant(planned, label_names)
     yield _by(planned, label_names, "xllm:plan_bounds", "bound", lambda slo: slo.bounds)
     yield _by(planned, label_names, "xllm:requests_held", "service_class", lambda slo: slo.num_held)
@@ -92,12 +79,12 @@ def slo_families(
 
 
 def _by_class_and_tenant(planned: Labelled, label_names: Sequence[str]) -> Iterator[Metric]:
-    for name, (text, value) in _ATTAINMENT.items():
-        counter = CounterMetricFamily(name, text, labels=(*label_names, "service_class", "tenant"))
-        for labels, slo in planned:
-            for group in slo.attainment:
-                counter.add_metric([*labels, group.service_class, group.tenant], value(group))
-        yield counter
+    groups = [
+        ([*labels, group.service_class, group.tenant], group)
+        for labels, slo in planned
+        for group in slo.attainment
+    ]
+    return counters(_ATTAINMENT, groups, (*label_names, "service_class", "tenant"))
 
 
 _TEXTS = {

@@ -103,11 +103,7 @@ class NpuMemoryDriver(BookedMemoryDriver[int]):
         import torch
         import torch_npu
 
-        if not any(
-            start <= address and address + num_bytes <= start + size
-            for start, size in self._ranges.items()
-        ):
-            raise ValueError(f"{num_bytes} bytes at {address:#x} are not in one reserved range")
+        self._check_inside(address, num_bytes)
         device = torch.device("npu", self.device_index)
         construct = torch_npu._C._construct_storage_from_data_pointer  # noqa: SLF001  the only way
         storage = construct(address, device, num_bytes)

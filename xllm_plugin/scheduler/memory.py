@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from xllm_plugin.config import load_config
 from xllm_plugin.scheduler.wake import EngineAlarm, EngineWaker
-from xllm_plugin.xtensor.messages import MemoryChange, MemorySection
+from xllm_plugin.xtensor.messages import MEMORY_SECTION, MemoryChange, MemorySection
 
 if TYPE_CHECKING:
     from xllm_plugin.channel.engine import EngineChannel
@@ -40,7 +40,7 @@ class MemoryControl:
         self._cache = ElasticKvCache.adopt(
             scheduler.kv_cache_manager, scheduler.kv_cache_config, scheduler.vllm_config, config
         )
-        channel.add_section("memory", self._cache.section)
+        channel.add_section(MEMORY_SECTION, self._cache.section)
         channel.register_call("set_memory_budget", self.set_memory_budget, on_engine_thread=True)
 
     def set_memory_budget(self, budget_bytes: int) -> MemorySection:

@@ -6,15 +6,19 @@ torch nor vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable
+from typing import Final, NamedTuple
 
 import msgspec
 
-if TYPE_CHECKING:
-    from xllm_plugin.scheduler.plan import View
-
-__all__ = ["REPORT_SECTION", "ClassReport", "SchedulerReport", "StepReport", "class_report"]
+__all__ = [
+    "REPORT_SECTION",
+    "ClassReport",
+    "Listed",
+    "SchedulerReport",
+    "StepReport",
+    "class_report",
+]
 
 REPORT_SECTION: Final = "scheduler"
 
@@ -80,28 +84,35 @@ class SchedulerReport(msgspec.Struct, frozen=True, kw_only=True):
     is_cautious: bool = False
 
 
-def class_report(view: View, held: AbstractSet[str], *, is_online: bool) -> ClassReport:
-    """The requests of one class in `view`.
+class Listed(NamedTuple):
+    """What counts of one request.
 
-    Args:
-        view: the engine now.
-        held: ids of requests that were kept out of the last step.
-        is_online: which class.
+    Attributes:
+        is_online: whether somebody waits for it.
+        is_running: in the batch; else in the queue.
+        is_held: kept out of the last step with its KV.
+        slack_ms: until its next token is due; negative if overdue.
     """
-    running = [request for request in view.running if request.is_online is is_online]
-    waiting = [request for request in view.waiting if request.is_online is is_online]
+
+    is_online: bool
+    is_running: bool
+    is_held: bool
+    slack_ms: float
+
+
+def class_report(requests: Iterable[Listed], *, is_online: bool) -> ClassReport:
+    """The requests of one class among `requests`."""
+    mine = [request for request in requests if request.is_online is is_online]
+    num_running = sum(request.is_running for request in mine)
     counts = {
-        "num_running": len(running),
-        "num_held": sum(request.request_id in held for request in running),
-        "num_waiting": len(waiting),
+        "num_running": num_running,
+        "num_held": sum(request.is_held for request in mine),
+        "num_waiting": len(mine) - num_running,
     }
     if not is_online:
         return ClassReport(**counts)
-    deadlines_s = [r.deadline_s for r in running]
-    deadlines_s += [r.deadline_s for r in waiting]
-    slacks_s = [deadline_s - view.now_s for deadline_s in deadlines_s]
     return ClassReport(
         **counts,
-        num_late=sum(slack_s < 0 for slack_s in slacks_s),
-        least_slack_ms=min(slacks_s) * 1e3 if slacks_s else None,
+        num_late=sum(request.slack_ms < 0 for request in mine),
+        least_slack_ms=min((request.slack_ms for request in mine), default=None),
     )

@@ -43,9 +43,10 @@ class XllmSchedulerMixin:
         if config.policy != "slo":
             return None
         policy = SloPolicy(self, config)
-        self._telemetry.add_section(PREDICTOR_SECTION, policy.model)
-        self._telemetry.add_section(SLO_SECTION, policy.snapshot)
-        self._telemetry.add_section(REPORT_SECTION, policy.report)
+        channel = self._telemetry.channel
+        channel.add_section(PREDICTOR_SECTION, policy.model)
+        channel.add_section(SLO_SECTION, policy.snapshot)
+        channel.add_section(REPORT_SECTION, policy.report)
         return policy
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:

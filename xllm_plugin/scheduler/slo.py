@@ -26,7 +26,7 @@ from xllm_plugin.scheduler.plan import Limits, Plan, Running, View, Waiting, mak
 from xllm_plugin.scheduler.predictor import StepModel, StepShape, StepTimeLearner
 from xllm_plugin.scheduler.prior import prior_work
 from xllm_plugin.scheduler.promise import Promise, read_promise
-from xllm_plugin.scheduler.report import SchedulerReport, StepReport, class_report
+from xllm_plugin.scheduler.report import Listed, SchedulerReport, StepReport, class_report
 from xllm_plugin.scheduler.slo_metrics import SloMetrics, SloSnapshot
 
 if TYPE_CHECKING:
@@ -409,13 +409,29 @@ class SloPolicy:
 
     def report(self) -> SchedulerReport:
         """The requests of now and the last step."""
-        view = self._view(self._clock())
+        requests = list(self._listed(self._clock()))
         model = self._learner.model
         return SchedulerReport(
             policy="slo",
-            online=class_report(view, self._held, is_online=True),
-            offline=class_report(view, self._held, is_online=False),
+            online=class_report(requests, is_online=True),
+            offline=class_report(requests, is_online=False),
             step=self._last_step,
             error=model.error,
             is_cautious=not model.is_reliable,
         )
+
+    def _listed(self, now_s: float) -> Iterator[Listed]:
+        """The requests that it was told of, also while a step of theirs is under way."""
+        scheduler = self._scheduler
+        for is_running, requests in ((True, scheduler.running), (False, scheduler.waiting)):
+            for request in requests:
+                tracked = self._requests.get(request.request_id)
+                if tracked is None:  # it came while this policy was not in force
+                    continue
+                num_tokens = request.num_output_tokens + request.num_output_placeholders
+                yield Listed(
+                    tracked.promise.is_online,
+                    is_running,
+                    is_running and request.request_id in self._held,
+                    (tracked.deadline_s(num_tokens, now_s) - now_s) * 1e3,
+                )

@@ -51,10 +51,6 @@ class Telemetry:
         """Where parts of the scheduler add their sections and calls, before `start`."""
         return self._channel
 
-    def add_section(self, name: str, build: Callable[[], Any]) -> None:
-        """Let `build` add a part to each snapshot, see `EngineChannel.add_section`."""
-        self._channel.add_section(name, build)
-
     def start(self) -> None:
         """Publish the first snapshot; the socket is open when this returns."""
         self._channel.start()

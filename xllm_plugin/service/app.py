@@ -215,7 +215,7 @@ async def _said(running: Coroutine[Any, Any, None], name: str) -> None:
     """Run a part that nobody awaits; if it fails, that is said at once."""
     try:
         await running
-    except Exception:
+    except Exception:  # whatever it is, somebody has to say it; raised again
         logger.exception("%s has stopped; please report this", name)
         raise
 

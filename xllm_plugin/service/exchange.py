@@ -89,12 +89,14 @@ class Exchange:
     """
 
     __slots__ = (
+        "_awaits_first",
         "_booked_tokens",
         "_connecting",
         "_connection",
         "_last_relayed",
         "_lower_head",
         "_num_bytes",
+        "_num_bytes_counted",
         "_write",
         "body",
         "body_bytes",
@@ -168,12 +170,14 @@ class Exchange:
         self.is_done = False
         self.stalled_reads = -1
         self.stalled_since_s = 0.0
+        self._awaits_first = True
         self._booked_tokens = 0
         self._connecting: asyncio.Task[None] | None = None
         self._connection: UpstreamConnection | None = None
         self._last_relayed = b""
         self._lower_head = b""
         self._num_bytes = 0
+        self._num_bytes_counted = 0
         self._write = client.transport.write
 
     # -- the way there --------------------------------------------------------------------------
@@ -292,7 +296,7 @@ class Exchange:
 
     def relay(self, data: bytes, head: bytes = b"") -> None:
         """Pass bytes of an answer's body on, after `head` if it was not sent yet."""
-        if self.ttft_s < 0:
+        if self._awaits_first:
             self._first_bytes(data)
         self._num_bytes += len(head) + len(data)
         self._last_relayed = data
@@ -318,7 +322,7 @@ class Exchange:
             data += _LAST_CHUNK
         if not data and stream.failure:
             return stream.failure  # the head may still be another instance's
-        if events and self.ttft_s < 0:
+        if events and self._awaits_first:
             self._first_bytes(events)
         if head:
             stream.is_begun = True
@@ -353,8 +357,7 @@ class Exchange:
         instance = self.instance
         assert instance is not None
         if is_stale and self._may_repeat():
-            self._leave()
-            self._enter(instance)
+            self._connection = None
             self._connecting = self.proxy.loop.create_task(self._connect(instance))
             return
         instance.stats.count_error(reason)
@@ -402,7 +405,7 @@ class Exchange:
         self.is_answering = True
         answered = self.instance.stats.answered
         answered[_SWITCHED] = answered.get(_SWITCHED, 0) + 1
-        self.ttft_s = 0.0
+        self._awaits_first = False
         self.relay(data)
         self.client.begin_tunnel(self._connection.transport)
         if self.early:
@@ -557,6 +560,7 @@ class Exchange:
 
     def _enter(self, instance: Instance) -> None:
         self.instance = instance
+        self._awaits_first = True
         self._booked_tokens = self.cost_tokens
         self.proxy.fleet.book(instance, self._booked_tokens)
 
@@ -565,7 +569,8 @@ class Exchange:
         self.proxy.fleet.release(self.instance, self._booked_tokens)
         self.proxy.router.left(self)
         self.instance.stats.bytes_to += len(self.head) + len(self.body)
-        self.instance.stats.bytes_from += self._num_bytes
+        self.instance.stats.bytes_from += self._num_bytes - self._num_bytes_counted
+        self._num_bytes_counted = self._num_bytes
         self.instance = None
         self._connection = None
 
@@ -592,10 +597,16 @@ class Exchange:
         self.dispatch()
 
     def _first_bytes(self, data: bytes) -> None:
+        """The first from an instance; from one that continues a stream, not the client's first."""
         assert self.instance is not None
-        self.ttft_s = self.proxy.loop.time() - self.started_s
-        self.instance.stats.observe_ttft(self.ttft_s)
-        self.proxy.router.first_byte(self, is_stream=b"text/event-stream" in self._lower_head)
+        self._awaits_first = False
+        is_first = self.ttft_s < 0
+        if is_first:
+            self.ttft_s = self.proxy.loop.time() - self.started_s
+            self.instance.stats.observe_ttft(self.ttft_s)
+        # What a continuation had to compute before them is known too roughly to learn from.
+        is_measure = is_first and b"text/event-stream" in self._lower_head
+        self.proxy.router.first_byte(self, is_measure=is_measure)
         if self.route.kind is Kind.RESPONSES:
             found = _RESPONSE_ID.search(data)
             if found:

@@ -234,10 +234,11 @@ class Fleet:
     def check_integrity(self) -> None:
         """Raise `InternalError` unless the counters are those of no request."""
         for instance in self:
-            if instance.in_flight or instance.outstanding_tokens:
+            to_compute = round(instance.prefill_tokens)  # a sum of floats
+            if instance.in_flight or instance.outstanding_tokens or to_compute:
                 raise InternalError(
-                    f"idle, but {instance.name} counts {instance.in_flight} requests and "
-                    f"{instance.outstanding_tokens} tokens"
+                    f"idle, but {instance.name} counts {instance.in_flight} requests, "
+                    f"{instance.outstanding_tokens} tokens and {to_compute} to compute"
                 )
 
     def _find(self, model: str | None) -> list[Instance]:

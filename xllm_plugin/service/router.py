@@ -126,12 +126,17 @@ class Router:
         self._send(request, asked, instance)
         return self._decided(request, instance, self.policy.name, choice.reason, len(candidates))
 
-    def first_byte(self, request: Exchange, *, is_stream: bool) -> None:
-        """An answer begins: its prompt is computed, and how long that took is known of a stream."""
+    def first_byte(self, request: Exchange, *, is_measure: bool) -> None:
+        """An answer begins: its prompt is computed.
+
+        Args:
+            request: whose answer it is.
+            is_measure: whether the time since it was sent is that of its prompt and those before.
+        """
         sent = request.sent
         if sent is None or sent.instance is None:
             return
-        if is_stream:
+        if is_measure:
             num_tokens = sent.ahead_tokens + sent.uncached_tokens
             seconds = request.proxy.loop.time() - request.sent_s
             self.fleet.observe_ttft(sent.instance, num_tokens, seconds)

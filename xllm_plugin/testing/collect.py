@@ -31,7 +31,7 @@ import click
 
 from xllm_plugin.bench.files import write_atomically
 from xllm_plugin.errors import InternalError, ModelError, NotNowError
-from xllm_plugin.testing.equality import Completion, read_completions
+from xllm_plugin.testing.equality import Completion
 
 __all__ = [
     "Collection",
@@ -62,6 +62,7 @@ class Settings:
     logprobs: int = 5
     seed: int = 0
     limit: int | None = None  # use only the first prompts
+    alone: bool = False  # answer the prompts once more, one at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,8 @@ class Collection:
     """Completions and where they came from.
 
     `platform` is the class name of vLLM's platform; `num_replaced_modules` counts the model's
-    modules that run something else than their class's `forward`.
+    modules that run something else than their class's `forward`; `alone` has the completions of
+    `Settings.alone`.
     """
 
     completions: tuple[Completion, ...]
@@ -97,6 +99,7 @@ class Collection:
     num_replaced_modules: int
     start_s: float
     generate_s: float
+    alone: tuple[Completion, ...] = ()
 
 
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
@@ -157,6 +160,8 @@ def _arguments(settings: Settings, prompts: Path, out: Path) -> list[str]:
         option = "--" + name.replace("_", "-")
         if name == "eager":
             arguments.append("--eager" if value else "--compile")
+        elif name == "alone":
+            arguments += [option] * value
         elif name == "custom_ops":
             arguments += [f"{option}={op}" for op in value]
         elif value is not None:
@@ -179,9 +184,12 @@ def _environment(settings: Settings, platform: str, additions: Mapping[str, str]
 def _read(path: Path) -> Collection:
     data = json.loads(path.read_text())
     settings = data.pop("settings")
-    del data["completions"]
+    completions, alone = (
+        tuple(map(Completion.from_dict, data.pop(name))) for name in ("completions", "alone")
+    )
     return Collection(
-        completions=read_completions(path),
+        completions=completions,
+        alone=alone,
         settings=Settings(**settings | {"custom_ops": tuple(settings["custom_ops"])}),
         **data,
     )
@@ -221,8 +229,20 @@ def generate(settings: Settings, prompts: Sequence[Prompt]) -> dict[str, Any]:
         logprobs=settings.logprobs,
         seed=settings.seed,
     )
-    outputs = engine.chat([p.messages() for p in prompts], sampling, use_tqdm=False)
+
+    def answer(batch: Sequence[Prompt]) -> list[dict[str, Any]]:
+        outputs = engine.chat([p.messages() for p in batch], sampling, use_tqdm=False)
+        return [
+            completion_of(prompt.prompt_id, output.outputs[0]).to_dict()
+            for prompt, output in zip(batch, outputs, strict=True)
+        ]
+
+    completions = answer(prompts)
     done = time.monotonic()
+    alone: list[dict[str, Any]] = []
+    if settings.alone:
+        engine.reset_prefix_cache()  # what the batch has computed would be part of it
+        alone = [one for prompt in prompts for one in answer([prompt])]
     return {
         "settings": asdict(settings),
         "platform": f"{type(current_platform).__module__}.{type(current_platform).__name__}",
@@ -231,10 +251,8 @@ def generate(settings: Settings, prompts: Sequence[Prompt]) -> dict[str, Any]:
         "num_replaced_modules": engine.apply_model(_num_replaced_modules)[0],
         "start_s": round(ready - start, 1),
         "generate_s": round(done - ready, 1),
-        "completions": [
-            completion_of(prompt.prompt_id, output.outputs[0]).to_dict()
-            for prompt, output in zip(prompts, outputs, strict=True)
-        ],
+        "completions": completions,
+        "alone": alone,
     }
 
 
@@ -262,6 +280,7 @@ DEFAULTS = Settings(model="")
 @click.option("--prompts", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON file to write.")
 @click.option("--limit", type=int, help="Use only the first prompts.")
+@click.option("--alone", is_flag=True, help="Answer them once more, one at a time.")
 @click.option("--max-num-seqs", default=DEFAULTS.max_num_seqs)
 @click.option("--max-num-batched-tokens", default=DEFAULTS.max_num_batched_tokens)
 @click.option("--max-model-len", default=DEFAULTS.max_model_len)

@@ -143,7 +143,7 @@ class ElasticKvCache:
     # What is asked from outside
 
     def section(self) -> MemorySection:
-        """The snapshot's section "memory"."""
+        """The snapshot's section `MEMORY_SECTION`."""
         ledger = self._ledger
         return MemorySection(
             block_bytes=self._layout.block_bytes,

@@ -7,10 +7,13 @@ the order in which they were decided.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import msgspec
 
-__all__ = ["MemoryChange", "MemoryReport", "MemorySection"]
+__all__ = ["MEMORY_SECTION", "MemoryChange", "MemoryReport", "MemorySection"]
+
+MEMORY_SECTION: Final = "memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,7 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MemorySection(msgspec.Struct, frozen=True, kw_only=True):
-    """The snapshot's section "memory": the elastic KV cache of one engine.
+    """The snapshot's section `MEMORY_SECTION`: the elastic KV cache of one engine.
 
     Attributes:
         block_bytes: of one block in all layers, on the first rank.

@@ -176,7 +176,9 @@ def test_texts_are_tokenised_here_once_that_is_known_to_be_the_same(run: Any) ->
             for number in range(4):  # fetches the tokenizer of each, compares it with its server
                 await it.where({"model": "fake", "prompt": f"x {number}"})
             local = it.service._prompts._local
-            await it.until(lambda: len(local) == 2 and all(one.tokenizer for one in local.values()))
+            await it.until(
+                lambda: len(local) == 2 and all(one["fake"].tokenizer for one in local.values())
+            )
             assert len(it.service._prompts._shared) == 1
             asked = one.num_asked + two.num_asked
             decision = await it.where({"model": "fake", "prompt": TEXT + " a"})
@@ -202,7 +204,8 @@ def test_a_tokenizer_that_differs_from_its_server_is_not_used(run: Any, monkeypa
                 await it.where({"model": "fake", "prompt": f"x {number}"})
             await it.until(lambda: one.num_asked > 1 and two.num_asked > 1)
             await it.until(lambda: not it.service._prompts._loading)
-            assert not any(one.tokenizer for one in it.service._prompts._local.values())
+            local = it.service._prompts._local.values()
+            assert not any(one.tokenizer for models in local for one in models.values())
             assert tokens_module.PROBES
 
     run(check())
@@ -232,6 +235,22 @@ def test_a_server_that_dies_is_purged_and_one_that_says_nothing_is_served(run: A
             await it.until(lambda: not directory.is_useful)
             await it.where({"model": "fake", "prompt": TEXT})
             two.publisher.__exit__(None, None, None)
+
+    run(check())
+
+
+def test_the_index_can_be_switched_off_while_it_runs(run: Any) -> None:
+    async def check() -> None:
+        one, two = Cached(), Cached()
+        async with site(one, two) as it:
+            directory = it.service._directory
+            two.cache(ids(TEXT))
+            await it.until(lambda: directory.is_useful)
+            enabled = directory.config
+            directory.config = enabled.model_copy(update={"enabled": False})
+            await it.until(lambda: not directory.is_useful)
+            directory.config = enabled
+            await it.until(lambda: directory.is_useful)
 
     run(check())
 

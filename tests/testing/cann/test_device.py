@@ -1,7 +1,4 @@
-"""Operators on the emulated device, against plain torch on the host.
-
-Importing torch_npu takes seconds, so a process does many things.
-"""
+"""Operators on the emulated device, against plain torch on the host."""
 
 from __future__ import annotations
 

@@ -121,7 +121,8 @@ class KvDirectory:
         for instance in self._followed.keys() - known:
             self._leave(instance)
         for instance in known:
-            sources = instance.entry.kv_events or instance.kv_events
+            published = instance.entry.kv_events or instance.kv_events
+            sources = published if self.config.enabled else ()
             followed = self._followed.get(instance)
             is_same = followed is not None and (
                 (followed.incarnation, followed.sources) == (instance.life.incarnation, sources)
@@ -131,7 +132,7 @@ class KvDirectory:
                 continue
             if followed is not None:
                 self._leave(instance)
-            if sources and self.config.enabled:
+            if sources:
                 self._join(instance, sources)
 
     def _join(self, instance: Instance, sources: tuple[KvEventSource, ...]) -> None:

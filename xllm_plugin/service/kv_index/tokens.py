@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
+from weakref import WeakKeyDictionary
 
 import aiohttp
 import msgspec
@@ -100,8 +101,8 @@ class PromptReader:
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenize")
         self._known: OrderedDict[bytes, bytes] = OrderedDict()
         self._known_bytes = 0
-        self._local: dict[tuple[str, str], _Local] = {}
-        """By model and instance's name: each instance has to agree with it by itself."""
+        self._local: WeakKeyDictionary[Instance, dict[str, _Local]] = WeakKeyDictionary()
+        """By model: each instance has to agree with it by itself.  Gone with the instance."""
         self._shared: dict[bytes, tokenizers.Tokenizer] = {}
         """By digest of its text: instances of one model share one."""
         self._loading: set[asyncio.Task[None]] = set()
@@ -188,16 +189,17 @@ class PromptReader:
 
     def _local_tokenizer(self, model: str, instance: Instance) -> tokenizers.Tokenizer | None:
         """The model's tokenizer, if it is here; else it is fetched for the next request."""
-        key, incarnation = (model, instance.name), instance.life.incarnation
-        local = self._local.get(key)
+        incarnation = instance.life.incarnation
+        models = self._local.setdefault(instance, {})
+        local = models.get(model)
         if local is None or local.incarnation != incarnation:
-            self._local[key] = local = _Local(incarnation)
-            task = asyncio.get_running_loop().create_task(self._load(key, instance))
+            models[model] = local = _Local(incarnation)
+            task = asyncio.get_running_loop().create_task(self._load(model, instance))
             self._loading.add(task)
             task.add_done_callback(self._loading.discard)
         return local.tokenizer
 
-    async def _load(self, key: tuple[str, str], instance: Instance) -> None:
+    async def _load(self, model: str, instance: Instance) -> None:
         incarnation = instance.life.incarnation
         url = f"{instance.entry.url.rstrip('/')}/xllm/tokenizer"
         try:
@@ -211,21 +213,21 @@ class PromptReader:
                 loaded = await asyncio.to_thread(tokenizers.Tokenizer.from_str, text.decode())
                 self._shared[digest] = loaded
             for probe in PROBES:
-                question = msgspec.json.encode({"model": key[0], "prompt": probe})
+                question = msgspec.json.encode({"model": model, "prompt": probe})
                 expected = await self._ask(instance, question)
                 if loaded.encode(probe).ids != expected:
                     logger.warning(
                         "tokenizer of %s differs from what its server does; it is asked instead",
-                        key[0],
+                        model,
                     )
                     return
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            logger.info("no tokenizer of %s from %s: %s", key[0], instance.name, error)
+            logger.info("no tokenizer of %s from %s: %s", model, instance.name, error)
             return
         except Exception as error:  # noqa: BLE001 - the library raises bare ones for what it cannot read
-            logger.info("the tokenizer of %s cannot be read: %s", key[0], error)
+            logger.info("the tokenizer of %s cannot be read: %s", model, error)
             return
-        self._local[key] = _Local(incarnation, loaded)
+        self._local.setdefault(instance, {})[model] = _Local(incarnation, loaded)
 
     def _remember(self, key: bytes, tokens: bytes) -> None:
         self._known[key] = tokens

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from xllm_plugin.testing.cann.device.dispatch import put_over
 from xllm_plugin.testing.cann.device.host import host_view, is_on_device, to_device
 
 __all__ = ["register"]
@@ -46,27 +47,19 @@ TAKES_HOST_TENSORS = frozenset(
 OFFSET_STEP = 4
 """Offsets of a device's generator are multiples of 4."""
 
-_library: Any = None
-
 
 def register() -> None:
     """Register a kernel over each that torch_npu has; safe to repeat."""
-    global _library  # noqa: PLW0603  torch drops the kernels with the object
-    if _library is not None:
-        return
-    _library = torch.library.Library("aten", "IMPL", "PrivateUse1")
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # noqa: SLF001  no public name
-    for full_name in torch._C._dispatch_get_all_op_names():  # noqa: SLF001
-        name = full_name.removeprefix("aten::")
-        if name == full_name or name in NATIVE or not has_kernel(full_name, "PrivateUse1"):
-            continue
-        packet, _, overload = name.partition(".")
-        operators = getattr(torch.ops.aten, packet, None)
-        if operators is None:  # a kernel in the wrong namespace, of no operator
-            continue
-        operator = getattr(operators, overload or "default")
-        if not _is_view(operator):
-            _library.impl(name, on_host(operator, name), allow_override=True)
+    put_over("aten", _kernel_of)
+
+
+def _kernel_of(name: str) -> Callable[..., Any] | None:
+    packet, _, overload = name.partition(".")
+    operators = getattr(torch.ops.aten, packet, None)
+    if name in NATIVE or operators is None:  # or a kernel in the wrong namespace, of no operator
+        return None
+    operator = getattr(operators, overload or "default")
+    return None if _is_view(operator) else on_host(operator, name)
 
 
 def on_host(operator: Any, name: str) -> Callable[..., Any]:

@@ -5,34 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.utils._pytree import tree_map
 
 # Each enters its operators when it is imported.
 from xllm_plugin.testing.cann.device import attention, dense  # noqa: F401
 from xllm_plugin.testing.cann.device.contract import EMULATED
+from xllm_plugin.testing.cann.device.dispatch import put_over
 from xllm_plugin.testing.cann.device.fallback import refuse_host_tensors
 from xllm_plugin.testing.cann.device.host import host_view, to_device
 
 __all__ = ["register"]
 
-_library: Any = None
-
 
 def register() -> None:
     """Register the emulated operators, and a refusal for every other; safe to repeat."""
-    global _library  # noqa: PLW0603  torch drops the kernels with the object
-    if _library is not None:
-        return
-    _library = torch.library.Library("npu", "IMPL", "PrivateUse1")
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # noqa: SLF001  no public name
-    for full_name in torch._C._dispatch_get_all_op_names():  # noqa: SLF001
-        name = full_name.removeprefix("npu::")
-        is_operator = full_name.startswith("npu::npu_")
-        if is_operator and has_kernel(full_name, "PrivateUse1"):
-            function = EMULATED.get(name)
-            kernel = _refusal(name) if function is None else _kernel(name, function)
-            _library.impl(name, kernel, allow_override=True)
+    put_over("npu", _kernel_of)
+
+
+def _kernel_of(name: str) -> Callable[..., Any] | None:
+    if not name.startswith("npu_"):
+        return None
+    function = EMULATED.get(name)
+    return _refusal(name) if function is None else _kernel(name, function)
 
 
 def _kernel(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
