@@ -250,9 +250,9 @@ def test_the_admin_port_shows_what_happened_and_asks_for_the_token(run: Any) -> 
             assert TOKEN not in json.dumps(found)
             assert found["listen"]["host"] == "127.0.0.1"
             _, metrics = await it.admin("GET", "/metrics", token="")
-            name = f'instance="127.0.0.1:{one.port}"'
+            name = f'server="127.0.0.1:{one.port}"'
             assert f'xllm_service_requests_total{{{name},status="200"}} 1.0' in metrics
-            assert f"xllm_service_ttft_seconds_count{{{name}}} 1.0" in metrics
+            assert f"xllm_service_duration_seconds_count{{{name}}} 1.0" in metrics
             assert 'xllm_service_refusals_total{status="404"} 1.0' in metrics
             _, health = await it.admin("GET", "/health", token="")
             assert health["instances"] == {"ready": 1}
