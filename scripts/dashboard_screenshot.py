@@ -9,30 +9,34 @@ import sys
 from pathlib import Path
 
 from PIL import Image
+from playwright.async_api import ViewportSize
 
 from xllm_plugin.testing.browser import BrowserUnavailableError, browser
 from xllm_plugin.testing.busy_service import TOKEN, busy_service, drain
 
 NUM_INSTANCES = 6
-SIZE = {"width": 1280, "height": 1040}
+SIZE = ViewportSize(width=1400, height=1000)
 MAX_BYTES = 200_000
 
 
 async def photograph(seconds: float) -> bytes:
     """A PNG of the page after a load of so many seconds, in which one instance dies."""
     gap_s = 0.08
-    async with busy_service(NUM_INSTANCES, sample_interval_s=seconds / 120) as busy:
-        load = asyncio.create_task(busy.load(int(seconds / gap_s), gap_s))
+    targets = {"ttft_ms": 150, "tpot_ms": 25}
+    async with busy_service(NUM_INSTANCES, sample_interval_s=seconds / 100, slo=targets) as busy:
+        load = asyncio.create_task(busy.load(int(1.5 * seconds / gap_s), gap_s))
         await asyncio.sleep(seconds / 2)
         drain(busy, 4)
         await busy.instances[5].die()
-        await load
         async with browser() as chromium:
             tab = await chromium.new_page(viewport=SIZE, color_scheme="light", locale="en-GB")
             await tab.goto(f"{busy.url}#token={TOKEN}")
             await tab.get_by_text("known").wait_for()
             await tab.get_by_label("Show").select_option("0")
-            return await tab.screenshot()
+            await asyncio.sleep(seconds / 2 - 8)
+            picture = await tab.screenshot(full_page=True)
+        await load
+        return picture
 
 
 def main() -> int:
@@ -46,8 +50,8 @@ def main() -> int:
     except BrowserUnavailableError as error:
         sys.stderr.write(f"screenshot: {error}.\n")
         return 1
-    # A page has few colours: 64 of them look the same in a third of the bytes.
-    few = Image.open(io.BytesIO(picture)).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    # A page has few colours: 128 of them look the same in a third of the bytes.
+    few = Image.open(io.BytesIO(picture)).convert("RGB").quantize(128, dither=Image.Dither.NONE)
     few.save(arguments.out, optimize=True)
     size_bytes = arguments.out.stat().st_size
     sys.stderr.write(f"screenshot: {arguments.out}, {size_bytes} bytes\n")

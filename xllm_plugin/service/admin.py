@@ -34,6 +34,7 @@ __all__ = ["AdminApi"]
 _OPEN = frozenset({"/health", "/metrics"}) | pages.PATHS
 _REGISTRATIONS = "/v1/registrations"
 _MAX_BODY_BYTES = 2**20
+_MAX_DIGITS = 15
 
 
 class AdminApi:
@@ -132,9 +133,9 @@ class AdminApi:
 
     async def _overview(self, request: web.Request) -> web.Response:
         since = request.query.get("since", "0")
-        if not since.isdecimal():
+        if not since.isdecimal() or len(since) > _MAX_DIGITS:
             return _error(400, f"since={since!r}: give the `next` of an earlier answer.")
-        # msgspec: 100 instances and an hour of samples are encoded in well under a millisecond.
+        # About 3 ms for 100 instances and an hour of samples.
         body = msgspec.json.encode(overview(self._proxy, int(since)))
         return web.Response(body=body, content_type="application/json")
 

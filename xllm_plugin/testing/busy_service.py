@@ -19,7 +19,7 @@ import msgspec
 from xllm_plugin.instance.resumption import RESUME_PATH, Resumption
 from xllm_plugin.service.app import Service
 from xllm_plugin.service.config import ServiceConfig
-from xllm_plugin.service.kv_index.wire import Batch, BlockStored
+from xllm_plugin.service.kv_index.wire import Batch, BlockHash, BlockStored
 from xllm_plugin.service.lifecycle import Drain, State
 from xllm_plugin.testing.fake_instance import FakeInstance, Received
 from xllm_plugin.testing.fake_publisher import FakePublisher
@@ -148,6 +148,6 @@ def _publish(publisher: FakePublisher, instance: FakeInstance, number: int) -> N
     source = {"endpoint": publisher.endpoint, "replay_endpoint": replay, "topic": ""}
     instance.kv_event_sources = {"0": source}
     tokens = [number % 4] * _BLOCK_TOKENS * 8
-    hashes = [f"{number}-{block}".encode() for block in range(8)]
+    hashes: list[BlockHash] = [f"{number}-{block}".encode() for block in range(8)]
     event = BlockStored(hashes, None, tokens, _BLOCK_TOKENS)
     publisher.publish(msgspec.msgpack.encode(Batch(0.0, [event])))

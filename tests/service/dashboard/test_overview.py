@@ -7,13 +7,15 @@ import json
 from typing import Any
 
 import aiohttp
+import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from xllm_plugin.registration import Load
-from xllm_plugin.service import lifecycle
+from xllm_plugin.service import lifecycle, router
 from xllm_plugin.service.admin import AdminApi
 from xllm_plugin.service.config import InstanceEntry
 from xllm_plugin.service.dashboard.overview import degradations, overview
+from xllm_plugin.service.policy import Choice, RequestView
 from xllm_plugin.service.registry import Embedded, WatchedFile
 from xllm_plugin.testing.fake_instance import FakeInstance
 from xllm_plugin.testing.fake_streams import FakeModel, stream_instance
@@ -34,7 +36,8 @@ def test_it_takes_the_token_and_only_asks_for_what_is_new(run: Any) -> None:
                         return reply.status, await reply.json()
 
                 assert (await ask("/v1/overview", "wrong"))[0] == 401
-                assert (await ask("/v1/overview?since=-1"))[0] == 400
+                for wrong in ("-1", "x", "9" * 5000):
+                    assert (await ask(f"/v1/overview?since={wrong}"))[0] == 400
                 assert (await client.get("/dashboard")).status == 200  # holds no data
                 for _ in range(3):
                     harness.proxy.telemetry.take_sample()
@@ -85,6 +88,24 @@ def test_decisions_are_counted_by_cause_and_the_last_come_first(run: Any) -> Non
             assert [one["model"] for one in found["decisions"]] == ["fake", "b", "fake"]
             times = [one["unix_s"] for one in found["decisions"]]
             assert times == sorted(times, reverse=True)
+
+    run(check())
+
+
+def test_a_policy_that_gives_every_choice_a_cause_of_its_own_is_bounded(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router, "_MAX_CAUSES", 2)
+
+    def chatty(asked: RequestView, _: Any) -> Choice:
+        return Choice(0, "first", f"request {asked.sequence}")
+
+    async def check() -> None:
+        async with serving(FakeInstance(), FakeInstance(), policy=chatty) as harness:
+            for _ in range(5):
+                await harness.ask(request())
+            counts = {cause: count for (_, cause), count in harness.proxy.router.causes.items()}
+            assert counts == {"request 0": 1, "request 1": 1, "": 3}
 
     run(check())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from xllm_plugin.testing.browser import BrowserUnavailableError, browser
+from xllm_plugin.testing.browser import BrowserUnavailableError, browser, find_browser
 from xllm_plugin.testing.busy_service import TOKEN, BusyService, busy_service, drain
 
 pytestmark = pytest.mark.e2e
@@ -18,25 +17,30 @@ pytestmark = pytest.mark.e2e
 PATIENCE_MS = 60_000
 
 
+@pytest.fixture(autouse=True)
+def _has_browser() -> None:
+    try:
+        find_browser()
+    except BrowserUnavailableError as error:
+        pytest.skip(str(error))
+
+
 @asynccontextmanager
 async def opened(busy: BusyService, *, address: str = "", **context: Any) -> AsyncIterator[Any]:
     """A tab with the page; fails if it complains, or asks anybody but the service."""
-    try:
-        async with browser() as chromium:
-            tab = await (await chromium.new_context(locale="en-GB", **context)).new_page()
-            tab.set_default_timeout(PATIENCE_MS)
-            complaints: list[str] = []
-            asked: set[str] = set()
-            tab.on("console", lambda message: complaints.append(message.text))
-            tab.on("pageerror", lambda error: complaints.append(str(error)))
-            tab.on("request", lambda request: asked.add(urlsplit(request.url).netloc))
-            await tab.goto(busy.url + address)
-            yield tab
-            expected = ("401 (Unauthorized)", "ERR_CONNECTION_REFUSED", "ERR_EMPTY_RESPONSE")
-            assert [one for one in complaints if not any(part in one for part in expected)] == []
-            assert asked == {urlsplit(busy.url).netloc}
-    except BrowserUnavailableError as error:
-        pytest.skip(str(error))
+    async with browser() as chromium:
+        tab = await (await chromium.new_context(locale="en-GB", **context)).new_page()
+        tab.set_default_timeout(PATIENCE_MS)
+        complaints: list[str] = []
+        asked: set[str] = set()
+        tab.on("console", lambda message: complaints.append(message.text))
+        tab.on("pageerror", lambda error: complaints.append(str(error)))
+        tab.on("request", lambda request: asked.add(urlsplit(request.url).netloc))
+        await tab.goto(busy.url + address)
+        yield tab
+        expected = ("401 (Unauthorized)", "ERR_CONNECTION_REFUSED", "ERR_EMPTY_RESPONSE")
+        assert [one for one in complaints if not any(part in one for part in expected)] == []
+        assert asked == {urlsplit(busy.url).netloc}
 
 
 async def row_names(tab: Any) -> list[str]:
@@ -103,14 +107,16 @@ async def _tables(tab: Any) -> None:
 async def _what_changes(tab: Any, busy: BusyService) -> None:
     """A drain, a death, and the service's own end show without a reload."""
     drain(busy, 1)
-    await tab.locator("tr", has_text="gpu-01").get_by_text("draining").wait_for()
+    await tab.locator("#instances tr", has_text="gpu-01").get_by_text("draining").wait_for()
     await busy.instances[0].die()
     await tab.locator("#troubles").get_by_text("Instance gpu-00: suspect").wait_for()
     await busy.service.stop()
     await tab.get_by_text("no answer since").wait_for()
-    assert await tab.locator("tr", has_text="gpu-01").is_visible()  # what was known stays
+    known = tab.locator("#instances tr", has_text="gpu-01")
+    assert await known.is_visible()  # what was known stays
 
 
+@pytest.mark.full
 def test_the_printed_address_brings_the_token_and_does_not_keep_it(run: Any) -> None:
     async def check() -> None:
         async with (
@@ -141,6 +147,5 @@ def test_a_hundred_instances_fit(run: Any, width: int) -> None:
             assert overflow <= 0
             await tab.get_by_label("Filter").fill("gpu-42")
             assert await row_names(tab) == ["gpu-42"]
-            await asyncio.sleep(0)
 
     run(check())

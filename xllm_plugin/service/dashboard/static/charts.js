@@ -47,7 +47,8 @@ export class LineChart {
     this.span_s = [0, 1];
     this.cursor = null; // index of a sample; null: the last one
     this.root = html("figure");
-    this.readout = html("span", "readout");
+    this.readouts = series.map(() => html("span", "readout"));
+    this.moment = html("span", "moment");
     this.svg = element("svg", { role: "img", tabindex: "0" });
     this.root.append(this.#caption(), this.svg);
     this.svg.addEventListener("pointermove", (event) => this.#point(event));
@@ -83,16 +84,14 @@ export class LineChart {
   #caption() {
     const caption = html("figcaption");
     caption.append(html("strong", "", this.title));
-    if (this.series.length > 1) {
-      this.series.forEach(({ label }, index) => {
-        const key = html("span", "key");
-        const sign = element("svg", { "aria-hidden": "true" });
-        sign.append(element("path", { class: `curve ${CLASSES[index]}`, d: "M2 4h20" }));
-        key.append(sign, label);
-        caption.append(key);
-      });
-    }
-    caption.append(this.readout);
+    this.series.forEach(({ label }, index) => {
+      const key = html("span", "key");
+      const sign = element("svg", { "aria-hidden": "true" });
+      sign.append(element("path", { class: `curve ${CLASSES[index]}`, d: "M2 4h20" }));
+      key.append(sign, label, this.readouts[index]);
+      caption.append(key);
+    });
+    caption.append(this.moment);
     return caption;
   }
 
@@ -153,19 +152,21 @@ export class LineChart {
   }
 
   #described(sample) {
-    const parts = this.series.map(({ label, value }) => {
-      const found = value(sample);
-      const text = found === null ? "–" : this.format(found);
-      return this.series.length > 1 ? `${label} ${text}` : text;
-    });
-    return parts.join(", ");
+    return this.series.map(({ label }, index) => `${label} ${this.#value(sample, index)}`).join(", ");
+  }
+
+  #value(sample, index) {
+    const found = sample ? this.series[index].value(sample) : null;
+    return found === null ? "–" : this.format(found);
   }
 
   #read() {
     const sample = this.samples[this.cursor ?? this.samples.length - 1];
     const text = sample ? this.#described(sample) : "no data yet";
-    this.readout.textContent =
-      this.cursor === null || !sample ? text : `${clockTime(sample.unix_s)}: ${text}`;
+    this.readouts.forEach((readout, index) => {
+      readout.textContent = this.#value(sample, index);
+    });
+    this.moment.textContent = this.cursor === null || !sample ? "" : clockTime(sample.unix_s);
     const target = this.options.target?.();
     const aim = target ? ` Target ${this.format(target)}.` : "";
     this.svg.setAttribute("aria-label", `${this.title}, last: ${text}.${aim}`);

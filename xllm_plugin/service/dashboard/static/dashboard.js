@@ -121,7 +121,7 @@ function showTiles() {
     ["Requests a second", count(last.requests_per_s ?? null), ""],
     ["TTFT p50", milliseconds(last.ttft_p50_ms ?? null), `p90 ${milliseconds(last.ttft_p90_ms ?? null)}`],
     ["TPOT p50", milliseconds(last.tpot_p50_ms ?? null), `p90 ${milliseconds(last.tpot_p90_ms ?? null)}`],
-    ["SLO kept", percent(judged ? sum("slo_kept") / judged : null), "of streams, last 5 min"],
+    ["SLO kept", percent(judged ? sum("slo_kept") / judged : null), "last 5 min"],
   ];
   const list = byId("tiles");
   tiles.forEach(([name, value, more], number) => {
@@ -157,7 +157,10 @@ function showTroubles() {
 
 // -- instances -------------------------------------------------------------------------------------
 
-const pair = (p50, p90) => (p50 === null ? NONE : `${milliseconds(p50)} / ${milliseconds(p90)}`);
+const pair = (p50, p90) =>
+  p50 === null ? NONE
+  : p90 < 1000 ? `${+p50.toPrecision(3)} / ${milliseconds(p90)}`
+  : `${milliseconds(p50)} / ${milliseconds(p90)}`;
 const kvIndex = (states) =>
   !states.length ? NONE
   : states.every((state) => state === "live") ? "exact"
