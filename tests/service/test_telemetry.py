@@ -64,6 +64,7 @@ def test_a_stream_is_measured_and_its_tokens_are_counted(run: Any) -> None:
         (b"x-xllm-ttft-ms: 60000\r\n", {"tpot_missed": 1}),
         (b"x-xllm-ttft-ms: 60000\r\nx-xllm-tpot-ms: 60000\r\n", {"kept": 1}),
         (b"x-xllm-ttft-ms: 60000\r\nx-xllm-tpot-ms: soon\r\n", {"tpot_missed": 1}),
+        (b"x-xllm-ttft-ms: nan\r\n", {"ttft_missed": 1}),
         (b"x-xllm-class: Offline\r\n", {}),
     ],
 )

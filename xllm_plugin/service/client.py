@@ -39,10 +39,10 @@ _CONNECTION_HEADERS = frozenset(
 )
 _STAYS_HERE = _CONNECTION_HEADERS | {EXPLAIN_HEADER}
 _ONLY_ONCE = frozenset({b"host", b"content-length", b"transfer-encoding"})
-_MEASURED_BY = frozenset(
+_NOTED_HEADERS = frozenset(
     {b"x-request-id", b"x-xllm-class", b"x-xllm-ttft-ms", b"x-xllm-tpot-ms", *TRACE_HEADERS}
 )
-_READ_HEADERS = _CONNECTION_HEADERS | _MEASURED_BY | {b"host", b"content-type", EXPLAIN_HEADER}
+_READ_HEADERS = _CONNECTION_HEADERS | _NOTED_HEADERS | {b"host", b"content-type", EXPLAIN_HEADER}
 
 
 class _RefusedError(Exception):

@@ -237,10 +237,11 @@ def _is_offline(exchange: Exchange) -> bool:
 
 
 def _target_ms(given: bytes | None, default_ms: float) -> float:
-    """What a header promises; what is no number is the instance's to refuse."""
+    """What a header promises; what is no time is the instance's to refuse."""
     if given is None:
         return default_ms
     try:
-        return float(given)
+        target_ms = float(given)
     except ValueError:
         return default_ms
+    return target_ms if target_ms > 0 else default_ms
