@@ -12,6 +12,9 @@ import pytest
 
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.service import access_log
+from xllm_plugin.service.kv_index.index import packed
+from xllm_plugin.service.kv_index.tokens import Prompt
+from xllm_plugin.service.policy import Choice, RoutingPolicy
 from xllm_plugin.testing.fake_instance import FakeInstance, answer, answer_raw
 from xllm_plugin.testing.fake_streams import Death, FakeModel, stream_instance
 from xllm_plugin.testing.service_harness import Harness, request, serving
@@ -88,11 +91,43 @@ def test_each_ending_has_its_line(run: Any, file: Path) -> None:
             assert (line["ending"], line["status"]) == ("broken", 200)
             line = await logged(harness, file, b"nonsense\r\n\r\n")
             assert (line["ending"], line["status"]) == ("refused", 400)
-            instance.script = answer(b'{"usage":{"completion_tokens":5}}')
+            assert (line["prompt_tokens"], line["output_tokens"]) == (None, None)
+            instance.script = answer(b'{"usage":{"prompt_tokens":3,"completion_tokens":5}}')
             line = await logged(harness, file, request(headers=CLOSE))
-            assert line["output_tokens"] == 5
+            assert (line["prompt_tokens"], line["output_tokens"]) == (3, 5)
 
     run(check())
+
+
+class _Known:
+    """Stands for the KV index and its reader: every prompt has seven tokens, nobody holds any."""
+
+    is_useful = True
+
+    async def read(self, *_: object) -> Prompt:
+        return Prompt(packed([1] * 7), ())
+
+    def lookup(self, *_: object) -> dict[str, float]:
+        return {}
+
+
+def test_a_prompt_that_was_counted_to_route_it_stays_so_after_a_retry(run: Any, file: Path) -> None:
+    async def check() -> None:
+        dead, alive = FakeInstance(), FakeInstance()
+        async with serving(dead, alive, log={"access": True}) as harness:
+            known: Any = _Known()
+            harness.proxy.use_kv_index(known, known)
+            harness.proxy.router.policy = RoutingPolicy("t", "", _first, uses_prefixes=True)
+            await dead.die()
+            line = await logged(harness, file, request(headers=CLOSE))
+            assert len(line["instances"]) == 2
+            assert line["prompt_tokens"] == 7
+
+    run(check())
+
+
+def _first(_: Any, __: Any) -> Choice:
+    return Choice(0, "the first")
 
 
 def test_a_moved_file_is_opened_anew(file: Path) -> None:

@@ -77,7 +77,7 @@ def _described(exchange: Exchange, ending: Ending) -> dict[str, Any]:
         "continued": stream.num_resumes if stream else 0,
         "request_bytes": len(exchange.body),
         "response_bytes": exchange.num_bytes,
-        "prompt_tokens": (exchange.sent.prompt_tokens or None) if exchange.sent else None,
+        "prompt_tokens": exchange.num_prompt_tokens or None,
         "output_tokens": exchange.num_output_tokens or None,
         "ttft_ms": round(exchange.ttft_s * 1e3, 2) if exchange.ttft_s > 0 else None,
         "duration_ms": round(duration_s * 1e3, 2),

@@ -51,7 +51,8 @@ _RETRYABLE_STATUS = 503
 _OK = 200
 _SWITCHED = 101
 _LAST_CHUNK = b"0\r\n\r\n"
-_USAGE = b'"completion_tokens":'
+_COMPLETION_TOKENS = b'"completion_tokens":'
+_PROMPT_TOKENS = b'"prompt_tokens":'
 _NUMBER = re.compile(rb"\d{1,12}")
 _MAX_TAIL_BYTES = 1024
 _CLIENT_GONE = 499  # nginx's, for the access log alone
@@ -194,6 +195,14 @@ class Exchange:
         self._lower_head = b""
         self._num_counted_bytes = 0
         self._write = client.transport.write
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """As counted to route it, else as its answer says; 0 where they are not known."""
+        if self.sent is not None and self.sent.is_exact:
+            return self.sent.prompt_tokens
+        is_told = self.is_answering and self.route.kind is Kind.INFERENCE
+        return _usage(self._last_relayed, _PROMPT_TOKENS) if is_told else 0
 
     # -- the way there --------------------------------------------------------------------------
 
@@ -648,17 +657,17 @@ class Exchange:
         if self.stream is not None:
             self.num_output_tokens = self.stream.num_tokens
         elif self.is_answering and self.route.kind is Kind.INFERENCE:
-            self.num_output_tokens = _completion_tokens(self._last_relayed)
+            self.num_output_tokens = _usage(self._last_relayed, _COMPLETION_TOKENS)
         self.proxy.ended(self, ending)
 
 
-def _completion_tokens(tail: bytes) -> int:
-    """As the usage at the end of an answer says; 0 if that is not there.
+def _usage(tail: bytes, name: bytes) -> int:
+    """A figure of the usage at the end of an answer; 0 if that is not there.
 
     Text of the model cannot be taken for it: quotes in a string are escaped.
     """
-    start = tail.rfind(_USAGE, max(0, len(tail) - _MAX_TAIL_BYTES))
-    found = _NUMBER.match(tail, start + len(_USAGE)) if start >= 0 else None
+    start = tail.rfind(name, max(0, len(tail) - _MAX_TAIL_BYTES))
+    found = _NUMBER.match(tail, start + len(name)) if start >= 0 else None
     return int(found[0]) if found else 0
 
 

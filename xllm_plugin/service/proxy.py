@@ -86,7 +86,7 @@ class Proxy:
             )
             if prompt is not None:
                 cached = self.directory.lookup(prompt, self.fleet.candidates(model))
-                exchange.sent = Sent(prompt.num_tokens, cached)
+                exchange.sent = Sent(prompt.num_tokens, cached, is_exact=True)
         except Exception:
             # What it would have told helps to choose; a request is not lost for it.
             logger.exception("a prompt could not be looked up; please report this")

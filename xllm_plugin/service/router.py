@@ -70,6 +70,8 @@ class Sent:
     uncached_tokens: float = 0.0
     ahead_tokens: float = 0.0
     """That had to be computed before, when it was sent."""
+    is_exact: bool = False
+    """Whether `prompt_tokens` were counted, not estimated."""
 
 
 _NOTHING = Sent()
@@ -185,6 +187,7 @@ class Router:
             instance,
             uncached_tokens=max(1.0, asked.prompt_tokens - cached),
             ahead_tokens=instance.prefill_tokens,
+            is_exact=request.sent is not None and request.sent.is_exact,
         )
         # Large bodies are not searched: their prompts count until the answer begins.
         if len(request.body) < _SEARCH_BELOW_BYTES and not _STREAMS.search(request.body):

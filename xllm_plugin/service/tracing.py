@@ -101,13 +101,13 @@ class Tracing:
 
 def _attributes(exchange: Exchange, ending: Ending) -> dict[str, Any]:
     """Names of OpenTelemetry's semantic conventions (HTTP, generative AI) where they have one."""
-    decision, stream, sent = exchange.decision, exchange.stream, exchange.sent
+    decision, stream = exchange.decision, exchange.stream
     found = {
         "http.request.method": exchange.method.decode("latin-1"),
         "http.response.status_code": exchange.status,
         "url.path": exchange.route.path,
         "gen_ai.request.model": exchange.model,
-        "gen_ai.usage.input_tokens": (sent.prompt_tokens or None) if sent else None,
+        "gen_ai.usage.input_tokens": exchange.num_prompt_tokens or None,
         "gen_ai.usage.output_tokens": exchange.num_output_tokens or None,
         "gen_ai.response.id": (stream.id if stream else "") or None,
         "xllm.instances": [instance.name for instance in exchange.visited],

@@ -315,7 +315,7 @@ function askForToken(why) {
   byId("view").hidden = true;
   byId("ask").hidden = false;
   write(byId("wrong"), why);
-  sayLink("locked", false);
+  sayLink("locked", true);
   byId("token").focus();
 }
 
