@@ -31,7 +31,10 @@ class Registry(Protocol):
     """A source of instances."""
 
     async def run(self, fleet: Fleet) -> None:
-        """Keep the fleet up to date until cancelled, or return when nothing will change."""
+        """Keep the fleet up to date until cancelled, or return when nothing will change.
+
+        What keeps it from that stands in `fleet.troubles`, under a name of its own, meanwhile.
+        """
 
 
 class StaticList:

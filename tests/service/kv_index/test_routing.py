@@ -226,6 +226,7 @@ def test_a_server_that_dies_is_purged_and_one_that_says_nothing_is_served(run: A
             assert f'xllm_service_kv_index_blocks{{server="{name(two)}"}} 6.0' in metrics
             assert f'xllm_service_kv_index_exact{{server="{name(two)}"}} 1.0' in metrics
             # Another process on the same port: its cache is empty, whatever was known.
+            two.publisher.__exit__(None, None, None)  # or it would be replayed at once
             two.publisher = FakePublisher()
             two.publisher.__enter__()
             two.metrics = "process_start_time_seconds 2\n"
