@@ -6,12 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import prometheus_client
 from prometheus_client.parser import text_string_to_metric_families
 
 import xllm_plugin.service
 from xllm_plugin.registration import Load
+from xllm_plugin.service.admin import AdminApi
 from xllm_plugin.service.metrics import ServiceCollector
+from xllm_plugin.service.registry import Embedded
 from xllm_plugin.testing.fake_instance import FakeInstance
 from xllm_plugin.testing.fake_streams import FakeModel, stream_instance
 from xllm_plugin.testing.service_harness import request, serving
@@ -29,9 +32,24 @@ def documented() -> dict[str, tuple[str, set[str]]]:
 
 
 def test_the_documented_names_types_and_labels_are_the_exported_ones(run: Any) -> None:
-    async def exposed() -> str:
-        instance = stream_instance(FakeModel([b"a", b"b"]))
-        async with serving(instance) as harness:
+    async def families() -> list[Any]:
+        async with serving() as harness:
+            return [*ServiceCollector(harness.proxy).collect()]
+
+    found = {}
+    for family in run(families()):
+        # In the text format counters end in _total, and an info is a gauge that ends in _info.
+        ending = {"counter": "_total", "info": "_info"}.get(family.type, "")
+        kind = "gauge" if family.type == "info" else family.type
+        labels = {"version", "policy"} if family.type == "info" else set(family._labelnames)
+        assert family.name + ending not in found
+        found[family.name + ending] = (kind, labels)
+    assert documented() == found
+
+
+def test_an_exposition_with_traffic_can_be_read(run: Any) -> None:
+    async def exposition() -> str:
+        async with serving(stream_instance(FakeModel([b"a", b"b"]))) as harness:
             (known,) = harness.proxy.fleet
             known.load = Load(num_running=1)
             known.stats.count_error("broken")
@@ -43,24 +61,19 @@ def test_the_documented_names_types_and_labels_are_the_exported_ones(run: Any) -
             registry.register(ServiceCollector(harness.proxy))
             return prometheus_client.generate_latest(registry).decode()
 
-    found: dict[str, tuple[str, set[str]]] = {}
-    for family in text_string_to_metric_families(run(exposed())):
-        name = family.name + {"counter": "_total"}.get(family.type, "")
-        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
-        found[name] = (family.type, labels)
-    # Their labels show with instances that publish their cache: tests/service/kv_index.
-    for name in ("xllm_service_kv_index_blocks", "xllm_service_kv_index_exact"):
-        assert found.pop(name) == ("gauge", set())
-        found[name] = ("gauge", {"server"})
-    assert documented() == found
+    samples = {
+        (sample.name, sample.labels.get("outcome") or sample.labels.get("part")): sample.value
+        for family in text_string_to_metric_families(run(exposition()))
+        for sample in family.samples
+    }
+    assert samples["xllm_service_slo_requests_total", "kept"] == 1
+    assert samples["xllm_service_degraded", "file"] == 1
+    assert samples["xllm_service_output_tokens_total", None] == 2
+    for kind in ("ttft", "tpot", "duration"):
+        assert samples[f"xllm_service_{kind}_seconds_count", None] == 1
 
 
 def test_the_process_is_seen_too(run: Any) -> None:
-    import aiohttp
-
-    from xllm_plugin.service.admin import AdminApi
-    from xllm_plugin.service.registry import Embedded
-
     async def check() -> None:
         async with serving(FakeInstance()) as harness, aiohttp.ClientSession() as session:
             api = AdminApi(harness.proxy, Embedded(harness.proxy.fleet), session, "")
