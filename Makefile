@@ -10,7 +10,7 @@ PORT ?= 8000
 # Nothing here needs a model hub, and none is waited for.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install serve service-demo test test-all npu-emulator lint format clean
+.PHONY: help install serve service-demo screenshot test test-all npu-emulator lint format clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,9 @@ serve: $(VENV)/.cpu  ## Prepare a small real model and serve it over the OpenAI 
 
 service-demo: $(VENV)/.cpu  ## Kill one of two servers behind xllm service: every stream completes.
 	@$(BIN)/python scripts/service_demo.py $(ARGS)
+
+screenshot: $(VENV)/.dev  ## Make docs/dashboard.png anew (needs Chromium).
+	$(BIN)/python scripts/dashboard_screenshot.py
 
 test: $(VENV)/.dev lint  ## Run every test tier, one model each (under 15 minutes on 2 cores).
 	$(BIN)/python -m pytest -m "not full" --durations=15

@@ -91,6 +91,10 @@ def test_a_service_from_start_to_end(started: Started) -> None:
     listed = invoke("instances", *admin)
     assert "ready" in listed.output, listed
     assert "-> 127.0.0.1" in invoke("decisions", *admin).output
+    page, _, token = invoke("dashboard", *admin).output.strip().partition("#token=")
+    assert "<title>xllm service</title>" in httpx.get(page).text
+    headers = {"Authorization": f"Bearer {token}"}
+    assert httpx.get(f"{admin[1]}/v1/overview", headers=headers).json()["policy"] == "least-loaded"
     name = f"127.0.0.1:{started.backend_port}"
     assert "draining, 0 in flight" in invoke("drain", name, *admin).output
     assert started.ask().status_code == 503

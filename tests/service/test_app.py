@@ -250,9 +250,9 @@ def test_the_admin_port_shows_what_happened_and_asks_for_the_token(run: Any) -> 
             assert TOKEN not in json.dumps(found)
             assert found["listen"]["host"] == "127.0.0.1"
             _, metrics = await it.admin("GET", "/metrics", token="")
-            name = f'instance="127.0.0.1:{one.port}"'
+            name = f'server="127.0.0.1:{one.port}"'
             assert f'xllm_service_requests_total{{{name},status="200"}} 1.0' in metrics
-            assert f"xllm_service_ttft_seconds_count{{{name}}} 1.0" in metrics
+            assert f"xllm_service_duration_seconds_count{{{name}}} 1.0" in metrics
             assert 'xllm_service_refusals_total{status="404"} 1.0' in metrics
             _, health = await it.admin("GET", "/health", token="")
             assert health["instances"] == {"ready": 1}
@@ -263,7 +263,8 @@ def test_the_admin_port_shows_what_happened_and_asks_for_the_token(run: Any) -> 
 def test_reload_changes_settings_and_keeps_connections(run: Any) -> None:
     async def check() -> None:
         async with FakeInstance() as a, FakeInstance() as b:
-            configs = [settings(instances={"static": [b.url]}, routing={"policy": "session"})]
+            instances, routing = {"static": [b.url]}, {"policy": "session"}
+            configs = [settings(instances=instances, routing=routing, slo={"ttft_ms": 7})]
             before = settings(instances={"static": [a.url]})
             async with running(before, lambda: configs[-1]) as it:
                 await it.until(**{p(a): State.READY})
@@ -275,6 +276,7 @@ def test_reload_changes_settings_and_keeps_connections(run: Any) -> None:
                 assert it.service.proxy.clients == {client}
                 assert [len(one.requests) for one in (a, b)] == [1, 1]
                 assert it.service.router.policy.name == "session"
+                assert it.service.proxy.telemetry.slo.ttft_ms == 7
                 configs.append(settings(routing={"policy": "no such"}))
                 it.service.reload()
                 assert it.service.router.policy.name == "session"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from xllm_plugin.plugins import build_manager, routing_policies
 from xllm_plugin.service.policies import (
+    cost_in_seconds,
     least_loaded,
     power_of_two,
     round_robin,
@@ -73,6 +74,21 @@ def test_every_policy_chooses_a_candidate_and_the_same_again(
     assert 0 <= choice.index < len(there)
     assert choice.reason
     assert choose(asked, there) == choice
+    assert choice.cause
+
+
+@pytest.mark.parametrize(
+    ("cached", "cause"),
+    [({}, "load"), ({"a": 8.0}, "prefix"), ({"a": 4.0, "b": 4.0}, "prefix"), ({"b": 8.0}, "load")],
+)
+def test_the_cause_says_what_the_cache_had_to_do_with_it(
+    cached: dict[str, float], cause: str
+) -> None:
+    """The second instance is too busy for any prefix."""
+    there = [There("a"), There("b", prefill_tokens=1e6)]
+    choice = cost_in_seconds(Asked(cached_tokens=cached), there)
+    assert choice.index == 0
+    assert choice.cause == cause + (" over prefix" if cached == {"b": 8.0} else "")
 
 
 @given(asked=ASKED, there=st.lists(THERE, min_size=1, max_size=9))

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import click
 import httpx
@@ -153,6 +154,15 @@ def decisions_command(admin_url: str, token: str | None) -> None:
             f"({one['policy']}: {one['reason']}; attempt {one['attempt']} of "
             f"{one['num_candidates']} candidates)"
         )
+
+
+@service.command("dashboard")
+@_remote
+def dashboard_command(admin_url: str, token: str | None) -> None:
+    """Print the address of the live page, token included: for your browser alone."""
+    token = token or _found_token(admin_url)
+    _ask("GET", admin_url, "/v1/overview", token)  # it is there, and the token is right
+    click.echo(f"{admin_url.rstrip('/')}/dashboard#{urlencode({'token': token})}")
 
 
 def _ask(method: str, admin_url: str, path: str, token: str | None) -> Any:

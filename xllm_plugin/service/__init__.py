@@ -5,6 +5,7 @@ choose, send, retry, relay) -> `router.py` and `policies.py` (which instance) ->
 connection to an instance, and the pool) -> `continuation.py` (what the client has of a stream, for
 another instance to go on).  Beside it: `lifecycle.py` and `fleet.py` (which instances there are, in
 what state), `speed.py` (how fast they are), `kv_index/` (which prefixes they hold), `registry.py`
-and `probes.py` (who says so), `admin.py` and `metrics.py` (see and steer), `app.py` (starts,
-reloads and drains all of it).
+and `probes.py` (who says so), `telemetry.py` (what was measured), `admin.py`, `metrics.py`,
+`dashboard/`, `access_log.py` and `tracing.py` (see and steer), `app.py` (starts, reloads and
+drains all of it).
 """

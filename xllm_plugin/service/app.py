@@ -24,6 +24,7 @@ from aiohttp import web
 from xllm_plugin.channel.paths import channel_directory, require_private_directory
 from xllm_plugin.errors import ConfigError, NotNowError, PlatformError
 from xllm_plugin.plugins import manager_here, routing_policies
+from xllm_plugin.service import access_log
 from xllm_plugin.service.admin import AdminApi
 from xllm_plugin.service.config import InstanceEntry, ServiceConfig
 from xllm_plugin.service.fleet import Fleet
@@ -34,6 +35,7 @@ from xllm_plugin.service.probes import Prober
 from xllm_plugin.service.proxy import Proxy
 from xllm_plugin.service.registry import Embedded, Registry, StaticList, WatchedFile, read_entries
 from xllm_plugin.service.router import Router
+from xllm_plugin.service.tracing import Tracing, exporting_provider
 from xllm_plugin.service.upstream import Pool
 
 __all__ = ["Service", "check", "chosen_policy", "run", "token_path"]
@@ -103,14 +105,19 @@ class Service:
         self._directory = KvDirectory(self.fleet, self.config.kv_index)
         self._prompts = PromptReader(session, self.config)
         self._stack.callback(self._prompts.close)
+        if self.config.tracing.enabled:
+            self.proxy.tracing = Tracing(exporting_provider())
+            self._stack.callback(self.proxy.tracing.close)
         self.proxy.use_kv_index(self._directory, self._prompts)
         self.admin_port = await self._open_admin(session)
         listen = self.config.listen
         self.port = await _opened(self.proxy.listen(), "listen", listen.host, listen.port)
         self._follow_registries()
+        measuring = self.proxy.telemetry.run(self.config.admin.sample_interval_s)
         self._running = [
             asyncio.create_task(_said(self._prober.run(), "probing")),
             asyncio.create_task(_said(self._directory.run(), "following KV events")),
+            asyncio.create_task(_said(measuring, "measuring")),
         ]
         logger.info("serving on %s:%d", listen.host, self.port)
 
@@ -122,7 +129,7 @@ class Service:
         except ConfigError as error:
             logger.error("not reloaded, the settings stay as they were: %s", error)  # noqa: TRY400
             return
-        for section in ("listen", "admin"):
+        for section in ("listen", "admin", "tracing"):
             if getattr(config, section) != getattr(self.config, section):
                 logger.warning("%s settings have changed and need a restart", section)
         self.config = config
@@ -249,6 +256,7 @@ def run(config: ServiceConfig, load: Callable[[], ServiceConfig]) -> None:
         PlatformError: uvloop should be here and is not.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    access_log.open_log(config.log.access_file)
     logging.getLogger("xllm_plugin").setLevel(config.log.level.upper())
     _raise_file_limit()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:

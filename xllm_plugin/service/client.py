@@ -26,6 +26,7 @@ __all__ = ["ClientConnection"]
 logger = logging.getLogger(__name__)
 
 EXPLAIN_HEADER = b"x-xllm-explain"
+TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})  # W3C Trace Context
 _NEVER = float("inf")
 _LINGER_S = 2.0
 _PARSE_BELOW_BYTES = 64 * 1024
@@ -38,7 +39,10 @@ _CONNECTION_HEADERS = frozenset(
 )
 _STAYS_HERE = _CONNECTION_HEADERS | {EXPLAIN_HEADER}
 _ONLY_ONCE = frozenset({b"host", b"content-length", b"transfer-encoding"})
-_READ_HEADERS = _CONNECTION_HEADERS | {b"host", b"content-type", EXPLAIN_HEADER}
+_NOTED_HEADERS = frozenset(
+    {b"x-request-id", b"x-xllm-class", b"x-xllm-ttft-ms", b"x-xllm-tpot-ms", *TRACE_HEADERS}
+)
+_READ_HEADERS = _CONNECTION_HEADERS | _NOTED_HEADERS | {b"host", b"content-type", EXPLAIN_HEADER}
 
 
 class _RefusedError(Exception):
@@ -67,6 +71,7 @@ class ClientConnection(asyncio.Protocol):
         "_parser",
         "_read_headers",
         "_remaining_bytes",
+        "_stays_here",
         "_target",
         "_tunnel",
         "_upgrading",
@@ -106,6 +111,7 @@ class ClientConnection(asyncio.Protocol):
         self._upgrading: Exchange | None = None
         self._tunnel: asyncio.Transport | None = None
         self._read_headers = _READ_HEADERS | {proxy.session_header}
+        self._stays_here = _STAYS_HERE if proxy.tracing is None else _STAYS_HERE | TRACE_HEADERS
 
     @property
     def is_idle(self) -> bool:
@@ -437,7 +443,7 @@ class ClientConnection(asyncio.Protocol):
                     raise Refusal(400, f"Header {key.decode()} is given twice.", close=True)
                 else:
                     special[key] += b", " + value
-                if key in _STAYS_HERE:
+                if key in self._stays_here:
                     continue
             lines += (name, b": ", value, b"\r\n")
         return special
@@ -451,6 +457,7 @@ class ClientConnection(asyncio.Protocol):
         connection = special.get(b"connection")
         if connection is not None and connection.lower() not in (b"keep-alive", b"close"):
             self._heed_connection(exchange, connection, special, lines)
+        exchange.noted = special
         exchange.content_type = special.get(b"content-type", b"").lower()
         exchange.wants_reason = EXPLAIN_HEADER in special
         session = special.get(self.proxy.session_header)

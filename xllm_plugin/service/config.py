@@ -35,7 +35,9 @@ __all__ = [
     "LogConfig",
     "RoutingConfig",
     "ServiceConfig",
+    "SloConfig",
     "TimeoutsConfig",
+    "TracingConfig",
     "load",
 ]
 
@@ -64,6 +66,10 @@ class AdminConfig(_Section):
         default=None, description="None: made at start and left in a file that only its user reads"
     )
     num_decisions: int = Field(default=256, ge=1, description="routing decisions remembered")
+    sample_interval_s: float = Field(
+        default=5.0, gt=0, description="between two points of the dashboard's charts"
+    )
+    num_samples: int = Field(default=720, ge=1, description="points kept: 720 are an hour")
 
 
 class LimitsConfig(_Section):
@@ -212,13 +218,31 @@ class InstancesConfig(_Section):
         )
 
 
+class SloConfig(_Section):
+    """What counts as in time, for streams whose request promises nothing else."""
+
+    ttft_ms: float = Field(default=1000.0, gt=0, description="to the first token, as engines have")
+    tpot_ms: float = Field(default=50.0, gt=0, description="mean of a token after the first")
+
+
 class LogConfig(_Section):
-    """What is written to standard error."""
+    """What is written."""
 
     level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="least that is written"
+        default="info", description="least that is written to standard error"
     )
-    access: bool = Field(default=False, description="one JSON line a request")
+    access: bool = Field(default=False, description="one JSON line a request, on standard output")
+    access_file: Path | None = Field(
+        default=None, description="to this file, opened anew when moved"
+    )
+
+
+class TracingConfig(_Section):
+    """OpenTelemetry."""
+
+    enabled: bool = Field(
+        default=False, description="a span a request; needs `[otel]`, set by `OTEL_*`"
+    )
 
 
 class ServiceConfig(BaseSettings):
@@ -241,6 +265,8 @@ class ServiceConfig(BaseSettings):
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
     log: LogConfig = Field(default_factory=LogConfig)
+    slo: SloConfig = Field(default_factory=SloConfig)
+    tracing: TracingConfig = Field(default_factory=TracingConfig)
 
 
 def load(flags: dict[str, Any], file: Path | None) -> ServiceConfig:

@@ -167,6 +167,12 @@ class ArmedStream:
         return len(self._chunks)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that the client has; those of an opening event without ids are not counted."""
+        ids = b",".join(filter(None, self._chunks))
+        return ids.count(b",") + 1 if ids else 0
+
+    @property
     def can_resume(self) -> bool:
         """Whether all that the client has is known."""
         return not self._is_lost

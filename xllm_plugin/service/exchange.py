@@ -28,8 +28,11 @@ from xllm_plugin.service.continuation import ArmedStream, StreamWishes, arm, wit
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.service.replies import Refusal, error_body
 from xllm_plugin.service.routes import Kind, Route
+from xllm_plugin.service.telemetry import Ending
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
     from xllm_plugin.service.client import ClientConnection
     from xllm_plugin.service.fleet import Instance
     from xllm_plugin.service.proxy import Proxy
@@ -48,10 +51,15 @@ _RETRYABLE_STATUS = 503
 _OK = 200
 _SWITCHED = 101
 _LAST_CHUNK = b"0\r\n\r\n"
+_COMPLETION_TOKENS = b'"completion_tokens":'
+_PROMPT_TOKENS = b'"prompt_tokens":'
+_NUMBER = re.compile(rb"\d{1,12}")
+_MAX_TAIL_BYTES = 1024
 _CLIENT_GONE = 499  # nginx's, for the access log alone
 _IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"})
 _MODEL_FIELD = re.compile(rb'name="?model"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')
 _RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[^"]{1,200})"')
+_NO_HEADERS: dict[bytes, bytes] = {}
 _HOP_BY_HOP = (b"connection:", b"keep-alive:", b"proxy-connection:", b"upgrade:")
 
 
@@ -95,8 +103,7 @@ class Exchange:
         "_connection",
         "_last_relayed",
         "_lower_head",
-        "_num_bytes",
-        "_num_bytes_counted",
+        "_num_counted_bytes",
         "_write",
         "body",
         "body_bytes",
@@ -113,6 +120,9 @@ class Exchange:
         "keep_alive",
         "method",
         "model",
+        "noted",
+        "num_bytes",
+        "num_output_tokens",
         "proxy",
         "refusal",
         "response_id",
@@ -121,6 +131,7 @@ class Exchange:
         "sent_s",
         "sequence",
         "session_key",
+        "span",
         "stalled_reads",
         "stalled_since_s",
         "started_s",
@@ -130,7 +141,9 @@ class Exchange:
         "ttft_s",
         "unframes",
         "upgrades",
+        "visited",
         "wants_reason",
+        "wants_stream",
     )
 
     def __init__(self, client: ClientConnection, method: bytes, route: Route) -> None:
@@ -143,31 +156,37 @@ class Exchange:
         self.body_bytes = 0
         """Its length as announced; 0 if it comes in chunks."""
         self.content_type = b""
+        self.noted: dict[bytes, bytes] = _NO_HEADERS
+        """Headers that were read here, by lower-case name."""
         self.keep_alive = True
         self.unframes = False
         self.upgrades = False
         self.wants_reason = False
+        self.wants_stream = False
         self.refusal: Refusal | None = None
         self.early = b""
         """What a client sent after its request to upgrade, before the answer."""
         self.model: str | None = None
         self.session_key = ""
         self.response_id = ""
-        self.cost_tokens = 0
-        self.sequence = 0
-        self.draw = 0
+        self.cost_tokens = self.sequence = self.draw = 0
         self.tried: tuple[Instance, ...] = ()
+        self.visited: tuple[Instance, ...] = ()
+        """Every instance that it was sent to, in order."""
         self.decision: Decision | None = None
         self.sent: Sent | None = None
         self.instance: Instance | None = None
-        self.started_s = 0.0
-        self.sent_s = 0.0
+        self.started_s = self.sent_s = 0.0
         self.ttft_s = -1.0
         self.status = 0
+        self.num_bytes = 0
+        """Of the answer, as sent to the client."""
+        self.num_output_tokens = 0
+        """Once it has ended; 0 where they are not known."""
+        self.span: Span | None = None
         self.stream: ArmedStream | None = None
         """What the client has of an answer that another instance could continue."""
-        self.is_answering = False
-        self.is_done = False
+        self.is_answering = self.is_done = False
         self.stalled_reads = -1
         self.stalled_since_s = 0.0
         self._awaits_first = True
@@ -176,9 +195,16 @@ class Exchange:
         self._connection: UpstreamConnection | None = None
         self._last_relayed = b""
         self._lower_head = b""
-        self._num_bytes = 0
-        self._num_bytes_counted = 0
+        self._num_counted_bytes = 0
         self._write = client.transport.write
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """As counted to route it, else as its answer says; 0 where they are not known."""
+        if self.sent is not None and self.sent.is_exact:
+            return self.sent.prompt_tokens
+        is_told = self.is_answering and self.route.kind is Kind.INFERENCE
+        return _usage(self._last_relayed, _PROMPT_TOKENS) if is_told else 0
 
     # -- the way there --------------------------------------------------------------------------
 
@@ -195,7 +221,8 @@ class Exchange:
             if isinstance(seen.previous_response_id, str):
                 self.response_id = seen.previous_response_id
             self.cost_tokens = _cost_tokens(len(body), seen)
-            if seen.stream is True and self.proxy.config.continuation.enabled:
+            self.wants_stream = seen.stream is True
+            if self.wants_stream and self.proxy.config.continuation.enabled:
                 self._arm(seen)
         elif b"?" in self.route.target and b"model=" in self.route.target:
             query = self.route.target.partition(b"?")[2].decode("latin-1")
@@ -291,14 +318,14 @@ class Exchange:
         """Pass the head of an answer on by itself."""
         if self.stream is not None:
             self.stream.is_begun = True
-        self._num_bytes += len(head)
+        self.num_bytes += len(head)
         self._write(head)
 
     def relay(self, data: bytes, head: bytes = b"") -> None:
         """Pass bytes of an answer's body on, after `head` if it was not sent yet."""
         if self._awaits_first:
             self._first_bytes(data)
-        self._num_bytes += len(head) + len(data)
+        self.num_bytes += len(head) + len(data)
         self._last_relayed = data
         self._write(head + data if head else data)
 
@@ -328,7 +355,7 @@ class Exchange:
             stream.is_begun = True
             data = head + data
         if data:
-            self._num_bytes += len(data)
+            self.num_bytes += len(data)
             self._write(data)
         return stream.failure
 
@@ -340,7 +367,7 @@ class Exchange:
         self._leave()
         if close:
             self.keep_alive = False
-        self._finish()
+        self._finish(Ending.COMPLETE)
 
     def attempt_failed(
         self, reason: str, detail: str, *, is_stale: bool = False, is_sent: bool = True
@@ -391,10 +418,10 @@ class Exchange:
         if is_stream and (self.unframes or (is_chunked and is_at_border)):
             event = b"data: " + error_body(502, f"Instance {instance.name}: {why}.") + b"\n\n"
             self._write(event if self.unframes else b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event))
-            self._finish()
+            self._finish(Ending.BROKEN)
             return
         # Half an answer with a length: only a cut connection tells the client.
-        self.is_done = True
+        self._end(Ending.BROKEN)
         self.client.abort()
 
     def begin_tunnel(self, data: bytes) -> None:
@@ -415,7 +442,7 @@ class Exchange:
     def tunnel_closed(self) -> None:
         """The instance has closed its end of a tunnel."""
         self._leave()
-        self.is_done = True
+        self._end(Ending.COMPLETE)
         self.client.close()
 
     # -- the client's side ----------------------------------------------------------------------
@@ -424,7 +451,6 @@ class Exchange:
         """Cancel at once: nobody reads the answer."""
         if self.is_done:
             return
-        self.is_done = True
         if self._connecting is not None:
             self._connecting.cancel()
         if self._connection is not None and self.status == _SWITCHED:
@@ -438,7 +464,7 @@ class Exchange:
             self.instance.stats.count_error("client gone")
             self._leave()
         self.status = self.status or _CLIENT_GONE
-        self.proxy.log_access(self, self._num_bytes)
+        self._end(Ending.CLIENT_GONE)
 
     def pause(self) -> None:
         """The client reads more slowly than the instance writes."""
@@ -459,15 +485,15 @@ class Exchange:
             refusal.close = True
         self.status = refusal.status
         self.proxy.count_refusal(refusal.status)
-        self.answer(refusal.reply())
+        self.answer(refusal.reply(), Ending.REFUSED)
 
-    def answer(self, reply: bytes) -> None:
+    def answer(self, reply: bytes, ending: Ending = Ending.COMPLETE) -> None:
         """Answer with bytes of ours."""
         if self.method == b"HEAD":
             reply = reply[: reply.index(b"\r\n\r\n") + 4]
-        self._num_bytes += len(reply)
+        self.num_bytes += len(reply)
         self._write(reply)
-        self._finish()
+        self._finish(ending)
 
     def check_timeouts(
         self, now_s: float, first_byte_s: float | None, stalled_s: float | None
@@ -504,7 +530,7 @@ class Exchange:
         if stream.is_done:
             self._leave()
             self._write(_LAST_CHUNK)
-            self._finish()
+            self._finish(Ending.COMPLETE)
             return
         if stream.num_resumes >= self.proxy.config.continuation.max_resumes:
             self._leave()
@@ -554,13 +580,15 @@ class Exchange:
         event = b"data: " + error_body(502, message) + b"\n\n"
         self._write(b"%x\r\n%b\r\n" % (len(event), event) + _LAST_CHUNK)
         self.keep_alive = False
-        self._finish()
+        self._finish(Ending.BROKEN)
 
     # -- parts ----------------------------------------------------------------------------------
 
     def _enter(self, instance: Instance) -> None:
         self.instance = instance
         self._awaits_first = True
+        if not self.visited or self.visited[-1] is not instance:  # else it is connected to anew
+            self.visited = (*self.visited, instance)
         self._booked_tokens = self.cost_tokens
         self.proxy.fleet.book(instance, self._booked_tokens)
 
@@ -569,8 +597,8 @@ class Exchange:
         self.proxy.fleet.release(self.instance, self._booked_tokens)
         self.proxy.router.left(self)
         self.instance.stats.bytes_to += len(self.head) + len(self.body)
-        self.instance.stats.bytes_from += self._num_bytes - self._num_bytes_counted
-        self._num_bytes_counted = self._num_bytes
+        self.instance.stats.bytes_from += self.num_bytes - self._num_counted_bytes
+        self._num_counted_bytes = self.num_bytes
         self.instance = None
         self._connection = None
 
@@ -601,12 +629,13 @@ class Exchange:
         assert self.instance is not None
         self._awaits_first = False
         is_first = self.ttft_s < 0
+        is_stream = b"text/event-stream" in self._lower_head
         if is_first:
             self.ttft_s = self.proxy.loop.time() - self.started_s
-            self.instance.stats.observe_ttft(self.ttft_s)
+            if is_stream:
+                self.proxy.telemetry.first_token(self.instance, self.ttft_s)
         # What a continuation had to compute before them is known too roughly to learn from.
-        is_measure = is_first and b"text/event-stream" in self._lower_head
-        self.proxy.router.first_byte(self, is_measure=is_measure)
+        self.proxy.router.first_byte(self, is_measure=is_first and is_stream)
         if self.route.kind is Kind.RESPONSES:
             found = _RESPONSE_ID.search(data)
             if found:
@@ -625,10 +654,28 @@ class Exchange:
             kept.append(b"x-xllm-explain: " + json.dumps(self.decision._asdict()).encode())
         return b"\r\n".join((status_line, *kept, b"", b""))
 
-    def _finish(self) -> None:
-        self.is_done = True
-        self.proxy.log_access(self, self._num_bytes)
+    def _finish(self, ending: Ending) -> None:
+        self._end(ending)
         self.client.exchange_done(self)
+
+    def _end(self, ending: Ending) -> None:
+        """It is over, and measured."""
+        self.is_done = True
+        if self.stream is not None:
+            self.num_output_tokens = self.stream.num_tokens
+        elif self.is_answering and self.route.kind is Kind.INFERENCE:
+            self.num_output_tokens = _usage(self._last_relayed, _COMPLETION_TOKENS)
+        self.proxy.ended(self, ending)
+
+
+def _usage(tail: bytes, name: bytes) -> int:
+    """A figure of the usage at the end of an answer; 0 if that is not there.
+
+    Text of the model cannot be taken for it: quotes in a string are escaped.
+    """
+    start = tail.rfind(name, max(0, len(tail) - _MAX_TAIL_BYTES))
+    found = _NUMBER.match(tail, start + len(name)) if start >= 0 else None
+    return int(found[0]) if found else 0
 
 
 def _is_chunked_stream(lower: bytes) -> bool:

@@ -9,26 +9,22 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, NamedTuple
 
 from xllm_plugin.errors import InternalError, MisuseError
 from xllm_plugin.registration import KvEventSource, Load
 from xllm_plugin.service import lifecycle
 from xllm_plugin.service.config import InstanceEntry
+from xllm_plugin.service.histogram import Histogram
 from xllm_plugin.service.lifecycle import Life, State, Timings
 from xllm_plugin.service.speed import Speed, SpeedMeter
 from xllm_plugin.service.upstream import Pool
 
-__all__ = ["TTFT_BOUNDS_S", "Fleet", "Instance", "Stats"]
+__all__ = ["Fleet", "Instance", "Queue", "Stats"]
 
 logger = logging.getLogger(__name__)
-
-TTFT_BOUNDS_S: Final = (
-    *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0),
-)
 
 
 @dataclass(slots=True)
@@ -45,17 +41,26 @@ class Stats:
     """Streams that broke here and were to go on elsewhere."""
     bytes_to: int = 0
     bytes_from: int = 0
-    ttft_counts: list[int] = field(default_factory=lambda: [0] * (len(TTFT_BOUNDS_S) + 1))
-    ttft_sum_s: float = 0.0
-
-    def observe_ttft(self, seconds: float) -> None:
-        """Count the first byte of an answer's body."""
-        self.ttft_counts[bisect_left(TTFT_BOUNDS_S, seconds)] += 1
-        self.ttft_sum_s += seconds
+    output_tokens: int = 0
+    ttft: Histogram = field(default_factory=Histogram)
+    """Of streams: from a whole request to the first bytes of its answer's body."""
+    tpot: Histogram = field(default_factory=Histogram)
+    """Of streams whose tokens are known: mean time of a token after the first."""
+    duration: Histogram = field(default_factory=Histogram)
+    """Of complete answers: from a whole request to their end."""
 
     def count_error(self, reason: str) -> None:
         """Count one attempt that failed."""
         self.errors[reason] = self.errors.get(reason, 0) + 1
+
+
+class Queue(NamedTuple):
+    """What an instance has on its hands, requests of others included, as it said last."""
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float
+    """Share of its KV cache in use, 0 to 1."""
 
 
 class Instance:
@@ -87,6 +92,20 @@ class Instance:
         self.speed = Speed()
         self.stats = Stats()
 
+    @property
+    def queue(self) -> Queue | None:
+        """By its heartbeat, or else by its /metrics; None if it has said nothing."""
+        if self.load is not None:
+            return Queue(self.load.num_running, self.load.num_waiting, self.load.kv_usage)
+        said = self.reported
+        if "vllm:num_requests_running" not in said:
+            return None
+        return Queue(
+            round(said["vllm:num_requests_running"]),
+            round(said.get("vllm:num_requests_waiting", 0.0)),
+            said.get("vllm:kv_cache_usage_perc", 0.0),
+        )
+
 
 class Fleet:
     """All instances by name.
@@ -111,6 +130,8 @@ class Fleet:
         self._meter = SpeedMeter()
         """Of all instances together, as if each had capacity 1: where a new one begins."""
         self._measured: set[Instance] = set()
+        self.troubles: dict[str, str] = {}
+        """What the service goes on without: a part, such as a registry -> what is wrong with it."""
 
     def __iter__(self) -> Any:
         return iter(tuple(self._instances.values()))

@@ -1,22 +1,24 @@
 """Prometheus metrics, read from the fleet's counters when they are asked for.
 
 The hot path adds to plain integers; nothing of prometheus_client runs in it.
+The label of an instance's name is `server`: `instance` is Prometheus' own, for what it has scraped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import accumulate
 
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
+    InfoMetricFamily,
     Metric,
 )
 from prometheus_client.registry import Collector
 
-from xllm_plugin.service.fleet import TTFT_BOUNDS_S, Stats
+import xllm_plugin
+from xllm_plugin.service.dashboard.overview import degradations
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.service.proxy import Proxy
 
@@ -34,18 +36,19 @@ class ServiceCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Every metric of the service."""
         yield from self._counters()
+        yield from self._decisions()
         yield from self._gauges()
+        yield from self._instances()
         yield from self._kv_index()
-        yield self._ttft()
+        yield from self._latencies()
 
     def _counters(self) -> Iterator[Metric]:
-        requests = _counter("requests", "Answers of instances.", "instance", "status")
-        errors = _counter(
-            "attempt_errors", "Attempts without a whole answer.", "instance", "reason"
-        )
-        retries = _counter("retries", "Requests that went on to another instance.", "instance")
-        resumes = _counter("resumes", "Streams that broke and were continued.", "instance")
-        carried = _counter("bytes", "Bytes relayed.", "instance", "direction")
+        requests = _counter("requests", "Answers of instances.", "server", "status")
+        errors = _counter("attempt_errors", "Attempts without a whole answer.", "server", "reason")
+        retries = _counter("retries", "Requests that went on to another instance.", "server")
+        resumes = _counter("resumes", "Streams that broke and were continued.", "server")
+        carried = _counter("bytes", "Bytes relayed.", "server", "direction")
+        tokens = _counter("output_tokens", "Of answers whose tokens are known.", "server")
         for instance in self._proxy.fleet:
             name, stats = instance.name, instance.stats
             for status, count in stats.answered.items():
@@ -56,27 +59,58 @@ class ServiceCollector(Collector):
             resumes.add_metric([name], stats.resumes)
             carried.add_metric([name, "to_instance"], stats.bytes_to)
             carried.add_metric([name, "from_instance"], stats.bytes_from)
+            tokens.add_metric([name], stats.output_tokens)
+        yield from (requests, errors, retries, resumes, carried, tokens)
+
+    def _decisions(self) -> Iterator[Metric]:
         refusals = _counter("refusals", "Errors that the service answered with itself.", "status")
         for status, count in self._proxy.refusals.items():
             refusals.add_metric([str(status)], count)
-        yield from (requests, errors, retries, resumes, carried, refusals)
+        decisions = _counter("decisions", "Instances chosen, and why.", "policy", "cause")
+        for (policy, cause), count in self._proxy.router.causes.items():
+            decisions.add_metric([policy, cause], count)
+        slo = _counter("slo_requests", "Streams by what became of their targets.", "outcome")
+        for outcome, count in self._proxy.telemetry.outcomes.items():
+            slo.add_metric([outcome.value], count)
+        yield from (refusals, decisions, slo)
 
     def _gauges(self) -> Iterator[Metric]:
-        in_flight = _gauge("in_flight", "Requests dispatched and not finished.", "instance")
-        tokens = _gauge("outstanding_tokens", "Estimated tokens of these.", "instance")
-        state = _gauge("instance_state", "1 for the state it is in.", "instance", "state")
-        for instance in self._proxy.fleet:
-            in_flight.add_metric([instance.name], instance.in_flight)
-            tokens.add_metric([instance.name], instance.outstanding_tokens)
-            for one in State:
-                state.add_metric([instance.name, one.value], instance.life.state is one)
+        about = InfoMetricFamily(_PREFIX.rstrip("_"), "Version and policy in force.")
+        policy = self._proxy.router.policy.name
+        about.add_metric([], {"version": xllm_plugin.__version__, "policy": policy})
         clients = _gauge("client_connections", "Open connections of clients.")
         clients.add_metric([], len(self._proxy.clients))
-        yield from (in_flight, tokens, state, clients)
+        degraded = _gauge("degraded", "1 for each part that the service goes on without.", "part")
+        for part in {found["part"] for found in degradations(self._proxy)}:
+            degraded.add_metric([part], 1)
+        unread = _counter("prompts_unread", "Prompts routed without their tokens, on an error.")
+        unread.add_metric([], self._proxy.prompts.num_failures if self._proxy.prompts else 0)
+        yield from (about, clients, degraded, unread)
+
+    def _instances(self) -> Iterator[Metric]:
+        in_flight = _gauge("in_flight", "Requests dispatched and not finished.", "server")
+        tokens = _gauge("outstanding_tokens", "Estimated tokens of these.", "server")
+        state = _gauge("instance_state", "1 for the state it is in.", "server", "state")
+        running = _gauge("instance_running", "Requests that run, as it said last.", "server")
+        waiting = _gauge("instance_waiting", "Requests in its queue, as it said last.", "server")
+        kv_usage = _gauge(
+            "instance_kv_usage_ratio", "KV cache in use, as it said last, 0 to 1.", "server"
+        )
+        for instance in self._proxy.fleet:
+            name, queue = instance.name, instance.queue
+            in_flight.add_metric([name], instance.in_flight)
+            tokens.add_metric([name], instance.outstanding_tokens)
+            for one in State:
+                state.add_metric([name, one.value], instance.life.state is one)
+            if queue is not None:
+                running.add_metric([name], queue.num_running)
+                waiting.add_metric([name], queue.num_waiting)
+                kv_usage.add_metric([name], queue.kv_usage)
+        yield from (in_flight, tokens, state, running, waiting, kv_usage)
 
     def _kv_index(self) -> Iterator[Metric]:
-        blocks = _gauge("kv_index_blocks", "KV blocks known to be there, in any tier.", "instance")
-        exact = _gauge("kv_index_exact", "1 if that is all it holds.", "instance")
+        blocks = _gauge("kv_index_blocks", "KV blocks known to be there, in any tier.", "server")
+        exact = _gauge("kv_index_exact", "1 if that is all it holds.", "server")
         directory = self._proxy.directory
         for instance in self._proxy.fleet:
             ranks = directory.describe(instance) if directory else []
@@ -85,22 +119,16 @@ class ServiceCollector(Collector):
                 exact.add_metric([instance.name], directory.is_exact(instance))
         yield from (blocks, exact)
 
-    def _ttft(self) -> Metric:
-        ttft = HistogramMetricFamily(
-            f"{_PREFIX}ttft_seconds",
-            "From a whole request to the first byte of its answer's body.",
-            labels=["instance"],
-        )
+    def _latencies(self) -> Iterator[Metric]:
+        ttft = _histogram("ttft_seconds", "Of streams: whole request to first bytes of the body.")
+        tpot = _histogram("tpot_seconds", "Of streams with known tokens: mean after the first.")
+        duration = _histogram("duration_seconds", "Of complete answers: whole request to end.")
         for instance in self._proxy.fleet:
-            ttft.add_metric(
-                [instance.name], _buckets(instance.stats), sum_value=instance.stats.ttft_sum_s
-            )
-        return ttft
-
-
-def _buckets(stats: Stats) -> list[tuple[str, float]]:
-    bounds = [*(str(bound) for bound in TTFT_BOUNDS_S), "+Inf"]
-    return list(zip(bounds, map(float, accumulate(stats.ttft_counts)), strict=True))
+            stats = instance.stats
+            pairs = ((ttft, stats.ttft), (tpot, stats.tpot), (duration, stats.duration))
+            for family, kept in pairs:
+                family.add_metric([instance.name], kept.exposed(), sum_value=kept.sum_s)
+        yield from (ttft, tpot, duration)
 
 
 def _counter(name: str, text: str, *labels: str) -> CounterMetricFamily:
@@ -109,3 +137,7 @@ def _counter(name: str, text: str, *labels: str) -> CounterMetricFamily:
 
 def _gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
     return GaugeMetricFamily(_PREFIX + name, text, labels=labels)
+
+
+def _histogram(name: str, text: str) -> HistogramMetricFamily:
+    return HistogramMetricFamily(_PREFIX + name, text, labels=["server"])

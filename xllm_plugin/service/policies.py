@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ def work_tokens(instance: InstanceView) -> float:
 
 def round_robin(request: RequestView, candidates: Sequence[InstanceView]) -> Choice:
     """Take each in turn."""
-    return Choice(request.sequence % len(candidates), "its turn")
+    return Choice(request.sequence % len(candidates), "its turn", "turn")
 
 
 def power_of_two(request: RequestView, candidates: Sequence[InstanceView]) -> Choice:
@@ -44,12 +44,12 @@ def power_of_two(request: RequestView, candidates: Sequence[InstanceView]) -> Ch
     count = len(candidates)
     first = request.draw % count
     if count == 1:
-        return Choice(0, "the only one")
+        return Choice(0, "the only one", "load")
     second = (first + 1 + (request.draw >> 32) % (count - 1)) % count
     ours, other = work_tokens(candidates[first]), work_tokens(candidates[second])
     if other < ours:
         first, ours, other = second, other, ours
-    return Choice(first, f"{ours:.0f} tokens outstanding; the other drawn has {other:.0f}")
+    return Choice(first, f"{ours:.0f} tokens outstanding; the other drawn has {other:.0f}", "load")
 
 
 def least_loaded(request: RequestView, candidates: Sequence[InstanceView]) -> Choice:
@@ -62,7 +62,7 @@ def least_loaded(request: RequestView, candidates: Sequence[InstanceView]) -> Ch
         work = work_tokens(candidate)
         if work < least:
             best, least = index, work
-    return Choice(best, f"{least:.0f} tokens outstanding")
+    return Choice(best, f"{least:.0f} tokens outstanding", "load")
 
 
 class Cost(NamedTuple):
@@ -121,7 +121,14 @@ def cost_in_seconds(request: RequestView, candidates: Sequence[InstanceView]) ->
         f"{least.total_s:.3f} s = queue {least.queue_s:.3f} + prefill {least.prefill_s:.3f} "
         f"({cached:.0f} of {request.prompt_tokens} tokens cached) + decode {least.decode_s:.3f}; "
         f"next best {next_s:.3f} s",
+        _cause(cached, request.cached_tokens),
     )
+
+
+def _cause(cached: float, held: Mapping[str, float]) -> str:
+    if not held:
+        return "load"
+    return "prefix" if cached >= max(held.values()) else "load over prefix"
 
 
 def session_affinity(request: RequestView, candidates: Sequence[InstanceView]) -> Choice:
@@ -132,14 +139,14 @@ def session_affinity(request: RequestView, candidates: Sequence[InstanceView]) -
     """
     if not request.session_key:
         choice = least_loaded(request, candidates)
-        return Choice(choice.index, f"no session key; {choice.reason}")
+        return Choice(choice.index, f"no session key; {choice.reason}", "load")
     key = _key_hash(request.session_key)
     best, highest = 0, -1
     for index, candidate in enumerate(candidates):
         weight = _mix(key ^ candidate.name_hash)
         if weight > highest:
             best, highest = index, weight
-    return Choice(best, "its session's place")
+    return Choice(best, "its session's place", "session")
 
 
 @hookimpl

@@ -89,6 +89,8 @@ class Choice:
 
     index: int
     reason: str
+    cause: str = ""
+    """The same in a few words that many choices share: they are counted by it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ __all__ = ["Prober", "read_metrics"]
 
 _MODELS_EVERY = 10
 _METRICS_EVERY = 3
+_USAGE = "vllm:kv_cache_usage_perc"
 _METRIC = re.compile(
     r"^(vllm:num_requests_running|vllm:num_requests_waiting|vllm:kv_cache_usage_perc"
     r"|vllm:inter_token_latency_seconds_(?:sum|count)|process_start_time_seconds)"
@@ -27,10 +28,14 @@ _METRIC = re.compile(
 
 
 def read_metrics(text: str) -> dict[str, float]:
-    """The figures that we use out of an exposition, summed over engines."""
+    """The figures that we use out of an exposition, summed over engines; the KV usage is a mean."""
     found: dict[str, float] = {}
+    num_usages = 0
     for name, value in _METRIC.findall(text):
         found[name] = found.get(name, 0.0) + float(value)
+        num_usages += name == _USAGE
+    if num_usages:
+        found[_USAGE] /= num_usages
     return found
 
 

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import time
 from typing import TYPE_CHECKING
 
+from xllm_plugin.service import access_log
 from xllm_plugin.service.client import ClientConnection
 from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.fleet import Fleet
 from xllm_plugin.service.router import Router, Sent
 from xllm_plugin.service.routes import Kind
+from xllm_plugin.service.telemetry import Ending, Telemetry
 
 if TYPE_CHECKING:
     from xllm_plugin.service.exchange import Exchange
     from xllm_plugin.service.kv_index.directory import KvDirectory
     from xllm_plugin.service.kv_index.tokens import PromptReader
+    from xllm_plugin.service.tracing import Tracing
 
 __all__ = ["Proxy"]
 
 logger = logging.getLogger(__name__)
-access_logger = logging.getLogger("xllm_plugin.service.access")
 
 _SWEEP_S = 1.0
 
@@ -44,6 +44,8 @@ class Proxy:
         self.is_draining = False
         self.refusals: dict[int, int] = {}
         """Errors of our own, by status."""
+        self.telemetry = Telemetry(fleet, config.slo, num_samples=config.admin.num_samples)
+        self.tracing: Tracing | None = None
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._sweep_s = _SWEEP_S
@@ -58,6 +60,8 @@ class Proxy:
 
     def dispatch(self, exchange: Exchange) -> None:
         """Send a request on its way, after its tokens are known if that can matter."""
+        if self.tracing is not None:
+            self.tracing.begin(exchange)
         directory, model = self.directory, exchange.model
         if (
             directory is None
@@ -82,7 +86,7 @@ class Proxy:
             )
             if prompt is not None:
                 cached = self.directory.lookup(prompt, self.fleet.candidates(model))
-                exchange.sent = Sent(prompt.num_tokens, cached)
+                exchange.sent = Sent(prompt.num_tokens, cached, is_exact=True)
         except Exception:
             # What it would have told helps to choose; a request is not lost for it.
             logger.exception("a prompt could not be looked up; please report this")
@@ -93,6 +97,7 @@ class Proxy:
         """Take new settings; connections that are open keep theirs where it matters."""
         self.config = config
         self.session_header = config.routing.session_header.lower().encode("latin-1")
+        self.telemetry.slo = config.slo
         self._logs_access = config.log.access
 
     async def listen(self, sweep_s: float = _SWEEP_S) -> int:
@@ -136,30 +141,13 @@ class Proxy:
         """Count an error that the service answered with."""
         self.refusals[status] = self.refusals.get(status, 0) + 1
 
-    def log_access(self, exchange: Exchange, num_bytes: int) -> None:
-        """Write one line about a finished request, if that is wanted."""
-        if not self._logs_access:
-            return
-        peer = exchange.client.peer
-        decision = exchange.decision
-        access_logger.info(
-            json.dumps(
-                {
-                    "time": round(time.time(), 3),
-                    "client": peer[0] if peer else "",
-                    "method": exchange.method.decode("latin-1"),
-                    "path": exchange.route.path,
-                    "status": exchange.status,
-                    "model": exchange.model,
-                    "instance": decision.instance if decision else None,
-                    "attempts": len(exchange.tried) + 1,
-                    "request_bytes": len(exchange.body),
-                    "response_bytes": num_bytes,
-                    "ttft_ms": round(exchange.ttft_s * 1e3, 2) if exchange.ttft_s > 0 else None,
-                    "duration_ms": round((self.loop.time() - exchange.started_s) * 1e3, 2),
-                }
-            )
-        )
+    def ended(self, exchange: Exchange, ending: Ending) -> None:
+        """A request is over: measure it, and say so where that is wanted."""
+        self.telemetry.finished(exchange, ending)
+        if exchange.span is not None and self.tracing is not None:
+            self.tracing.end(exchange, ending)
+        if self._logs_access:
+            access_log.log(exchange, ending)
 
     def _sweep(self) -> None:
         """About once a second: cheaper than a timer for each leg of each request."""

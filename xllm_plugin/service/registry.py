@@ -31,7 +31,10 @@ class Registry(Protocol):
     """A source of instances."""
 
     async def run(self, fleet: Fleet) -> None:
-        """Keep the fleet up to date until cancelled, or return when nothing will change."""
+        """Keep the fleet up to date until cancelled, or return when nothing will change.
+
+        What keeps it from that stands in `fleet.troubles`, under a name of its own, meanwhile.
+        """
 
 
 class StaticList:
@@ -59,6 +62,7 @@ class WatchedFile:
     @classmethod
     def forget(cls, fleet: Fleet) -> None:
         """Withdraw what a file brought that is no longer followed."""
+        fleet.troubles.pop(cls.source, None)
         _apply(fleet, cls.source, ())
 
     async def run(self, fleet: Fleet) -> None:
@@ -80,7 +84,9 @@ class WatchedFile:
             entries = read_entries(self.path)
         except ConfigError as error:
             logger.error("%s The instances stay as they are.", error)  # noqa: TRY400 - the user's
+            fleet.troubles[self.source] = str(error)
             return
+        fleet.troubles.pop(self.source, None)
         _apply(fleet, self.source, entries)
 
 

@@ -24,6 +24,7 @@ __all__ = ["Asked", "Decision", "Router", "Sent"]
 logger = logging.getLogger(__name__)
 
 _MAX_OWNERS = 65536
+_MAX_CAUSES = 256
 _BYTES_PER_TOKEN: Final = 4  # as an exchange estimates its cost_tokens
 _MAX_PROMPT_TOKENS: Final = 100_000
 _SEARCH_BELOW_BYTES = 2**20
@@ -41,6 +42,8 @@ class Decision(NamedTuple):
     num_candidates: int
     attempt: int
     """1 for the first instance, 2 for the one after it failed, ..."""
+    cause: str
+    """The reason in a few words that many decisions share."""
 
 
 class Asked(NamedTuple):
@@ -67,6 +70,8 @@ class Sent:
     uncached_tokens: float = 0.0
     ahead_tokens: float = 0.0
     """That had to be computed before, when it was sent."""
+    is_exact: bool = False
+    """Whether `prompt_tokens` were counted, not estimated."""
 
 
 _NOTHING = Sent()
@@ -96,6 +101,8 @@ class Router:
         self.policy = policy
         self.retry_after_s = retry_after_s
         self.decisions: deque[Decision] = deque(maxlen=num_decisions)
+        self.causes: dict[tuple[str, str], int] = {}
+        """(policy, cause) -> how many decisions since the start."""
         self._clock = clock
         self._sequence = 0
         self._owners: OrderedDict[str, str] = OrderedDict()
@@ -116,7 +123,9 @@ class Router:
         if request.response_id:
             owner = self._owner(request.response_id)
             if owner is not None and owner not in request.tried:
-                return self._decided(request, owner, "owner", "made this response", 1)
+                return self._decided(
+                    request, owner, "owner", Choice(0, "made this response", "owner"), 1
+                )
         if request.model is None and request.route.kind is Kind.INFERENCE:
             self._require_one_model()
         request.sequence = self._sequence
@@ -124,7 +133,7 @@ class Router:
         asked = self._asked(request)
         choice, instance = self._ask_policy(asked, candidates)
         self._send(request, asked, instance)
-        return self._decided(request, instance, self.policy.name, choice.reason, len(candidates))
+        return self._decided(request, instance, self.policy.name, choice, len(candidates))
 
     def first_byte(self, request: Exchange, *, is_measure: bool) -> None:
         """An answer begins: its prompt is computed.
@@ -183,6 +192,7 @@ class Router:
             instance,
             uncached_tokens=max(1.0, asked.prompt_tokens - cached),
             ahead_tokens=instance.prefill_tokens,
+            is_exact=request.sent is not None and request.sent.is_exact,
         )
         # Large bodies are not searched: their prompts count until the answer begins.
         if len(request.body) < _SEARCH_BELOW_BYTES and not _STREAMS.search(request.body):
@@ -229,16 +239,27 @@ class Router:
         return unknown_model(model, self.fleet.models())
 
     def _decided(
-        self, request: Exchange, instance: Instance, policy: str, reason: str, num_candidates: int
+        self,
+        request: Exchange,
+        instance: Instance,
+        policy: str,
+        choice: Choice,
+        num_candidates: int,
     ) -> Instance:
+        cause = choice.cause if num_candidates > 1 or policy == "owner" else "only candidate"
         request.decision = decision = Decision(
             self._clock(),
             request.model,
             instance.name,
             policy,
-            reason,
+            choice.reason,
             num_candidates,
             len(request.tried) + 1,
+            cause,
         )
         self.decisions.append(decision)
+        counted = (policy, cause)
+        if counted not in self.causes and len(self.causes) >= _MAX_CAUSES:
+            counted = (policy, "")  # a plugin that gives each choice a cause of its own
+        self.causes[counted] = self.causes.get(counted, 0) + 1
         return instance

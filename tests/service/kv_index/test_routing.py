@@ -226,9 +226,10 @@ def test_a_server_that_dies_is_purged_and_one_that_says_nothing_is_served(run: A
             url = f"http://127.0.0.1:{it.service.admin_port}/metrics"
             async with it.session.get(url) as reply:
                 metrics = await reply.text()
-            assert f'xllm_service_kv_index_blocks{{instance="{name(two)}"}} 6.0' in metrics
-            assert f'xllm_service_kv_index_exact{{instance="{name(two)}"}} 1.0' in metrics
+            assert f'xllm_service_kv_index_blocks{{server="{name(two)}"}} 6.0' in metrics
+            assert f'xllm_service_kv_index_exact{{server="{name(two)}"}} 1.0' in metrics
             # Another process on the same port: its cache is empty, whatever was known.
+            two.publisher.__exit__(None, None, None)  # or it would be replayed at once
             two.publisher = FakePublisher()
             two.publisher.__enter__()
             two.metrics = "process_start_time_seconds 2\n"

@@ -1,0 +1,148 @@
+"""The access log: a line for each request, however it ended, that is JSON and nothing else."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xllm_plugin.errors import ConfigError
+from xllm_plugin.service import access_log
+from xllm_plugin.service.kv_index.index import packed
+from xllm_plugin.service.kv_index.tokens import Prompt
+from xllm_plugin.service.policy import Choice, RoutingPolicy
+from xllm_plugin.testing.fake_instance import FakeInstance, answer, answer_raw
+from xllm_plugin.testing.fake_streams import Death, FakeModel, stream_instance
+from xllm_plugin.testing.service_harness import Harness, request, serving
+
+STREAM = b'{"model":"fake","stream":true,"prompt":"hush"}'
+PIECES = [b"a", b"b", b"c", b"d"]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[Path]:
+    """Where the lines go; the logger is as it was afterwards."""
+    path = tmp_path / "access.log"
+    logger = access_log.logger
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    access_log.open_log(path)
+    yield path
+    for handler in logger.handlers:
+        handler.close()
+    logger.handlers, logger.level, logger.propagate = before
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+async def logged(harness: Harness, path: Path, raw: bytes) -> dict[str, Any]:
+    """The one line that a request has added."""
+    before = len(lines(path))
+    client = await harness.connect()
+    client.send(raw)
+    await client.read_all()
+    await harness.settle()
+    (line,) = lines(path)[before:]
+    return line
+
+
+CLOSE = b"connection: close\r\n"
+
+
+def test_a_continued_stream_names_both_instances_and_its_tokens(run: Any, file: Path) -> None:
+    async def check() -> None:
+        model = FakeModel(PIECES)
+        one, two = stream_instance(model, Death(400)), stream_instance(model)
+        async with serving(one, two, log={"access": True}) as harness:
+            headers = b"x-request-id: mine\r\nauthorization: s3cret\r\n"
+            raw = request(STREAM, headers=CLOSE + headers)
+            line = await logged(harness, file, raw)
+            assert line["id"] == "mine"
+            assert line["response_id"] == "fake-1"
+            assert line["continued"] == 1
+            assert set(line["instances"]) == {f"127.0.0.1:{each.port}" for each in (one, two)}
+            assert line["instance"] == line["instances"][-1]
+            assert line["output_tokens"] == len(PIECES)
+            assert (line["status"], line["ending"]) == (200, "complete")
+            assert 0 <= line["ttft_ms"] <= line["duration_ms"] if line["ttft_ms"] else True
+
+    run(check())
+    assert "hush" not in file.read_text()
+    assert "s3cret" not in file.read_text()
+
+
+def test_each_ending_has_its_line(run: Any, file: Path) -> None:
+    async def check() -> None:
+        instance = FakeInstance()
+        async with serving(instance, log={"access": True}) as harness:
+            line = await logged(harness, file, request(headers=CLOSE))
+            assert (line["ending"], line["status"]) == ("complete", 200)
+            assert len(line["id"]) == 16
+            line = await logged(harness, file, request(b'{"model":"none"}', headers=CLOSE))
+            assert (line["ending"], line["status"], line["instances"]) == ("refused", 404, [])
+            half = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf"
+            instance.script = answer_raw(half, close=True, pause_s=0.01)
+            line = await logged(harness, file, request(headers=CLOSE))
+            assert (line["ending"], line["status"]) == ("broken", 200)
+            line = await logged(harness, file, b"nonsense\r\n\r\n")
+            assert (line["ending"], line["status"]) == ("refused", 400)
+            assert (line["prompt_tokens"], line["output_tokens"]) == (None, None)
+            instance.script = answer(b'{"usage":{"prompt_tokens":3,"completion_tokens":5}}')
+            line = await logged(harness, file, request(headers=CLOSE))
+            assert (line["prompt_tokens"], line["output_tokens"]) == (3, 5)
+
+    run(check())
+
+
+class _Known:
+    """Stands for the KV index and its reader: every prompt has seven tokens, nobody holds any."""
+
+    is_useful = True
+
+    async def read(self, *_: object) -> Prompt:
+        return Prompt(packed([1] * 7), ())
+
+    def lookup(self, *_: object) -> dict[str, float]:
+        return {}
+
+
+def test_a_prompt_that_was_counted_to_route_it_stays_so_after_a_retry(run: Any, file: Path) -> None:
+    async def check() -> None:
+        dead, alive = FakeInstance(), FakeInstance()
+        async with serving(dead, alive, log={"access": True}) as harness:
+            known: Any = _Known()
+            harness.proxy.use_kv_index(known, known)
+            harness.proxy.router.policy = RoutingPolicy("t", "", _first, uses_prefixes=True)
+            await dead.die()
+            line = await logged(harness, file, request(headers=CLOSE))
+            assert len(line["instances"]) == 2
+            assert line["prompt_tokens"] == 7
+
+    run(check())
+
+
+def _first(_: Any, __: Any) -> Choice:
+    return Choice(0, "the first")
+
+
+def test_a_moved_file_is_opened_anew(file: Path) -> None:
+    access_log.logger.info("1")
+    file.rename(file.with_suffix(".1"))
+    access_log.logger.info("2")
+    assert file.read_text() == "2\n"
+
+
+def test_a_file_that_cannot_be_opened_is_said_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"log.access_file .*no/such.* cannot be opened"):
+        access_log.open_log(tmp_path / "no" / "such")
+
+
+def test_standard_output_gets_the_bare_line(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    access_log.open_log(None)
+    logging.getLogger("xllm_plugin.service.access").info("{}")
+    assert capsys.readouterr().out == "{}\n"

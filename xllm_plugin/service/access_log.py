@@ -1,0 +1,84 @@
+"""The access log: one JSON object a request, with neither what was asked nor any secret.
+
+Nothing of a body is in it but its length, and of the headers only `x-request-id`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from logging.handlers import WatchedFileHandler
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from xllm_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from xllm_plugin.service.exchange import Exchange
+    from xllm_plugin.service.telemetry import Ending
+
+__all__ = ["log", "open_log"]
+
+logger = logging.getLogger("xllm_plugin.service.access")
+
+_MAX_ID_CHARS = 128
+
+
+def open_log(path: Path | None) -> None:
+    """Send the lines, and nothing else, to a file, or to standard output.
+
+    A file that was moved or removed is opened anew, so that it can be rotated.
+
+    Raises:
+        ConfigError: the file cannot be opened.
+    """
+    try:
+        handler = WatchedFileHandler(path) if path else logging.StreamHandler(sys.stdout)
+    except OSError as error:
+        raise ConfigError(
+            f"log.access_file {path} cannot be opened ({error.strerror or error}); name a file "
+            "that this user can write."
+        ) from error
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for earlier in tuple(logger.handlers):
+        logger.removeHandler(earlier)
+        earlier.close()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def log(exchange: Exchange, ending: Ending) -> None:
+    """Write the line of a finished request."""
+    logger.info("%s", msgspec.json.encode(_described(exchange, ending)).decode())
+
+
+def _described(exchange: Exchange, ending: Ending) -> dict[str, Any]:
+    duration_s = exchange.proxy.loop.time() - exchange.started_s
+    peer, decision, stream = exchange.client.peer, exchange.decision, exchange.stream
+    given_id = exchange.noted.get(b"x-request-id", b"").decode("latin-1")[:_MAX_ID_CHARS]
+    names = [instance.name for instance in exchange.visited]
+    return {
+        "time": round(time.time(), 3),
+        "id": given_id or f"{exchange.draw:016x}",
+        "response_id": (stream.id if stream else "") or None,
+        "client": peer[0] if peer else "",
+        "method": exchange.method.decode("latin-1"),
+        "path": exchange.route.path,
+        "status": exchange.status,
+        "ending": ending.value,
+        "model": exchange.model,
+        "instance": names[-1] if names else None,
+        "instances": names,
+        "cause": decision.cause if decision else None,
+        "continued": stream.num_resumes if stream else 0,
+        "request_bytes": len(exchange.body),
+        "response_bytes": exchange.num_bytes,
+        "prompt_tokens": exchange.num_prompt_tokens or None,
+        "output_tokens": exchange.num_output_tokens or None,
+        "ttft_ms": round(exchange.ttft_s * 1e3, 2) if exchange.ttft_s > 0 else None,
+        "duration_ms": round(duration_s * 1e3, 2),
+    }
