@@ -17,6 +17,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from xllm_plugin.service.fleet import TTFT_BOUNDS_S, Stats
+from xllm_plugin.service.flow import metrics as flow_metrics
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.service.proxy import Proxy
 
@@ -37,6 +38,7 @@ class ServiceCollector(Collector):
         yield from self._gauges()
         yield from self._kv_index()
         yield self._ttft()
+        yield from flow_metrics.collect(self._proxy)
 
     def _counters(self) -> Iterator[Metric]:
         requests = _counter("requests", "Answers of instances.", "instance", "status")
