@@ -443,7 +443,7 @@ class ClientConnection(asyncio.Protocol):
         if b"host" not in special:  # of HTTP/1.0; what goes on is HTTP/1.1, which needs one
             lines.append(b"host: \r\n")
         if exchange.grant is not None:  # last, where no `Connection: authorization` drops it
-            lines.append(exchange.grant.lines(self.proxy.instances_key))
+            lines += (exchange.grant.account.tenant_line, self.proxy.instances_key_line)
         exchange.head = b"".join(lines)
         if len(exchange.head) > self.proxy.config.limits.max_header_bytes:
             raise self._head_too_large()
@@ -502,10 +502,14 @@ class ClientConnection(asyncio.Protocol):
     def _heed_caller(self, exchange: Exchange, special: dict[bytes, bytes]) -> None:
         """Who asks, and what they were promised.  Raises `Refusal`: 401, nobody we know."""
         keys = self.proxy.keys
-        if keys is not None and exchange.route.kind is not Kind.HEALTH:
+        # As vLLM has it: browsers ask what they may without a key.
+        is_open = exchange.route.kind is Kind.HEALTH or exchange.method == b"OPTIONS"
+        if keys is not None and not is_open:
             exchange.grant = keys.grant(special.get(_AUTHORIZATION, b""))
         exchange.promised = {
-            key: special[name].decode("latin-1") for name, key in HEADERS.items() if name in special
+            HEADERS[name]: value.decode("latin-1")
+            for name, value in special.items()
+            if name in HEADERS
         }
 
     def _heed_connection(

@@ -230,7 +230,7 @@ class Exchange:
         try:
             self.wishes = read_wishes(headers, seen.vllm_xargs, seen.priority)
             if self.grant is not None:
-                self.wishes = self.grant.bind(self.wishes)
+                self.wishes = self.grant.account.bind(self.wishes)
         except Refusal as refusal:
             self.refusal = refusal
 

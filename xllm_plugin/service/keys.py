@@ -27,7 +27,7 @@ from xllm_plugin.scheduler.promise import MAX_PRIORITY, TENANT_PATTERN
 from xllm_plugin.service.exchange import Exchange, prompt_tokens_of
 from xllm_plugin.service.flow.bucket import Bucket
 from xllm_plugin.service.flow.usage import UsageMeter
-from xllm_plugin.service.flow.wishes import TENANT_HEADER, Wishes, for_tenant
+from xllm_plugin.service.flow.wishes import NO_WISHES, TENANT_HEADER, Wishes, for_tenant
 from xllm_plugin.service.replies import Refusal
 
 __all__ = ["Account", "Grant", "KeyRecord", "KeyRing", "hash_of", "make_key", "read", "write"]
@@ -142,6 +142,9 @@ class Account:
     def take_over(self, record: KeyRecord, num_replicas: int, now_s: float) -> None:
         """Have other limits; what was used of one that stays is kept."""
         self.record = record
+        self.tenant_line = b"%b: %b\r\n" % (TENANT_HEADER, record.tenant.encode())
+        """Header line that tells an instance whose request it is."""
+        self._no_wishes = for_tenant(NO_WISHES, record.tenant)
         self.requests = _bucket(self.requests, record.requests_per_minute, num_replicas, now_s)
         self.tokens = _bucket(self.tokens, record.tokens_per_minute, num_replicas, now_s)
         most = record.max_concurrency
@@ -155,19 +158,36 @@ class Account:
         """
         if self.max_concurrency is not None and self.in_flight >= self.max_concurrency:
             raise self._reached("concurrency", f"{self.max_concurrency} at a time", _RETRY_S, now_s)
-        for limit, bucket, amount in (
-            ("requests", self.requests, 1),
-            ("tokens", self.tokens, num_tokens),
-        ):
-            wait_s = bucket.wait_s(amount, now_s) if bucket is not None else 0.0
-            if bucket is not None and wait_s > 0:
-                raise self._reached(limit, f"{bucket.per_minute:g} a minute", wait_s, now_s)
-        if self.requests is not None:
-            self.requests.take(1, now_s)
-        if self.tokens is not None:
-            self.tokens.take(num_tokens, now_s)
+        requests, tokens = self.requests, self.tokens
+        if requests is not None and (wait_s := requests.wait_s(1, now_s)):
+            raise self._reached("requests", f"{requests.per_minute:g} a minute", wait_s, now_s)
+        if tokens is not None and (wait_s := tokens.wait_s(num_tokens, now_s)):
+            raise self._reached("tokens", f"{tokens.per_minute:g} a minute", wait_s, now_s)
+        if requests is not None:
+            requests.take(1, now_s)
+        if tokens is not None:
+            tokens.take(num_tokens, now_s)
         self.in_flight += 1
         self.num_requests += 1
+
+    def bind(self, wishes: Wishes) -> Wishes:
+        """`wishes` for the key's tenant.
+
+        Raises:
+            Refusal: 403, it asks for another tenant or an earlier priority.
+        """
+        record, promise = self.record, wishes.promise
+        if wishes.has_tenant and promise.tenant != record.tenant:
+            raise Refusal(
+                403, f"Key {record.name!r} is of another tenant than {promise.tenant!r}; name none."
+            )
+        if promise.priority < record.first_priority:
+            raise Refusal(
+                403,
+                f"Key {record.name!r} may not ask for priority {promise.priority}; "
+                f"{record.first_priority} is its first.",
+            )
+        return self._no_wishes if wishes is NO_WISHES else for_tenant(wishes, record.tenant)
 
     def settle(self, reserved_tokens: int, used_tokens: int, now_s: float) -> None:
         """A request that was let in has ended."""
@@ -176,18 +196,18 @@ class Account:
         if self.tokens is not None:
             self.tokens.take(used_tokens - reserved_tokens, now_s)
 
-    def headers(self, now_s: float) -> tuple[str, ...]:
-        """What is left of the limits, under OpenAI's names."""
-        return tuple(
-            f"x-ratelimit-{part}-{limit}: {value}"
-            for limit, bucket in (("requests", self.requests), ("tokens", self.tokens))
-            if bucket is not None
-            for part, value in (
-                ("limit", math.floor(bucket.per_minute)),
-                ("remaining", max(0, math.floor(bucket.level(now_s)))),
-                ("reset", _duration(bucket.reset_s(now_s))),
-            )
-        )
+    def headers(self, now_s: float) -> str:
+        """Header lines of what is left of the limits, under OpenAI's names."""
+        found = ""
+        for limit, bucket in (("requests", self.requests), ("tokens", self.tokens)):
+            if bucket is not None:
+                left = bucket.level(now_s)
+                found += (
+                    f"x-ratelimit-limit-{limit}: {int(bucket.per_minute)}\r\n"
+                    f"x-ratelimit-remaining-{limit}: {int(left) if left > 0 else 0}\r\n"
+                    f"x-ratelimit-reset-{limit}: {_duration(bucket.reset_s(now_s))}\r\n"
+                )
+        return found
 
     def _reached(self, limit: str, allowed: str, wait_s: float, now_s: float) -> Refusal:
         self.refused[limit] = self.refused.get(limit, 0) + 1
@@ -196,7 +216,10 @@ class Account:
             f"Key {self.record.name!r} has reached its limit of {limit}: {allowed}. "
             f"Try again in {_duration(wait_s)}.",
             retry_after_s=wait_s,
-            headers=(f"retry-after-ms: {math.ceil(wait_s * 1e3)}", *self.headers(now_s)),
+            headers=(
+                f"retry-after-ms: {math.ceil(wait_s * 1e3)}",
+                *self.headers(now_s).splitlines(),
+            ),
         )
 
 
@@ -219,25 +242,6 @@ class Grant:
         """Whose request it is."""
         return self.account.record.tenant
 
-    def bind(self, wishes: Wishes) -> Wishes:
-        """`wishes` for the key's tenant.
-
-        Raises:
-            Refusal: 403, it asks for another tenant or an earlier priority.
-        """
-        record, promise = self.account.record, wishes.promise
-        if wishes.has_tenant and promise.tenant != record.tenant:
-            raise Refusal(
-                403, f"Key {record.name!r} is of another tenant than {promise.tenant!r}; name none."
-            )
-        if promise.priority < record.first_priority:
-            raise Refusal(
-                403,
-                f"Key {record.name!r} may not ask for priority {promise.priority}; "
-                f"{record.first_priority} is its first.",
-            )
-        return for_tenant(wishes, record.tenant)
-
     def admit(self, exchange: Exchange, now_s: float) -> None:
         """Count the request.  Raises `Refusal` with 429 when a limit is reached."""
         estimated = prompt_tokens_of(len(exchange.body))
@@ -256,15 +260,8 @@ class Grant:
 
     def with_headers(self, head: bytes, now_s: float) -> bytes:
         """The head of an answer, with what is left of the limits."""
-        lines = "".join(f"{line}\r\n" for line in self.account.headers(now_s))
+        lines = self.account.headers(now_s)
         return head[:-2] + lines.encode() + b"\r\n" if lines else head
-
-    def lines(self, api_key: str | None) -> bytes:
-        """Header lines that an instance gets: whose request it is, and the key for instances."""
-        tenant = b"%b: %b\r\n" % (TENANT_HEADER, self.tenant.encode())
-        if api_key is None:
-            return tenant
-        return b"%bauthorization: Bearer %b\r\n" % (tenant, api_key.encode())
 
 
 class KeyRing:

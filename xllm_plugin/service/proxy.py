@@ -149,7 +149,12 @@ class Proxy:
         else:
             self.keys.num_replicas = num_replicas
         key = config.instances.api_key
-        self.instances_key = key.get_secret_value() if key and not config.keys.forward else None
+        self.instances_key_line = b""
+        """Header line that requests with a client's key have instead of it."""
+        if key is not None and not config.keys.forward:
+            self.instances_key_line = b"authorization: Bearer %b\r\n" % (
+                key.get_secret_value().encode()
+            )
 
     async def listen(self, sweep_s: float = _SWEEP_S, tls: ssl.SSLContext | None = None) -> int:
         """Begin to accept clients; returns the port.  Raises OSError if it is taken."""

@@ -34,7 +34,7 @@ def used(ended: Ended, *parts: bytes, prompt_tokens: int = 100) -> int:
         ((b'{"usage":{"prompt_tokens":5,"total', b'_tokens" : 19, "x":1}}'), 19),
         ((b'data: {"usage":{"total_tokens":8}}\n\n', b'data: {"usage":{"total_tokens":9}}\n\n'), 9),
         ((b'{"usage":{"input_tokens":3,"output_tokens":4}}',), 7),
-        ((b'{"usage":{"total_tokens":7}}' + b" " * 5000,), 100),
+        ((b'{"usage":{"total_tokens":7}}' + b" " * 3000,), 100),
         ((b'{"text":"\\"total_tokens\\": 1"}',), 100),
         ((b"data: a\n\n", b"data: b\n\ndata: [DONE]\n\n"), 103),
         ((), 100),

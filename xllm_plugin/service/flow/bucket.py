@@ -24,9 +24,9 @@ class Bucket:
 
     def level(self, now_s: float) -> float:
         """What is left at `now_s`, which never lies before the last one given."""
-        gained = (now_s - self._at_s) * self.per_minute / _MINUTE_S
-        self._level = min(self.per_minute, self._level + gained)
-        self._at_s = now_s
+        if now_s > self._at_s:  # an event loop's time stands still while it works
+            self._fill_to(self._level + (now_s - self._at_s) * self.per_minute / _MINUTE_S)
+            self._at_s = now_s
         return self._level
 
     def wait_s(self, amount: float, now_s: float) -> float:
@@ -34,13 +34,19 @@ class Bucket:
 
         More than a minute's allowance may be taken from a full bucket, and is paid for later.
         """
-        missing = min(amount, self.per_minute) - self.level(now_s)
+        level = self.level(now_s)
+        if level >= amount:
+            return 0.0
+        missing = min(amount, self.per_minute) - level
         return max(0.0, missing * _MINUTE_S / self.per_minute)
 
     def take(self, amount: float, now_s: float) -> None:
         """Use `amount`, or give it back if it is below zero."""
-        self._level = min(self.per_minute, self.level(now_s) - amount)
+        self._fill_to(self.level(now_s) - amount)
 
     def reset_s(self, now_s: float) -> float:
         """How long until it is full again, if nothing is taken."""
         return (self.per_minute - self.level(now_s)) * _MINUTE_S / self.per_minute
+
+    def _fill_to(self, level: float) -> None:
+        self._level = min(self.per_minute, level)

@@ -10,15 +10,14 @@ if TYPE_CHECKING:
 
 __all__ = ["UsageMeter"]
 
-_TAIL_BYTES = 4096
+_TAIL_BYTES = 2048
 _SUCCESS = range(200, 300)
 _CLIENT_GONE = 499
 # Within strings of JSON quotes are escaped, so generated text cannot look like these.
-_TOTAL = re.compile(rb'"total_tokens"\s*:\s*(\d{1,12})')
-_PARTS = (
-    re.compile(rb'"input_tokens"\s*:\s*(\d{1,12})'),
-    re.compile(rb'"output_tokens"\s*:\s*(\d{1,12})'),
-)
+_TOTAL = b'"total_tokens"'
+_PARTS = (b'"input_tokens"', b'"output_tokens"')
+_ANY = b'_tokens"'
+_NUMBER = re.compile(rb"\s*:\s*(\d{1,12})")
 _EVENT = b"data: "
 
 
@@ -34,7 +33,7 @@ class UsageMeter:
     def observe(self, data: bytes) -> None:
         """A part of the answer's body was passed on."""
         self._num_events += data.count(_EVENT)
-        self._tail = data[-_TAIL_BYTES:] if len(data) >= _TAIL_BYTES else self._joined(data)
+        self._tail = (self._tail + data if self._tail else data)[-_TAIL_BYTES:]
 
     def num_tokens(self, exchange: Exchange, prompt_tokens: int) -> int:
         """Prompt and output together.
@@ -58,12 +57,16 @@ class UsageMeter:
             return (counted or prompt_tokens) + self._num_events
         return (stream.num_prompt_tokens or counted or prompt_tokens) + stream.num_tokens
 
-    def _joined(self, data: bytes) -> bytes:
-        return (self._tail + data)[-_TAIL_BYTES:]
-
     def _said(self) -> int | None:
-        totals = _TOTAL.findall(self._tail)
-        if totals:
-            return int(totals[-1])
-        parts = [pattern.findall(self._tail) for pattern in _PARTS]
-        return sum(int(found[-1]) for found in parts) if all(parts) else None
+        if _ANY not in self._tail:
+            return None
+        total = self._last(_TOTAL)
+        if total is not None:
+            return total
+        prompt, output = map(self._last, _PARTS)
+        return prompt + output if prompt is not None and output is not None else None
+
+    def _last(self, name: bytes) -> int | None:
+        start = self._tail.rfind(name)
+        found = _NUMBER.match(self._tail, start + len(name)) if start >= 0 else None
+        return int(found[1]) if found is not None else None
