@@ -155,6 +155,9 @@ class FlowConfig(_Section):
     max_queued_requests: int = Field(default=1024, ge=1, description="that wait at once")
     max_queued_bytes: int = Field(default=256 * _MIB, ge=1024, description="that they hold")
     max_wait_s: float = Field(default=60.0, gt=0, description="then they are answered with 503")
+    max_offline_wait_s: float = Field(
+        default=3600.0, gt=0, description="the same for offline requests, which wait for gaps"
+    )
     tenant_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default={}, description="parts of the queue; 1 for those not named"
     )

@@ -147,14 +147,21 @@ def test_who_was_promised_an_early_answer_is_not_left_waiting(run: Any) -> None:
 def test_nobody_waits_for_ever(run: Any) -> None:
     async def check() -> None:
         held = Held()
-        async with serving(FakeInstance(script=held), flow={**ONE, "max_wait_s": 0.03}) as harness:
-            first, second = await send(harness, post("running"), post("waiting"))
-            head, body = await second
-            assert head.startswith(b"HTTP/1.1 503")
-            assert b"flow.max_wait_s" in body
+        flow = {**ONE, "max_wait_s": 0.03, "max_offline_wait_s": 0.09}
+        async with serving(FakeInstance(script=held), flow=flow) as harness:
+            first, *others = await send(
+                harness,
+                post("running"),
+                post("online"),
+                post("offline", "x-xllm-class: offline\r\n"),
+            )
+            for task, says in zip(others, (b"at most 0.03 s", b"at most 0.09 s"), strict=True):
+                head, body = await task
+                assert head.startswith(b"HTTP/1.1 503")
+                assert says in body
             held.let(1)
             await first
-            assert harness.proxy.flow.stats.outcomes["expired"] == 1  # type: ignore[union-attr]
+            assert harness.proxy.flow.stats.outcomes["expired"] == 2  # type: ignore[union-attr]
 
     run(check())
 

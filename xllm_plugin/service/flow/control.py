@@ -188,7 +188,7 @@ class FlowControl:
         )
         now_s = self._loop.time()
         until_s = min(
-            now_s + self.config.max_wait_s, exchange.started_s + exchange.wishes.max_wait_s
+            now_s + self._max_wait_s(exchange), exchange.started_s + exchange.wishes.max_wait_s
         )
         timer = self._loop.call_at(until_s, self._expired, exchange)
         exchange.waiting = Waiting(ticket, now_s, timer)
@@ -212,11 +212,11 @@ class FlowControl:
         if waiting is None:
             return
         self.stats.outcomes["expired"] += 1
-        promised = exchange.wishes.max_wait_s
+        promised, allowed = exchange.wishes.max_wait_s, self._max_wait_s(exchange)
         why = (
             f"its first token was wanted within {promised * 1e3:g} ms"
-            if promised < self.config.max_wait_s
-            else f"requests wait at most {self.config.max_wait_s:g} s (flow.max_wait_s)"
+            if promised < allowed
+            else f"requests like it wait at most {allowed:g} s"
         )
         exchange.refuse(
             Refusal(
@@ -235,6 +235,10 @@ class FlowControl:
         waiting.timer.cancel()
         self.queue.remove(waiting.ticket)
         return waiting
+
+    def _max_wait_s(self, exchange: Exchange) -> float:
+        is_online = exchange.wishes.promise.is_online
+        return self.config.max_wait_s if is_online else self.config.max_offline_wait_s
 
     def _weight_of(self, tenant: str) -> float:
         return self.config.tenant_weights.get(tenant, 1.0)
