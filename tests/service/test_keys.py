@@ -86,7 +86,7 @@ def test_requests_a_minute() -> None:
 def test_tokens_a_minute_are_estimated_first_and_counted_after() -> None:
     account = Account(record(tokens_per_minute=100), 1, 0.0)
     account.admit(80, 0.0)
-    refused(account, 30, 0.0)
+    assert "limit of tokens: 100 a minute" in str(refused(account, 30, 0.0))
     account.settle(80, 20, 0.0)
     assert account.headers(0.0).splitlines()[1] == "x-ratelimit-remaining-tokens: 80"
     account.admit(30, 0.0)

@@ -160,9 +160,9 @@ class Account:
             raise self._reached("concurrency", f"{self.max_concurrency} at a time", _RETRY_S, now_s)
         requests, tokens = self.requests, self.tokens
         if requests is not None and (wait_s := requests.wait_s(1, now_s)):
-            raise self._reached("requests", f"{requests.per_minute:g} a minute", wait_s, now_s)
+            raise self._reached("requests", _per_minute(requests), wait_s, now_s)
         if tokens is not None and (wait_s := tokens.wait_s(num_tokens, now_s)):
-            raise self._reached("tokens", f"{tokens.per_minute:g} a minute", wait_s, now_s)
+            raise self._reached("tokens", _per_minute(tokens), wait_s, now_s)
         if requests is not None:
             requests.take(1, now_s)
         if tokens is not None:
@@ -351,6 +351,11 @@ def _bucket(
         return None
     part = per_minute / num_replicas
     return known if known is not None and known.per_minute == part else Bucket(part, now_s)
+
+
+def _per_minute(bucket: Bucket) -> str:
+    """Without an exponent, and without a fraction that is none."""
+    return f"{bucket.per_minute:.2f}".rstrip("0").rstrip(".") + " a minute"
 
 
 def _duration(seconds: float) -> str:
