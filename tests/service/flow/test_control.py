@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from typing import Any
 
 import pytest
@@ -283,6 +284,55 @@ def test_what_fails_goes_on_elsewhere_at_once(run: Any) -> None:
             await until(lambda: sorted(held.order) == ["1", "2"])
             held.let(2)
             assert statuses(await asyncio.gather(*tasks)) == [200, 200]
+
+    run(check())
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_when_clients_go_and_an_instance_dies_who_stays_is_served_once(run: Any, seed: int) -> None:
+    """Nobody is lost, nobody served twice by those that live, and no room is lost either."""
+    chance = random.Random(seed)
+
+    async def check() -> None:
+        served: list[str] = []
+
+        async def script(received: Received, writer: asyncio.StreamWriter) -> None:
+            await asyncio.sleep(chance.random() * 0.01)
+            served.append(json.loads(received.body)["user"])
+            await answer()(received, writer)
+
+        async def dies(received: Received, writer: asyncio.StreamWriter) -> None:
+            await asyncio.sleep(0.02)
+            writer.transport.abort()
+
+        instances = [FakeInstance(script=script), FakeInstance(script=script)]
+        flow = {"enabled": True, "max_in_flight": 2}
+        async with serving(*instances, FakeInstance(script=dies), flow=flow) as harness:
+            queue = harness.proxy.flow.queue  # type: ignore[union-attr]
+            most = 0
+
+            async def ask(number: int) -> bytes:
+                nonlocal most
+                headers = chance.choice(["", "x-xllm-tenant: b\r\n", "x-xllm-class: offline\r\n"])
+                client = await harness.connect()
+                client.send(post(str(number), headers))
+                if number % 4 == 0:
+                    await asyncio.sleep(chance.random() * 0.03)
+                    client.writer.close()
+                    return b""
+                head, _ = await client.read_answer()
+                most = max(most, *(one.in_flight for one in harness.proxy.fleet))
+                queue.check_integrity()
+                return head
+
+            heads = await asyncio.gather(*(ask(number) for number in range(60)))
+            assert all(head.startswith(b"HTTP/1.1 200") for head in heads if head)
+            stayed = [str(number) for number, head in enumerate(heads) if head]
+            assert len(stayed) == 45
+            assert {user: served.count(user) for user in stayed} == dict.fromkeys(stayed, 1)
+            await harness.settle()
+            assert not queue
+            assert most <= 4, "two, and what the dead instance had"
 
     run(check())
 
