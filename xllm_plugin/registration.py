@@ -58,6 +58,8 @@ class Registration(_Message):
     name: str = ""
     """Empty: host:port."""
     capacity: float = Field(default=1.0, gt=0)
+    max_in_flight: int | None = Field(default=None, ge=1)
+    """Requests that it runs at once; None: not said."""
     role: Role = Role.MIXED
     models: tuple[str, ...] = ()
     kv_events: tuple[KvEventSource, ...] = ()

@@ -103,10 +103,14 @@ def vllm_config(directory: Path) -> Any:
         instance_id="abcde",
         additional_config={"xllm": {"channel": {"directory": str(directory)}}},
         parallel_config=SimpleNamespace(
-            data_parallel_index=0, data_parallel_size_local=1, _api_process_count=1
+            data_parallel_index=0,
+            data_parallel_size=2,
+            data_parallel_size_local=1,
+            local_engines_only=False,
+            _api_process_count=1,
         ),
         model_config=SimpleNamespace(served_model_name="tiny"),
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=2048, max_num_seqs=64),
         cache_config=SimpleNamespace(block_size=16),
         device_config=SimpleNamespace(device_type="cpu"),
     )

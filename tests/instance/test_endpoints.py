@@ -217,6 +217,7 @@ def test_a_server_registers_and_leaves_before_its_engine_stops(
                 ["tiny", "alias"],
                 "mixed",
             )
+            assert body["max_in_flight"] == 128  # of two engines
             assert body["kv_events"][0]["endpoint"] == "tcp://127.0.0.1:5557"
             client.shutdown(timeout=3)
             beat, leaving = _Service.asked.get(timeout=30), _Service.asked.get(timeout=30)

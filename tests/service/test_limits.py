@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xllm_plugin.testing.fake_instance import FakeInstance
+from xllm_plugin.testing.fake_instance import FakeInstance, answer
 from xllm_plugin.testing.service_harness import request, serving
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
@@ -138,6 +139,24 @@ def test_an_idle_connection_is_closed(run: Any) -> None:
             client.send(request())
             await client.read_answer()
             assert await client.read_all() == b""
+
+    run(check())
+
+
+def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(run: Any) -> None:
+    """It would hold an instance's slot for as long as it likes."""
+
+    async def check() -> None:
+        instance = FakeInstance(script=answer(b"x" * 30_000_000))
+        async with serving(instance, timeouts={"client_stalled_s": 0.1}) as harness:
+            client = await harness.connect()
+            client.writer.transport.pause_reading()
+            client.send(request())
+            while not instance.requests:
+                await asyncio.sleep(0.002)
+            await harness.settle()
+            (known,) = harness.proxy.fleet
+            assert known.stats.errors == {"client gone": 1}
 
     run(check())
 

@@ -28,7 +28,7 @@ def traced(harness: Harness) -> InMemorySpanExporter:
     exporter = InMemorySpanExporter()
     provider = sdk.TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    harness.proxy.tracing = Tracing(provider)
+    harness.proxy.use_tracing(Tracing(provider))
     return exporter
 
 

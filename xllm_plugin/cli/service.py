@@ -12,6 +12,7 @@ import click
 import httpx
 import yaml
 
+from xllm_plugin.cli.service_keys import keys
 from xllm_plugin.errors import ConfigError, MisuseError, NotNowError, PlatformError
 
 __all__ = ["service"]
@@ -23,6 +24,8 @@ ADMIN_URL = "http://127.0.0.1:8001"
 @click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file of settings.")
 @click.option("--host", help="Of the public port.  [default: 0.0.0.0]")
 @click.option("--port", type=int, help="Public port.  [default: 8000]")
+@click.option("--ssl-certfile", help="PEM; the public port speaks HTTPS.")
+@click.option("--ssl-keyfile", help="PEM.  [default: in the certificate file]")
 @click.option("--admin-host", help="[default: 127.0.0.1]")
 @click.option("--admin-port", type=int, help="[default: 8001]")
 @click.option("--instance", "instances", multiple=True, metavar="URL", help="Repeat for each.")
@@ -38,6 +41,8 @@ def service(
     file: Path | None,
     host: str | None,
     port: int | None,
+    ssl_certfile: str | None,
+    ssl_keyfile: str | None,
     admin_host: str | None,
     admin_port: int | None,
     instances: tuple[str, ...],
@@ -56,6 +61,8 @@ def service(
         {
             "listen.host": host,
             "listen.port": port,
+            "listen.ssl_certfile": ssl_certfile,
+            "listen.ssl_keyfile": ssl_keyfile,
             "admin.host": admin_host,
             "admin.port": admin_port,
             "instances.static": list(instances) or None,
@@ -103,6 +110,9 @@ def _remote(function: Callable[..., None]) -> Callable[..., None]:
         "--token", help="[default: XLLM_SERVICE_ADMIN__TOKEN, else what the service left]"
     )(function)
     return click.option("--admin-url", default=ADMIN_URL, show_default=True)(function)
+
+
+service.add_command(keys)
 
 
 @service.command("instances")

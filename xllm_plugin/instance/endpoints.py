@@ -181,6 +181,7 @@ class XllmEndpoints:
             incarnation=uuid.uuid4().hex,
             name=config.name,
             capacity=config.capacity,
+            max_in_flight=_num_slots(engine_client.vllm_config),
             role=config.role,
             models=tuple(args.served_model_name or [args.model]),
             kv_events=kv_event_sources(engine_client.get_kv_event_sources(), url),
@@ -287,6 +288,17 @@ def _json(content: Any) -> Response:
 def _unavailable(message: str) -> Response:
     """503: right request, wrong moment."""
     return error_response(503, "ServiceUnavailableError", message)
+
+
+def _num_slots(vllm_config: Any) -> int:
+    """Requests that all engines of this server run at once."""
+    parallel = vllm_config.parallel_config
+    is_local = parallel.local_engines_only
+    num_engines: int = (
+        parallel.data_parallel_size_local if is_local else parallel.data_parallel_size
+    )
+    num_seqs: int = vllm_config.scheduler_config.max_num_seqs
+    return num_engines * num_seqs
 
 
 def _limits(vllm_config: Any, config: XllmConfig) -> EngineLimits:

@@ -73,12 +73,20 @@ def _described(exchange: Exchange, ending: Ending) -> dict[str, Any]:
         "model": exchange.model,
         "instance": names[-1] if names else None,
         "instances": names,
+        "tenant": exchange.grant.tenant if exchange.grant else None,
         "cause": decision.cause if decision else None,
         "continued": stream.num_resumes if stream else 0,
         "request_bytes": len(exchange.body),
         "response_bytes": exchange.num_bytes,
         "prompt_tokens": exchange.num_prompt_tokens or None,
         "output_tokens": exchange.num_output_tokens or None,
+        "queue_ms": _queue_ms(exchange),
         "ttft_ms": round(exchange.ttft_s * 1e3, 2) if exchange.ttft_s > 0 else None,
         "duration_ms": round(duration_s * 1e3, 2),
     }
+
+
+def _queue_ms(exchange: Exchange) -> float | None:
+    """Time in the service's queue; None if it did not wait, or was never sent."""
+    waiting = exchange.waiting
+    return round(waiting.waited_s * 1e3, 2) if waiting and waiting.waited_s >= 0 else None

@@ -23,6 +23,7 @@ from xllm_plugin.service import lifecycle
 from xllm_plugin.service.dashboard import pages
 from xllm_plugin.service.dashboard.overview import overview
 from xllm_plugin.service.fleet import Instance
+from xllm_plugin.service.flow.metrics import describe_keys, describe_queue
 from xllm_plugin.service.metrics import ServiceCollector
 from xllm_plugin.service.proxy import Proxy
 from xllm_plugin.service.registry import Embedded
@@ -73,6 +74,8 @@ class AdminApi:
                 web.route("*", "/v1/instances/{name}/control/{route:.+}", self._control),
                 web.get("/v1/decisions", self._decisions),
                 web.get("/v1/config", self._config),
+                web.get("/v1/queue", self._queue),
+                web.get("/v1/keys", self._keys),
                 web.post(_REGISTRATIONS, self._register),
                 web.post(f"{_REGISTRATIONS}/{{name}}/heartbeat", self._heartbeat),
                 web.delete(f"{_REGISTRATIONS}/{{name}}", self._deregister),
@@ -141,6 +144,12 @@ class AdminApi:
 
     async def _config(self, _: web.Request) -> web.Response:
         return web.json_response(self._proxy.config.model_dump(mode="json"))
+
+    async def _queue(self, _: web.Request) -> web.Response:
+        return web.json_response({"queue": describe_queue(self._proxy.flow)})
+
+    async def _keys(self, _: web.Request) -> web.Response:
+        return web.json_response({"keys": describe_keys(self._proxy)})
 
     # -- steer ----------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from aiohttp import web
 from xllm_plugin.channel.paths import channel_directory, require_private_directory
 from xllm_plugin.errors import ConfigError, NotNowError, PlatformError
 from xllm_plugin.plugins import manager_here, routing_policies
-from xllm_plugin.service import access_log
+from xllm_plugin.service import access_log, keys
 from xllm_plugin.service.admin import AdminApi
 from xllm_plugin.service.config import InstanceEntry, ServiceConfig
 from xllm_plugin.service.fleet import Fleet
@@ -35,6 +35,7 @@ from xllm_plugin.service.probes import Prober
 from xllm_plugin.service.proxy import Proxy
 from xllm_plugin.service.registry import Embedded, Registry, StaticList, WatchedFile, read_entries
 from xllm_plugin.service.router import Router
+from xllm_plugin.service.tls import load_certificate, server_context
 from xllm_plugin.service.tracing import Tracing, exporting_provider
 from xllm_plugin.service.upstream import Pool
 
@@ -56,6 +57,10 @@ def check(config: ServiceConfig) -> None:
     chosen_policy(config.routing.policy)
     if config.instances.file is not None:
         read_entries(config.instances.file)
+    if config.keys.file is not None:
+        keys.read(config.keys.file)
+    server_context(config.listen, "listen")
+    server_context(config.admin, "admin")
 
 
 def token_path(port: int) -> Path:
@@ -78,6 +83,16 @@ class Service:
         self.config = config
         self._load = load or (lambda: config)
         self._tls = ssl.create_default_context()
+        self._listen_tls = server_context(config.listen, "listen")
+        self._admin_tls = server_context(config.admin, "admin")
+        self._certificates = [
+            (context, section, name)
+            for context, section, name in (
+                (self._listen_tls, config.listen, "listen"),
+                (self._admin_tls, config.admin, "admin"),
+            )
+            if context is not None
+        ]
         self.fleet = Fleet(config.instances.timings(), self._make_pool)
         self.router = Router(
             self.fleet,
@@ -106,12 +121,15 @@ class Service:
         self._prompts = PromptReader(session, self.config)
         self._stack.callback(self._prompts.close)
         if self.config.tracing.enabled:
-            self.proxy.tracing = Tracing(exporting_provider())
-            self._stack.callback(self.proxy.tracing.close)
+            tracing = Tracing(exporting_provider())
+            self._stack.callback(tracing.close)
+            self.proxy.use_tracing(tracing)
         self.proxy.use_kv_index(self._directory, self._prompts)
         self.admin_port = await self._open_admin(session)
         listen = self.config.listen
-        self.port = await _opened(self.proxy.listen(), "listen", listen.host, listen.port)
+        self.port = await _opened(
+            self.proxy.listen(tls=self._listen_tls), "listen", listen.host, listen.port
+        )
         self._follow_registries()
         measuring = self.proxy.telemetry.run(self.config.admin.sample_interval_s)
         self._running = [
@@ -126,6 +144,8 @@ class Service:
         try:
             config = self._load()
             check(config)
+            for context, port, name in self._certificates:
+                load_certificate(context, port, name)  # renewed under the same name
         except ConfigError as error:
             logger.error("not reloaded, the settings stay as they were: %s", error)  # noqa: TRY400
             return
@@ -191,7 +211,7 @@ class Service:
         runner = web.AppRunner(api.application(), access_log=None, handle_signals=False)
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
-        site = web.TCPSite(runner, admin.host, admin.port)
+        site = web.TCPSite(runner, admin.host, admin.port, ssl_context=self._admin_tls)
         await _opened(site.start(), "admin", admin.host, admin.port)
         port = int(runner.addresses[0][1])
         if admin.token is None:

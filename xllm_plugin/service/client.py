@@ -10,18 +10,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import httptools
 
+from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.exchange import Exchange
+from xllm_plugin.service.flow.wishes import HEADERS, TENANT_HEADER
 from xllm_plugin.service.replies import Refusal, json_reply, unknown_model
 from xllm_plugin.service.routes import Kind, Route, route_of
 
 if TYPE_CHECKING:
     from xllm_plugin.service.proxy import Proxy
 
-__all__ = ["ClientConnection"]
+__all__ = ["ClientConnection", "HeadersOfNote", "headers_of_note"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +39,36 @@ _CONNECTION_HEADERS = frozenset(
         *(b"trailer", b"transfer-encoding", b"upgrade", b"expect", b"content-length"),
     }
 )
-_STAYS_HERE = _CONNECTION_HEADERS | {EXPLAIN_HEADER}
-_ONLY_ONCE = frozenset({b"host", b"content-length", b"transfer-encoding"})
+_AUTHORIZATION = b"authorization"
+_ONLY_ONCE = frozenset({b"host", b"content-length", b"transfer-encoding", _AUTHORIZATION})
 _NOTED_HEADERS = frozenset(
     {b"x-request-id", b"x-xllm-class", b"x-xllm-ttft-ms", b"x-xllm-tpot-ms", *TRACE_HEADERS}
 )
-_READ_HEADERS = _CONNECTION_HEADERS | _NOTED_HEADERS | {b"host", b"content-type", EXPLAIN_HEADER}
+
+
+class HeadersOfNote(NamedTuple):
+    """Names in lower case: what is read here, and which of that goes no further."""
+
+    read: frozenset[bytes]
+    stay: frozenset[bytes]
+
+
+def headers_of_note(config: ServiceConfig, *, traces: bool) -> HeadersOfNote:
+    """What the settings make of note: a header nobody asks for is passed on unread.
+
+    Args:
+        config: in force.
+        traces: whether requests get a span, whose own context takes the place of the client's.
+    """
+    stay = {*_CONNECTION_HEADERS, EXPLAIN_HEADER, *(TRACE_HEADERS if traces else ())}
+    session = config.routing.session_header.lower().encode("latin-1")
+    read = {b"host", b"content-type", session, *_NOTED_HEADERS}
+    if config.flow.enabled or config.keys.file is not None:
+        read |= HEADERS.keys()
+    if config.keys.file is not None:
+        read.add(_AUTHORIZATION)
+        stay |= {TENANT_HEADER} if config.keys.forward else {TENANT_HEADER, _AUTHORIZATION}
+    return HeadersOfNote(frozenset(read | stay), frozenset(stay))
 
 
 class _RefusedError(Exception):
@@ -69,9 +95,7 @@ class ClientConnection(asyncio.Protocol):
         "_method",
         "_overhead_bytes",
         "_parser",
-        "_read_headers",
         "_remaining_bytes",
-        "_stays_here",
         "_target",
         "_tunnel",
         "_upgrading",
@@ -79,6 +103,7 @@ class ClientConnection(asyncio.Protocol):
         "deadline_s",
         "exchange",
         "is_write_paused",
+        "paused_s",
         "peer",
         "proxy",
         "transport",
@@ -90,6 +115,8 @@ class ClientConnection(asyncio.Protocol):
         self.proxy = proxy
         self.exchange: Exchange | None = None
         self.is_write_paused = False
+        self.paused_s = 0.0
+        """Since when it takes nothing, if `is_write_paused`."""
         self.peer: Any = None
         """Address, and port, as the socket gives them."""
         self.deadline_s = _NEVER
@@ -110,8 +137,6 @@ class ClientConnection(asyncio.Protocol):
         self._is_starting = False
         self._upgrading: Exchange | None = None
         self._tunnel: asyncio.Transport | None = None
-        self._read_headers = _READ_HEADERS | {proxy.session_header}
-        self._stays_here = _STAYS_HERE if proxy.tracing is None else _STAYS_HERE | TRACE_HEADERS
 
     @property
     def is_idle(self) -> bool:
@@ -156,6 +181,7 @@ class ClientConnection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """The client reads too slowly."""
         self.is_write_paused = True
+        self.paused_s = self.proxy.loop.time()
         if self.exchange is not None:
             self.exchange.pause()
 
@@ -328,10 +354,11 @@ class ClientConnection(asyncio.Protocol):
         exchange.started_s = self.proxy.loop.time()
         if self.proxy.is_draining:
             exchange.keep_alive = False
+        if exchange.refusal is None:
+            exchange.prepare()
         if exchange.refusal is not None:
             exchange.refuse(exchange.refusal)
             return
-        exchange.prepare()
         kind = exchange.route.kind
         if kind is Kind.HEALTH:
             self._answer_health(exchange)
@@ -420,7 +447,13 @@ class ClientConnection(asyncio.Protocol):
         exchange.keep_alive = version == "1.1" and parser.should_keep_alive()
         lines = [method, b" ", route.target, b" HTTP/1.1\r\n"]
         special = self._sort(lines)
+        if self.proxy.reads_promises:
+            self._heed_caller(exchange, special)
         self._heed(exchange, special, lines, version)
+        if b"host" not in special:  # of HTTP/1.0; what goes on is HTTP/1.1, which needs one
+            lines.append(b"host: \r\n")
+        if exchange.grant is not None:  # last, where no `Connection: authorization` drops it
+            lines += (exchange.grant.account.tenant_line, self.proxy.instances_key_line)
         exchange.head = b"".join(lines)
         if len(exchange.head) > self.proxy.config.limits.max_header_bytes:
             raise self._head_too_large()
@@ -433,7 +466,7 @@ class ClientConnection(asyncio.Protocol):
             Refusal: a header is given twice that two readers could take differently.
         """
         special: dict[bytes, bytes] = {}
-        read_headers = self._read_headers
+        read_headers, stay_here = self.proxy.headers_of_note
         for name, value in self._headers:
             key = name.lower()
             if key in read_headers:
@@ -443,7 +476,7 @@ class ClientConnection(asyncio.Protocol):
                     raise Refusal(400, f"Header {key.decode()} is given twice.", close=True)
                 else:
                     special[key] += b", " + value
-                if key in self._stays_here:
+                if key in stay_here:
                     continue
             lines += (name, b": ", value, b"\r\n")
         return special
@@ -476,6 +509,19 @@ class ClientConnection(asyncio.Protocol):
             self.deadline_s = self.proxy.loop.time() + self.proxy.config.timeouts.body_s
         if special.get(b"expect", b"").lower() == b"100-continue" and self.exchange is None:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _heed_caller(self, exchange: Exchange, special: dict[bytes, bytes]) -> None:
+        """Who asks, and what they were promised.  Raises `Refusal`: 401, nobody we know."""
+        keys = self.proxy.keys
+        # As vLLM has it: browsers ask what they may without a key.
+        is_open = exchange.route.kind is Kind.HEALTH or exchange.method == b"OPTIONS"
+        if keys is not None and not is_open:
+            exchange.grant = keys.grant(special.get(_AUTHORIZATION, b""))
+        exchange.promised = {
+            HEADERS[name]: value.decode("latin-1")
+            for name, value in special.items()
+            if name in HEADERS
+        }
 
     def _heed_connection(
         self,

@@ -8,7 +8,7 @@ Every setting lies in a section, so that every variable has two underscores in i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
@@ -27,8 +27,10 @@ __all__ = [
     "ENV_PREFIX",
     "AdminConfig",
     "ContinuationConfig",
+    "FlowConfig",
     "InstanceEntry",
     "InstancesConfig",
+    "KeysConfig",
     "KvIndexConfig",
     "LimitsConfig",
     "ListenConfig",
@@ -49,12 +51,22 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _needs_certificate(section: Any) -> Any:
+    if section.ssl_keyfile is not None and section.ssl_certfile is None:
+        raise ValueError("ssl_keyfile is given without ssl_certfile; give both")
+    return section
+
+
 class ListenConfig(_Section):
     """The public port."""
 
     host: str = Field(default="0.0.0.0", description="as `vllm serve` listens")  # noqa: S104
     port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")
     backlog: int = Field(default=2048, ge=1, description="connections waiting to be accepted")
+    ssl_certfile: Path | None = Field(default=None, description="PEM, its chain included: HTTPS")
+    ssl_keyfile: Path | None = Field(default=None, description="PEM; None: in the certificate's")
+
+    _key_has_certificate = model_validator(mode="after")(_needs_certificate)
 
 
 class AdminConfig(_Section):
@@ -70,6 +82,10 @@ class AdminConfig(_Section):
         default=5.0, gt=0, description="between two points of the dashboard's charts"
     )
     num_samples: int = Field(default=720, ge=1, description="points kept: 720 are an hour")
+    ssl_certfile: Path | None = Field(default=None, description="PEM, its chain included: HTTPS")
+    ssl_keyfile: Path | None = Field(default=None, description="PEM; None: in the certificate's")
+
+    _key_has_certificate = model_validator(mode="after")(_needs_certificate)
 
 
 class LimitsConfig(_Section):
@@ -86,6 +102,9 @@ class TimeoutsConfig(_Section):
     header_s: float = Field(default=10.0, gt=0, description="from first byte to end of headers")
     body_s: float = Field(default=300.0, gt=0, description="from headers to end of body")
     client_idle_s: float = Field(default=75.0, gt=0, description="between two requests")
+    client_stalled_s: float | None = Field(
+        default=300.0, gt=0, description="a client may take nothing of its answer"
+    )
     connect_s: float = Field(default=5.0, gt=0, description="to open a connection to an instance")
     first_byte_s: float | None = Field(
         default=None, gt=0, description="from a request sent to its answer's first byte"
@@ -124,6 +143,43 @@ class RoutingConfig(_Section):
     retry_after_s: float = Field(default=1.0, gt=0, description="told to clients with a 503")
 
 
+class FlowConfig(_Section):
+    """Requests wait in the service while no instance has room."""
+
+    enabled: bool = Field(default=False, description="False: instances get requests as they come")
+    max_in_flight: int | None = Field(
+        default=None,
+        ge=1,
+        description="requests at once for an instance of capacity 1 that says no number; None: any",
+    )
+    max_waiting: int | None = Field(
+        default=None, ge=0, description="none are sent where more wait, by its last report"
+    )
+    num_replicas: int = Field(
+        default=1, ge=1, description="services like this one; each grants its part of all limits"
+    )
+    max_queued_requests: int = Field(default=1024, ge=1, description="that wait at once")
+    max_queued_bytes: int = Field(default=256 * _MIB, ge=1024, description="that they hold")
+    max_wait_s: float = Field(default=60.0, gt=0, description="then they are answered with 503")
+    max_offline_wait_s: float = Field(
+        default=3600.0, gt=0, description="the same for offline requests, which wait for gaps"
+    )
+    tenant_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="parts of the queue; 1 for those not named"
+    )
+
+
+class KeysConfig(_Section):
+    """Who may use the public port."""
+
+    file: Path | None = Field(
+        default=None, description="made by `xllm service keys`; None: no key is asked for"
+    )
+    forward: bool = Field(
+        default=False, description="instances get the client's key, not `instances.api_key`"
+    )
+
+
 class ContinuationConfig(_Section):
     """Streams whose instance dies."""
 
@@ -137,6 +193,9 @@ class InstanceEntry(_Section):
     url: str = Field(description="http://host:port or https://host:port")
     name: str = Field(default="", pattern=r"^[\w.:-]{0,128}$", description="host:port unless given")
     capacity: float = Field(default=1.0, gt=0, description="relative speed")
+    max_in_flight: int | None = Field(
+        default=None, ge=1, description="requests it runs at once, for flow control"
+    )
     role: Role = Field(default=Role.MIXED, description="phases of a request it is for")
     kv_events: tuple[KvEventSource, ...] = Field(
         default=(), description="where it publishes its prefix cache; else it is asked"
@@ -190,7 +249,9 @@ class InstancesConfig(_Section):
     registration_token: SecretStr | None = Field(
         default=None, description="instances register with it; None: nobody can"
     )
-    api_key: SecretStr | None = Field(default=None, description="sent with probes (`--api-key`)")
+    api_key: SecretStr | None = Field(
+        default=None, description="`--api-key` of instances: sent with probes, and with `keys.file`"
+    )
     probe_interval_s: float = Field(default=1.0, gt=0, description="between two probes of one")
     probe_timeout_s: float = Field(default=2.0, gt=0, description="for all parts of a probe")
     failures_to_suspect: int = Field(default=2, ge=1, description="failed probes in a row")
@@ -262,6 +323,8 @@ class ServiceConfig(BaseSettings):
     routing: RoutingConfig = Field(default_factory=RoutingConfig)
     kv_index: KvIndexConfig = Field(default_factory=KvIndexConfig)
     continuation: ContinuationConfig = Field(default_factory=ContinuationConfig)
+    flow: FlowConfig = Field(default_factory=FlowConfig)
+    keys: KeysConfig = Field(default_factory=KeysConfig)
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
     log: LogConfig = Field(default_factory=LogConfig)

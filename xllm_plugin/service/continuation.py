@@ -135,6 +135,7 @@ class ArmedStream:
         "id",
         "is_begun",
         "is_done",
+        "num_prompt_tokens",
         "num_resumes",
         "parts",
     )
@@ -153,6 +154,8 @@ class ArmedStream:
         self.failure = ""
         """Why the instance will not finish the stream, once it has said so."""
         self.num_resumes = 0
+        self.num_prompt_tokens = 0
+        """As its first event says; 0: not known."""
         self._path = path
         self._rest = b""
         self._chunks: list[bytes] = []
@@ -285,6 +288,8 @@ class ArmedStream:
         if choice.finish_reason in _FAULTS:
             self.failure = f"ended the stream with finish reason {choice.finish_reason!r}"
             return b""
+        if not self.num_prompt_tokens:
+            self.num_prompt_tokens = _count_ids(event, _PROMPT_IDS)
         if choice.token_ids is not None:
             start = event.index(_IDS) + len(_IDS)
             self._chunks.append(event[start : event.index(b"]", start)])
@@ -301,6 +306,16 @@ class ArmedStream:
         if choice.delta == {} and choice.finish_reason is None and choice.logprobs is None:
             return b""  # there only because ids were asked for
         return _without(_without(event, _PROMPT_IDS), _IDS)
+
+
+def _count_ids(event: bytes, key: bytes) -> int:
+    """How many ids the list after `key` has; 0 without one."""
+    start = event.find(key)
+    if start < 0:
+        return 0
+    start += len(key)
+    end = event.index(b"]", start)
+    return event.count(b",", start, end) + 1 if end > start else 0
 
 
 def _without(event: bytes, key: bytes) -> bytes:

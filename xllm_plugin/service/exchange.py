@@ -25,6 +25,7 @@ import msgspec
 
 from xllm_plugin.service import lifecycle
 from xllm_plugin.service.continuation import ArmedStream, StreamWishes, arm, with_body
+from xllm_plugin.service.flow.wishes import NO_WISHES, read_wishes
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.service.replies import Refusal, error_body
 from xllm_plugin.service.routes import Kind, Route
@@ -35,11 +36,14 @@ if TYPE_CHECKING:
 
     from xllm_plugin.service.client import ClientConnection
     from xllm_plugin.service.fleet import Instance
+    from xllm_plugin.service.flow.control import Waiting
+    from xllm_plugin.service.keys import Grant
+    from xllm_plugin.service.kv_index.tokens import Prompt
     from xllm_plugin.service.proxy import Proxy
     from xllm_plugin.service.router import Decision, Sent
     from xllm_plugin.service.upstream import UpstreamConnection
 
-__all__ = ["Exchange", "Peek", "peek"]
+__all__ = ["Exchange", "Peek", "peek", "prompt_tokens_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +77,8 @@ class Peek(StreamWishes):
     max_completion_tokens: Any = None
     max_output_tokens: Any = None
     previous_response_id: Any = None
+    priority: Any = None
+    vllm_xargs: Any = None
 
 
 _decode = msgspec.json.Decoder(Peek).decode
@@ -113,6 +119,7 @@ class Exchange:
         "decision",
         "draw",
         "early",
+        "grant",
         "head",
         "instance",
         "is_answering",
@@ -123,6 +130,8 @@ class Exchange:
         "noted",
         "num_bytes",
         "num_output_tokens",
+        "promised",
+        "prompt",
         "proxy",
         "refusal",
         "response_id",
@@ -142,11 +151,15 @@ class Exchange:
         "unframes",
         "upgrades",
         "visited",
+        "waiting",
         "wants_reason",
         "wants_stream",
+        "wishes",
     )
 
-    def __init__(self, client: ClientConnection, method: bytes, route: Route) -> None:
+    def __init__(  # noqa: PLR0915 - a record, a line a field
+        self, client: ClientConnection, method: bytes, route: Route
+    ) -> None:
         self.client = client
         self.proxy: Proxy = client.proxy
         self.method = method
@@ -164,6 +177,13 @@ class Exchange:
         self.wants_reason = False
         self.wants_stream = False
         self.refusal: Refusal | None = None
+        self.grant: Grant | None = None
+        """The key that was shown, if keys are asked for."""
+        self.promised: dict[str, str] | None = None
+        """What headers promise, if anybody here wants to know."""
+        self.wishes = NO_WISHES
+        self.waiting: Waiting | None = None
+        """Its time in the queue, if it had to wait."""
         self.early = b""
         """What a client sent after its request to upgrade, before the answer."""
         self.model: str | None = None
@@ -174,6 +194,8 @@ class Exchange:
         self.visited: tuple[Instance, ...] = ()
         """Every instance that it was sent to, in order."""
         self.decision: Decision | None = None
+        self.prompt: Prompt | None = None
+        """Its token ids, if they were read."""
         self.sent: Sent | None = None
         self.instance: Instance | None = None
         self.started_s = self.sent_s = 0.0
@@ -210,7 +232,7 @@ class Exchange:
 
     def prepare(self) -> None:
         """Read what routing needs out of the body and the path."""
-        body = self.body
+        body, seen = self.body, _NOTHING
         if body:
             seen = peek(body, self.content_type)
             if isinstance(seen.model, str):
@@ -232,6 +254,16 @@ class Exchange:
                 self.route.path.removeprefix("/v1/responses").strip("/").split("/")[0]
             )
         self.draw = random.getrandbits(64)
+        if self.promised is not None:
+            self._read_wishes(self.promised, seen)
+
+    def _read_wishes(self, headers: dict[str, str], seen: Peek) -> None:
+        try:
+            self.wishes = read_wishes(headers, seen.vllm_xargs, seen.priority)
+            if self.grant is not None:
+                self.wishes = self.grant.account.bind(self.wishes)
+        except Refusal as refusal:
+            self.refusal = refusal
 
     def _arm(self, seen: Peek) -> None:
         if self.unframes or self.method != b"POST":
@@ -311,8 +343,8 @@ class Exchange:
         if until_close or self.upgrades:
             self.keep_alive = False
         if self.wants_reason or not self.keep_alive or self._is_hop_by_hop(lower):
-            return self._rewritten(head)
-        return head
+            head = self._rewritten(head)
+        return head if self.grant is None else self.grant.with_headers(head, self.proxy.loop.time())
 
     def relay_head(self, head: bytes) -> None:
         """Pass the head of an answer on by itself."""
@@ -327,6 +359,8 @@ class Exchange:
             self._first_bytes(data)
         self.num_bytes += len(head) + len(data)
         self._last_relayed = data
+        if self.grant is not None:
+            self.grant.usage.observe(data)
         self._write(head + data if head else data)
 
     def relay_events(self, head: bytes, *, is_last: bool) -> str:
@@ -351,6 +385,8 @@ class Exchange:
             return stream.failure  # the head may still be another instance's
         if events and self._awaits_first:
             self._first_bytes(events)
+        if self.grant is not None:
+            self.grant.usage.observe(events)
         if head:
             stream.is_begun = True
             data = head + data
@@ -451,6 +487,9 @@ class Exchange:
         """Cancel at once: nobody reads the answer."""
         if self.is_done:
             return
+        self.is_done = True
+        if self.waiting is not None and self.proxy.flow is not None:
+            self.proxy.flow.leave(self)
         if self._connecting is not None:
             self._connecting.cancel()
         if self._connection is not None and self.status == _SWITCHED:
@@ -599,6 +638,8 @@ class Exchange:
         self.instance.stats.bytes_to += len(self.head) + len(self.body)
         self.instance.stats.bytes_from += self.num_bytes - self._num_counted_bytes
         self._num_counted_bytes = self.num_bytes
+        if self.proxy.flow is not None:
+            self.proxy.flow.freed(self.instance)
         self.instance = None
         self._connection = None
 
@@ -659,12 +700,14 @@ class Exchange:
         self.client.exchange_done(self)
 
     def _end(self, ending: Ending) -> None:
-        """It is over, and measured."""
+        """It is over, and measured; every request comes here once."""
         self.is_done = True
         if self.stream is not None:
             self.num_output_tokens = self.stream.num_tokens
         elif self.is_answering and self.route.kind is Kind.INFERENCE:
             self.num_output_tokens = _usage(self._last_relayed, _COMPLETION_TOKENS)
+        if self.grant is not None:
+            self.grant.settle(self, self.proxy.loop.time())
         self.proxy.ended(self, ending)
 
 
@@ -686,9 +729,13 @@ def _is_chunked_stream(lower: bytes) -> bool:
     )
 
 
+def prompt_tokens_of(num_body_bytes: int) -> int:
+    """About how many tokens a body of that size has."""
+    return min(num_body_bytes // _BYTES_PER_TOKEN, _MAX_PROMPT_TOKENS)
+
+
 def _cost_tokens(num_body_bytes: int, seen: Peek) -> int:
     wanted = seen.max_completion_tokens or seen.max_tokens or seen.max_output_tokens
     if not isinstance(wanted, int) or wanted < 0:
         wanted = _DEFAULT_OUTPUT_TOKENS
-    prompt = min(num_body_bytes // _BYTES_PER_TOKEN, _MAX_PROMPT_TOKENS)
-    return prompt + min(wanted, _MAX_OUTPUT_TOKENS)
+    return prompt_tokens_of(num_body_bytes) + min(wanted, _MAX_OUTPUT_TOKENS)

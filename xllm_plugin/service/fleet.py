@@ -80,6 +80,8 @@ class Instance:
         self.in_flight = 0
         self.outstanding_tokens = 0
         self.foreign_requests = 0
+        self.num_waiting = 0
+        """Requests that wait there, by its last report."""
         self.reported: dict[str, float] = {}
         """What its /metrics said last."""
         self.load: Load | None = None
@@ -204,6 +206,7 @@ class Fleet:
         """Take over how many requests it has, ours included, and how fast it decodes them."""
         num_requests = load.num_running + load.num_waiting
         instance.foreign_requests = max(0, num_requests - instance.in_flight)
+        instance.num_waiting = load.num_waiting
         if load.tpot_s is not None:
             instance.meter.observe_tpot(load.num_running, load.tpot_s)
             self._meter.observe_tpot(load.num_running, load.tpot_s * instance.capacity)
@@ -282,6 +285,7 @@ class Fleet:
         instance.meter = SpeedMeter()
         self._reckon(instance)
         instance.foreign_requests = 0
+        instance.num_waiting = 0
         self._candidates.clear()
 
     def _retire(self, instance: Instance, reason: str) -> None:

@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 import xllm_plugin
 from xllm_plugin.service.dashboard.overview import degradations
+from xllm_plugin.service.flow import metrics as flow_metrics
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.service.proxy import Proxy
 
@@ -41,6 +42,7 @@ class ServiceCollector(Collector):
         yield from self._instances()
         yield from self._kv_index()
         yield from self._latencies()
+        yield from flow_metrics.collect(self._proxy)
 
     def _counters(self) -> Iterator[Metric]:
         requests = _counter("requests", "Answers of instances.", "server", "status")

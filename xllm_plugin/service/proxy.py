@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from typing import TYPE_CHECKING
 
 from xllm_plugin.service import access_log
-from xllm_plugin.service.client import ClientConnection
+from xllm_plugin.service.client import ClientConnection, headers_of_note
 from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.fleet import Fleet
+from xllm_plugin.service.flow.control import FlowControl
+from xllm_plugin.service.keys import KeyRing
+from xllm_plugin.service.replies import Refusal
 from xllm_plugin.service.router import Router, Sent
 from xllm_plugin.service.routes import Kind
 from xllm_plugin.service.telemetry import Ending, Telemetry
@@ -49,10 +53,19 @@ class Proxy:
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._sweep_s = _SWEEP_S
+        self.flow: FlowControl | None = None
+        """Holds requests back while no instance has room; None: nobody waits here."""
+        self.keys: KeyRing | None = None
+        """Who may ask; None: everybody."""
         self.directory: KvDirectory | None = None
         self.prompts: PromptReader | None = None
         self._reading: set[asyncio.Task[None]] = set()
         self.reconfigure(config)
+
+    def use_tracing(self, tracing: Tracing) -> None:
+        """Give every request a span."""
+        self.tracing = tracing
+        self.headers_of_note = headers_of_note(self.config, traces=True)
 
     def use_kv_index(self, directory: KvDirectory, prompts: PromptReader) -> None:
         """Route by what the instances' caches hold."""
@@ -62,6 +75,12 @@ class Proxy:
         """Send a request on its way, after its tokens are known if that can matter."""
         if self.tracing is not None:
             self.tracing.begin(exchange)
+        if exchange.grant is not None:
+            try:
+                exchange.grant.admit(exchange, self.loop.time())
+            except Refusal as refusal:
+                exchange.refuse(refusal)
+                return
         directory, model = self.directory, exchange.model
         if (
             directory is None
@@ -71,27 +90,41 @@ class Proxy:
             or exchange.route.kind is not Kind.INFERENCE
             or len(self.fleet.candidates(model)) < 2  # noqa: PLR2004 - no choice, no question
         ):
-            exchange.dispatch()
+            if self.flow is None:
+                exchange.dispatch()
+            else:
+                self.flow.enter(exchange)
             return
         task = self.loop.create_task(self._read_and_dispatch(exchange, model))
         self._reading.add(task)
         task.add_done_callback(self._reading.discard)
 
     async def _read_and_dispatch(self, exchange: Exchange, model: str) -> None:
-        assert self.directory is not None
         assert self.prompts is not None
         try:
-            prompt = await self.prompts.read(
+            exchange.prompt = await self.prompts.read(
                 exchange.route.path, exchange.body, model, self.fleet.candidates(model)
             )
-            if prompt is not None:
-                cached = self.directory.lookup(prompt, self.fleet.candidates(model))
-                exchange.sent = Sent(prompt.num_tokens, cached, is_exact=True)
         except Exception:
             # What it would have told helps to choose; a request is not lost for it.
-            logger.exception("a prompt could not be looked up; please report this")
-        if not exchange.is_done:
-            exchange.dispatch()
+            logger.exception("a prompt could not be read; please report this")
+        if exchange.is_done:
+            return
+        if self.flow is None:
+            self._send(exchange)
+        else:
+            self.flow.enter(exchange)
+
+    def _send(self, exchange: Exchange) -> None:
+        """Its turn has come: look up who holds its prompt now, and choose."""
+        if exchange.prompt is not None and self.directory is not None:
+            try:
+                candidates = self.fleet.candidates(exchange.model)
+                cached = self.directory.lookup(exchange.prompt, candidates)
+                exchange.sent = Sent(exchange.prompt.num_tokens, cached, is_exact=True)
+            except Exception:
+                logger.exception("a prompt could not be looked up; please report this")
+        exchange.dispatch()
 
     def reconfigure(self, config: ServiceConfig) -> None:
         """Take new settings; connections that are open keep theirs where it matters."""
@@ -99,12 +132,51 @@ class Proxy:
         self.session_header = config.routing.session_header.lower().encode("latin-1")
         self.telemetry.slo = config.slo
         self._logs_access = config.log.access
+        self.headers_of_note = headers_of_note(config, traces=self.tracing is not None)
+        self._reconfigure_flow(config)
+        self._reconfigure_keys(config)
+        self.reads_promises = self.flow is not None or self.keys is not None
 
-    async def listen(self, sweep_s: float = _SWEEP_S) -> int:
+    def _reconfigure_flow(self, config: ServiceConfig) -> None:
+        before, retry_after_s = self.flow, config.routing.retry_after_s
+        if not config.flow.enabled:
+            self.flow = self.router.has_room = None
+            if before is not None:
+                before.release_all()
+            return
+        if before is not None:
+            before.reconfigure(config.flow, retry_after_s)
+            return
+        self.flow = FlowControl(config.flow, self.fleet, self._send, retry_after_s)
+        self.router.has_room = self.flow.has_room
+
+    def _reconfigure_keys(self, config: ServiceConfig) -> None:
+        path, num_replicas = config.keys.file, config.flow.num_replicas
+        if path is None:
+            self.keys = None
+        elif self.keys is None or self.keys.path != path:
+            self.keys = KeyRing(path, num_replicas, self.loop.time)
+        else:
+            self.keys.num_replicas = num_replicas
+        key = config.instances.api_key
+        self.instances_key_line = b""
+        """Header line that requests with a client's key have instead of it."""
+        if key is not None and not config.keys.forward:
+            self.instances_key_line = b"authorization: Bearer %b\r\n" % (
+                key.get_secret_value().encode()
+            )
+
+    async def listen(self, sweep_s: float = _SWEEP_S, tls: ssl.SSLContext | None = None) -> int:
         """Begin to accept clients; returns the port.  Raises OSError if it is taken."""
         listen = self.config.listen
         self._server = await self.loop.create_server(
-            lambda: ClientConnection(self), listen.host, listen.port, backlog=listen.backlog
+            lambda: ClientConnection(self),
+            listen.host,
+            listen.port,
+            backlog=listen.backlog,
+            ssl=tls,
+            # A client that dawdles over its handshake is closed as one that does over its headers.
+            ssl_handshake_timeout=self.config.timeouts.header_s if tls else None,
         )
         self._sweep_s = sweep_s
         self._sweeper = self.loop.call_later(sweep_s, self._sweep)
@@ -154,11 +226,18 @@ class Proxy:
         self._sweeper = self.loop.call_later(self._sweep_s, self._sweep)
         now_s = self.loop.time()
         timeouts = self.config.timeouts
+        stalled_s = timeouts.client_stalled_s or float("inf")
         for client in tuple(self.clients):
             if client.deadline_s < now_s:
                 client.timed_out()
+            elif client.is_write_paused and now_s - client.paused_s > stalled_s:
+                client.abort()
             elif client.exchange is not None:
                 client.exchange.check_timeouts(now_s, timeouts.first_byte_s, timeouts.stalled_s)
         for instance in self.fleet:
             instance.pool.close_idle(now_s - timeouts.pool_idle_s)
         self.fleet.tick()
+        if self.flow is not None:
+            self.flow.sweep()
+        if self.keys is not None:
+            self.keys.refresh()

@@ -115,6 +115,7 @@ class Embedded:
             url=asked.url,
             name=asked.name,
             capacity=asked.capacity,
+            max_in_flight=asked.max_in_flight,
             role=asked.role,
             kv_events=asked.kv_events,
         )

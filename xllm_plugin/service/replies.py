@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from http import HTTPStatus
 
@@ -20,6 +21,7 @@ class Refusal(Exception):  # noqa: N818 - an answer, not a fault of the program
         kind: str = "",
         param: str | None = None,
         retry_after_s: float | None = None,
+        headers: Iterable[str] = (),
         close: bool = False,
     ) -> None:
         super().__init__(message)
@@ -27,19 +29,21 @@ class Refusal(Exception):  # noqa: N818 - an answer, not a fault of the program
         self.kind = kind
         self.param = param
         self.retry_after_s = retry_after_s
+        self.headers = tuple(headers)
         self.close = close
 
     def reply(self) -> bytes:
         """The whole answer."""
         body = error_body(self.status, str(self), kind=self.kind, param=self.param)
-        headers: tuple[str, ...] = ()
+        headers = self.headers
         if self.retry_after_s is not None:
-            headers = (f"retry-after: {max(1, round(self.retry_after_s))}",)
+            headers = (f"retry-after: {max(1, math.ceil(self.retry_after_s))}", *headers)
         return _reply(self.status, body, headers=headers, close=self.close)
 
 
 _KINDS = {
     400: "BadRequestError",
+    401: "AuthenticationError",
     403: "PermissionDeniedError",
     404: "NotFoundError",
     408: "RequestTimeoutError",

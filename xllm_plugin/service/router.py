@@ -100,6 +100,8 @@ class Router:
         self.fleet = fleet
         self.policy = policy
         self.retry_after_s = retry_after_s
+        self.has_room: Callable[[Instance], bool] | None = None
+        """With flow control: instances without room are chosen if no other is left."""
         self.decisions: deque[Decision] = deque(maxlen=num_decisions)
         self.causes: dict[tuple[str, str], int] = {}
         """(policy, cause) -> how many decisions since the start."""
@@ -120,6 +122,8 @@ class Router:
             candidates = [one for one in candidates if one not in request.tried]
             if not candidates:
                 raise self.no_instance("every instance was tried")
+        if self.has_room is not None:
+            candidates = [one for one in candidates if self.has_room(one)] or candidates
         if request.response_id:
             owner = self._owner(request.response_id)
             if owner is not None and owner not in request.tried:

@@ -167,6 +167,34 @@ def test_a_prompt_goes_where_its_prefix_is(run: Any) -> None:
     run(check())
 
 
+def test_a_prompt_that_has_waited_goes_where_its_prefix_is_by_then(run: Any) -> None:
+    async def check() -> None:
+        one, two = Cached(), Cached()
+        async with site(one, two, flow={"enabled": True, "max_in_flight": 1}) as it:
+            index, fleet, flow = (
+                it.service._directory.index,
+                it.service.fleet,
+                it.service.proxy.flow,
+            )
+            assert flow is not None
+            one.cache(list(range(1000, 1024)))
+            await it.until(lambda: len(index) == 6)
+            for instance in fleet:
+                fleet.book(instance, 1)
+            asking = asyncio.create_task(it.where({"model": "fake", "prompt": ids(TEXT)}))
+            await it.until(lambda: len(flow.queue) == 1)
+            two.cache(ids(TEXT))
+            await it.until(lambda: len(index) == 12)
+            for instance in fleet:
+                fleet.release(instance, 1)
+            flow.sweep()
+            decision = await asking
+            assert decision["instance"] == name(two)
+            assert "(24 of 26 tokens cached)" in decision["reason"]
+
+    run(check())
+
+
 def test_texts_are_tokenised_here_once_that_is_known_to_be_the_same(run: Any) -> None:
     async def check() -> None:
         one, two = Cached(), Cached()

@@ -1,0 +1,81 @@
+"""What a request was promised, read from its headers and its body as an instance reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final, NamedTuple
+
+from xllm_plugin.errors import PromiseError
+from xllm_plugin.scheduler.promise import (
+    KEYS,
+    PRIORITY_KEY,
+    TENANT_KEY,
+    TTFT_KEY,
+    Promise,
+    read_promise,
+)
+from xllm_plugin.service.replies import Refusal
+
+__all__ = ["HEADERS", "NO_WISHES", "TENANT_HEADER", "Wishes", "for_tenant", "read_wishes"]
+
+HEADERS: Final = {b"x-" + key.replace("_", "-").encode(): key for key in KEYS}
+"""Request header -> key in ``vllm_xargs``; `instance/promises.py` has the same."""
+
+TENANT_HEADER: Final = b"x-xllm-tenant"
+_DEFAULT: Final = Promise()
+
+
+class Wishes(NamedTuple):
+    """A promise, and which parts of it the request has named itself."""
+
+    promise: Promise
+    has_ttft: bool = False
+    has_tenant: bool = False
+
+    @property
+    def max_wait_s(self) -> float:
+        """Seconds from arrival after which the answer would be too late; inf without a promise."""
+        is_bound = self.has_ttft and self.promise.is_online
+        return self.promise.ttft_ms / 1e3 if is_bound else float("inf")
+
+
+NO_WISHES: Final = Wishes(_DEFAULT)
+
+
+def read_wishes(headers: Mapping[str, str], xargs: Any, priority: Any) -> Wishes:
+    """The promise of one request.
+
+    Args:
+        headers: by the keys of `HEADERS`.
+        xargs: `vllm_xargs` of its body; they win over headers, as in an instance.
+        priority: of its body, vLLM's own field.
+
+    Raises:
+        Refusal: 400, a value is wrong.
+    """
+    given: dict[str, Any] = dict(headers)
+    if isinstance(xargs, dict):
+        given.update(xargs)
+    if isinstance(priority, int) and not isinstance(priority, bool):
+        given.setdefault(PRIORITY_KEY, priority)
+    if not given:
+        return NO_WISHES
+    try:
+        promise = read_promise(given, _DEFAULT)
+    except PromiseError as error:
+        raise _wrong(error, headers, xargs) from error
+    return Wishes(promise, TTFT_KEY in given, TENANT_KEY in given)
+
+
+def for_tenant(wishes: Wishes, tenant: str) -> Wishes:
+    """The same for the tenant that a key names."""
+    return wishes._replace(promise=replace(wishes.promise, tenant=tenant))
+
+
+def _wrong(error: PromiseError, headers: Mapping[str, str], xargs: Any) -> Refusal:
+    field, message = error.field, str(error)
+    if field in headers and not (isinstance(xargs, dict) and field in xargs):
+        header = "x-" + field.replace("_", "-")
+        return Refusal(400, message.replace(field, header, 1), param=header)
+    return Refusal(400, message, param=field)
