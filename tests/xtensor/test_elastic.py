@@ -135,6 +135,8 @@ class Engine:
         if step.change is not None:
             self.memory.apply(step.change)
             self.cache.record(self.memory.report())
+        elif self.memory.owes:
+            self.memory.settle()
         start = self.memory.range.start
         for block, stamp in step.writes.items():
             for piece in LAYOUT.pieces(block, 1):
@@ -154,6 +156,15 @@ class Engine:
             self.execute()
         self.driver.finish_work()
 
+    def sleep(self) -> None:
+        """As vLLM: no request and no cached block is left, no step under way."""
+        for request in list(self.requests):
+            self.end(request)
+        self.run()
+        assert self.pool.reset_prefix_cache()
+        self.memory.sleep()
+        assert self.driver.num_pages == 0
+
     def check(self) -> None:
         self.pool.check_integrity()
         ledger = self.pool.ledger
@@ -163,7 +174,7 @@ class Engine:
         self.memory.range.check_integrity()
         self.memory.pool.check_integrity()
         if not self.steps and not ledger.has_changes:
-            assert self.memory.range.committed == ledger.resident
+            assert self.memory.range.committed | self.memory._owed == ledger.resident
 
 
 class ElasticMachine(RuleBasedStateMachine):
@@ -173,7 +184,19 @@ class ElasticMachine(RuleBasedStateMachine):
     def start(self, slab_blocks: int, data: st.DataObject) -> None:
         self.num_slabs = NUM_BLOCKS // slab_blocks
         self.engine = Engine(slab_blocks, data.draw(st.integers(1, self.num_slabs)))
+        self.is_asleep = False
 
+    @rule()
+    def sleep(self) -> None:
+        self.engine.sleep()
+        self.is_asleep = True
+
+    @rule()
+    def wake(self) -> None:
+        self.engine.memory.wake()
+        self.is_asleep = False
+
+    @precondition(lambda self: not self.is_asleep)
     @rule(num_blocks=st.integers(1, 5))
     def allocate(self, num_blocks: int) -> None:
         if num_blocks > self.engine.pool.get_num_free_blocks():
@@ -245,6 +268,7 @@ class ElasticMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """When all have ended and time has passed, memory is as at the start."""
         engine = self.engine
+        engine.memory.wake()
         for request in list(engine.requests):
             engine.end(request)
         engine.run()
@@ -467,3 +491,45 @@ def test_slabs_round_what_a_request_takes_up() -> None:
         adopt(XTensorConfig(slab_blocks=8))
     section = adopt(XTensorConfig(slab_blocks=8), num_blocks=20).section()
     assert (section.min_budget_slabs, section.num_slabs) == (2, 2)
+
+
+def test_sleep_gives_all_memory_back_and_the_first_step_afterwards_has_it_again() -> None:
+    engine = Engine(slab_blocks=2, budget_slabs=6)
+    engine.allocate(7)
+    engine.run()
+    engine.sleep()
+    assert engine.pool.ledger.num_resident == 1 < engine.memory.range.num_slabs
+    assert engine.memory.range.committed == set()
+    engine.memory.sleep()  # a second call changes nothing
+    engine.run()
+    assert engine.driver.num_pages == 0, "a step asleep takes no memory"
+    engine.memory.wake()
+    assert engine.memory.range.committed == {0}, "vLLM may write to its null block at any time"
+    engine.allocate(5)
+    engine.run()
+    engine.check()
+
+
+def test_an_engine_that_takes_no_step_asleep_has_its_slabs_with_the_first_one_awake() -> None:
+    engine = Engine(slab_blocks=2, budget_slabs=6)
+    held = engine.allocate(7)
+    engine.run()
+    engine.end(held)
+    engine.memory.sleep()
+    engine.memory.wake()
+    assert engine.memory.owes
+    engine.memory.settle()
+    assert engine.memory.range.committed == engine.pool.ledger.resident
+    assert not engine.memory.owes
+
+
+def test_a_sleep_that_the_kernel_refuses_changes_nothing() -> None:
+    engine = Engine(slab_blocks=2, budget_slabs=6)
+    engine.allocate(5)
+    engine.run()
+    engine.driver.fail_unmap(1)
+    with pytest.raises(PagesExhaustedError):
+        engine.memory.sleep()
+    engine.memory.settle()
+    assert engine.memory.range.committed == engine.pool.ledger.resident
+    engine.check()

@@ -29,7 +29,10 @@ from typing import NamedTuple
 
 from xllm_plugin.errors import InternalError
 
-__all__ = ["BlockKind", "SlabChanges", "SlabLedger"]
+__all__ = ["NULL_SLAB", "BlockKind", "SlabChanges", "SlabLedger"]
+
+NULL_SLAB = 0
+"""Has memory from the start and always, for vLLM's null block lies there."""
 
 
 class BlockKind(IntEnum):
@@ -57,8 +60,6 @@ class SlabLedger:
         num_blocks: virtual blocks; those behind the last whole slab are never handed out.
         slab_blocks: of a slab.
         budget_slabs: how many slabs may have memory; at least one.
-
-    Slab 0 has memory from the start and always, for vLLM's null block lies there.
     """
 
     def __init__(self, num_blocks: int, slab_blocks: int, budget_slabs: int) -> None:
@@ -203,9 +204,9 @@ class SlabLedger:
         """Take the memory of a slab away.
 
         Raises:
-            InternalError: a block on it is used or cached, or it is slab 0.
+            InternalError: a block on it is used or cached, or it is the null slab.
         """
-        if slab == 0 or self._num_used[slab] or self._num_cached[slab]:
+        if slab == NULL_SLAB or self._num_used[slab] or self._num_cached[slab]:
             raise InternalError(f"slab {slab} is in use and cannot go; please report this")
         self._close(slab)
         self._resident.remove(slab)
@@ -242,9 +243,9 @@ class SlabLedger:
         if num_beyond <= 0:
             return []
         idle = [slab for slab in self._idle if slab not in self._draining]
-        others = self._resident - self._draining - self._idle.keys() - {0}
+        others = self._resident - self._draining - self._idle.keys() - {NULL_SLAB}
         ranked = idle + sorted(others, key=lambda slab: self._num_used[slab])
-        return [slab for slab in ranked if slab != 0][:num_beyond]
+        return [slab for slab in ranked if slab != NULL_SLAB][:num_beyond]
 
     def to_undrain(self) -> list[int]:
         """Draining slabs for which the budget has room again, the fullest first."""
