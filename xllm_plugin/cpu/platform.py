@@ -106,7 +106,8 @@ def check_elastic_memory(vllm_config: VllmConfig) -> None:
     Raises:
         ConfigError: names both settings.
     """
-    if not load_config(vllm_config.additional_config).xtensor.enabled:
+    config = load_config(vllm_config.additional_config).xtensor
+    if not config.enabled:
         return
     reasons = {
         "a KV or encoder-cache connector, which keeps the cache's addresses": has_connector(
@@ -116,6 +117,10 @@ def check_elastic_memory(vllm_config: VllmConfig) -> None:
         "about memory": vllm_config.scheduler_config.scheduler_cls not in OWN_SCHEDULERS,
         "pipeline parallelism, whose ranks have KV caches of different layouts": (
             vllm_config.parallel_config.pipeline_parallel_size > 1
+        ),
+        f"xtensor.pool={config.pool} and tensor parallelism: of several ranks one tells what it "
+        "has given back": (
+            config.pool is not None and vllm_config.parallel_config.tensor_parallel_size > 1
         ),
     }
     for reason, holds in reasons.items():

@@ -54,7 +54,7 @@ class ElasticMemory:
             driver, budget_pages=num_slabs * slab_pages, policy=policy, clock=clock
         )
         self.range = ElasticRange(self.pool, layout, slab_blocks, owner="kv")
-        self._budget_slabs = num_slabs
+        self._budget_slabs, self._num_changes = num_slabs, 0
         self._is_asleep = False
         self._owed: set[int] = set()
         self._clock = clock
@@ -115,7 +115,7 @@ class ElasticMemory:
 
     def settle(self) -> None:
         """Give what is owed since it woke; see `apply`."""
-        self.apply(MemoryChange(self._budget_slabs))
+        self.apply(MemoryChange(self._budget_slabs, number=self._num_changes))
 
     def apply(self, change: MemoryChange) -> None:
         """Carry a change out; called between two steps, in their order.
@@ -125,7 +125,7 @@ class ElasticMemory:
                 be released is released, and nothing is committed.
         """
         started_s = self._clock()
-        self._budget_slabs = change.budget_slabs
+        self._budget_slabs, self._num_changes = change.budget_slabs, change.number
         released = [slab for slab in change.released if slab not in self._owed]
         self._owed = self._owed.difference(change.released).union(change.committed)
         if released:
@@ -164,6 +164,7 @@ class ElasticMemory:
             release_s=self._release_s,
             num_commits=self._num_commits,
             num_releases=self._num_releases,
+            change=self._num_changes,
         )
 
     def _set_budget(self) -> None:

@@ -69,6 +69,7 @@ class SlabLedger:
         self._kinds = [BlockKind.FREE] * (self.num_slabs * slab_blocks)
         self._num_used = [0] * self.num_slabs
         self._num_cached = [0] * self.num_slabs
+        self._num_in_use = 0
         self._resident: set[int] = set()  # draining ones included
         self._draining: set[int] = set()
         # Released last, committed first: its pages are probably still mapped.
@@ -113,6 +114,11 @@ class SlabLedger:
     def num_resident(self) -> int:
         """How many slabs have memory."""
         return len(self._resident)
+
+    @property
+    def num_in_use(self) -> int:
+        """How many slabs have used blocks."""
+        return self._num_in_use
 
     @property
     def num_used_blocks(self) -> int:
@@ -165,9 +171,11 @@ class SlabLedger:
             )
         self._close(slab)
         self._kinds[block] = kind
+        was_in_use = self._num_used[slab] > 0
         self._num_used[slab] += (kind == BlockKind.USED) - (before == BlockKind.USED)
         self._num_cached[slab] += (kind == BlockKind.CACHED) - (before == BlockKind.CACHED)
         self._reopen(slab)
+        self._num_in_use += (self._num_used[slab] > 0) - was_in_use
         if self._num_used[slab]:
             self._idle.pop(slab, None)
         elif before == BlockKind.USED:
@@ -285,6 +293,8 @@ class SlabLedger:
             yield from (f"slab {slab} {problem}" for problem in self._problems_of(slab))
         if sorted([*self._absent, *self._resident]) != list(range(self.num_slabs)):
             yield "a slab is lost, or has memory and has none"
+        if self._num_in_use != sum(num > 0 for num in self._num_used):
+            yield "the slabs in use are counted wrong"
         if not self._draining <= self._resident:
             yield "a slab drains that has no memory"
         if self._committed.keys() - self._resident or self._released.keys() & self._resident:
