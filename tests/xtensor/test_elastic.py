@@ -771,6 +771,11 @@ def test_an_engine_starts_when_its_minimum_is_free(machine: Machine) -> None:
     machine.check()
 
 
+def test_a_minimum_over_what_a_server_can_take_is_refused(machine: Machine) -> None:
+    with pytest.raises(ConfigError, match=r"min_bytes=\d+: this server can take \d+ bytes"):
+        machine.start(min_slabs=NUM_BLOCKS + 1)
+
+
 def test_the_minimum_and_the_most_of_an_engine_hold(machine: Machine) -> None:
     engine = machine.start(min_slabs=3)
     assert free(engine) == 2

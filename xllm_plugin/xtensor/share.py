@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from xllm_plugin.errors import NotNowError
+from xllm_plugin.errors import ConfigError, NotNowError
 from xllm_plugin.xtensor.config import XTensorConfig
 from xllm_plugin.xtensor.leases import PoolMember, pool_path
 from xllm_plugin.xtensor.messages import MemoryReport, PoolSection
@@ -189,19 +189,24 @@ def join_pool(
         clock: of the share.
 
     Raises:
-        ConfigError: the minimum does not fit into the pool, or see `PoolMember`.
+        ConfigError: the minimum is more than the maximum or the pool, or see `PoolMember`.
         NotNowError: others still use what the minimum takes.
     """
     assert config.pool is not None
     size = demand.slab_bytes
     min_slabs = max(demand.full_request_slabs, -(-(config.min_bytes or 0) // size))
+    if min_slabs > demand.max_slabs:
+        raise ConfigError(
+            f"xtensor.min_bytes={config.min_bytes}: this server can take {demand.max_slabs * size} "
+            "bytes at most. Give no more than that, or a larger --kv-cache-memory-bytes."
+        )
     member = PoolMember(
         path or pool_path(config.pool),
         pool=config.pool,
         total_bytes=config.pool_bytes,
         name=demand.name,
         least_bytes=min_slabs * size,
-        most_bytes=max(min_slabs, demand.max_slabs) * size,
+        most_bytes=demand.max_slabs * size,
     )
     max_slabs = min(demand.max_slabs, member.total_bytes // size)
     waited_s = 0.0
