@@ -236,13 +236,14 @@ def test_weights_that_nothing_could_load_again_are_kept(
     loader = SimpleNamespace(get_all_weights=lambda: None)
     runner.load_config = SimpleNamespace(load_format="auto", loader=loader)
     runner.speculative_config = runner.lora_config = None
+    runner._kernels = object()
     assert runner.reload_refusal() is None
     runner.lora_config = object()
     assert "LoRA" in runner.reload_refusal()
     runner.lora_config, runner.speculative_config = None, object()
     assert "draft" in runner.reload_refusal()
-    runner.speculative_config, runner._graph = None, object()
-    assert "graph" in runner.reload_refusal()
-    runner._graph = None
+    runner.speculative_config, runner._kernels = None, None
+    assert "vLLM's own code" in runner.reload_refusal()
+    runner._kernels = object()
     runner.load_config = SimpleNamespace(load_format="dummy", loader=object())
     assert "--load-format dummy" in runner.reload_refusal()

@@ -10,18 +10,12 @@ import pytest
 pytestmark = pytest.mark.engine
 
 NATIVE = "tiny-llama"  # its layers and its attention run as native code
-MLA, EXPERTS = "tiny-deepseek-v2", "tiny-qwen3-moe"
+EXPERTS = "tiny-qwen3-moe"
 VARIANTS = [
     (NATIVE, "async"),
     *(
         pytest.param((model, steps), marks=pytest.mark.full)
-        for model, steps in [
-            (NATIVE, "sync"),
-            (EXPERTS, "sync"),
-            (EXPERTS, "async"),
-            (MLA, "sync"),
-            (MLA, "async"),
-        ]
+        for model, steps in [(NATIVE, "sync"), (EXPERTS, "sync")]
     ),
 ]
 
@@ -57,10 +51,13 @@ def test_elastic_and_fixed_answer_the_same(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("memory", ["fixed", "elastic"])
 @pytest.mark.parametrize("level", ["1", "2"])
 def test_an_engine_that_slept_answers_as_before(
-    found: dict[str, Any], memory: str, level: str
+    variant: tuple[str, str], found: dict[str, Any], memory: str, level: str
 ) -> None:
     engine = found[memory]
     slept = engine["slept"][level]
+    if level == "2" and variant[0] != NATIVE:
+        assert "vLLM's own code runs the model's layers" in slept["refused"]
+        return
     assert slept["answers"] == engine["answers"]
     weight_bytes = engine["model"]["weight_bytes"]
     assert weight_bytes > 20 * 2**20

@@ -1,6 +1,6 @@
 """Two engines of a model in this process, one after the other; what each answered, as JSON.
 
-The KV cache of the first is fixed, that of the second elastic; each sleeps at both levels.
+The KV cache of the first is fixed, that of the second elastic; both are sent to sleep, twice.
 ``python variants_driver.py PATH NAME STEPS``: a model by its name in the catalogue (the path is of
 no use here), STEPS sync or async.  `test_elastic_variants` compares.
 """
@@ -16,6 +16,7 @@ import psutil
 from driving import greedy, report, tiny_engine
 
 from xllm_plugin.cpu.weight_memory import weights_of, whole_pages
+from xllm_plugin.errors import MisuseError
 from xllm_plugin.models import prepare
 
 PROMPTS = (
@@ -75,7 +76,12 @@ class Engine:
         (model,) = self._llm.collective_rpc(of_the_model)
         found: dict[str, Any] = {"model": model, "answers": self.answers(), "slept": {}}
         for level in (1, 2):
-            memory = self.sleep(level)
+            try:
+                memory = self.sleep(level)
+            except MisuseError as error:
+                found["slept"][level] = {"refused": str(error)}
+                self._llm.wake_up()
+                continue
             answers = self.answers()
             found["slept"][level] = memory | {"answers": answers, "after": resident_bytes()}
         return found

@@ -118,7 +118,8 @@ def elastic_memory(
         raise ConfigError(
             f"a KV block has pieces of {[column.stride_bytes for column in layout.columns][:4]} "
             f"bytes, of which the largest unit is {page_bytes}; elastic memory needs multiples of "
-            f"{mmap.PAGESIZE}. Give a larger --block-size, or set xtensor.enabled to false."
+            f"{mmap.PAGESIZE}. Give a larger --block-size where the model allows (latent attention "
+            "does not), or set xtensor.enabled to false."
         )
     num_bytes = -(-layout.num_bytes // page_bytes) * page_bytes
     driver = CpuMemoryDriver(page_bytes=page_bytes, capacity_bytes=num_bytes)

@@ -93,7 +93,9 @@ class XllmCpuModelRunner(XllmModelRunnerMixin, CPUModelRunner):
             f"--load-format {self.load_config.load_format} has no files to load from": not hasattr(
                 get_model_loader(self.load_config), "get_all_weights"
             ),
-            "the model is compiled, and its graph holds on to the weights": self._graph is not None,
+            "vLLM's own code runs the model's layers, and has packed the weights in its way": (
+                self._kernels is None
+            ),
             "a draft model shares its weights": self.speculative_config is not None,
             "adapters (LoRA) are loaded beside them": self.lora_config is not None,
         }
