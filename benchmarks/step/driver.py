@@ -55,7 +55,9 @@ class Engine:
         self.timer = parts.PartTimer()
         self.steps: list[parts.Step] = []
         self._scheduled: tuple[int, ...] = ()
-        self._attach(self.llm.llm_engine.engine_core.engine_core)
+        core = self.llm.llm_engine.engine_core.engine_core
+        self.block_pool = type(core.scheduler.kv_cache_manager.block_pool).__name__
+        self._attach(core)
 
     def _attach(self, core: Any) -> None:
         runner = core.model_executor.driver_worker.worker.model_runner
@@ -135,14 +137,18 @@ def start(job: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
     return engine, {
         "platform": "xllm" if platform.startswith("xllm_plugin.") else "native",
         "num_threads": torch.get_num_threads(),
+        "block_pool": engine.block_pool,
     }
 
 
 def decode(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
-    """Steps in which every request of the batch makes one token."""
+    """Steps in which every request of the batch makes one token; and the time of all steps."""
     engine.run(job["prompts"], job["max_tokens"])
     batch = len(job["prompts"])
-    return {"steps": as_json(step for step in engine.steps if step.is_decode(batch))}
+    return {
+        "steps": as_json(step for step in engine.steps if step.is_decode(batch)),
+        "all_ms": sum(step.whole_ms for step in engine.steps),
+    }
 
 
 def prefill(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:

@@ -308,3 +308,23 @@ def test_refusing_what_is_at_risk_needs_the_policy_that_predicts() -> None:
     settings: dict[str, Any] = {"admission": {"at_risk": "refuse"}}
     with pytest.raises(ConfigError, match=r"admission.at_risk=refuse .* scheduler.policy=slo"):
         check_settings(SimpleNamespace(additional_config={"xllm": settings}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pool_bytes": 1}, r"pool_bytes is set and xtensor\.pool is not"),
+        ({"min_bytes": 1}, r"min_bytes is set and xtensor\.pool is not"),
+        ({"pool": "box"}, r"pool=box needs xtensor\.enabled=true"),
+        (
+            {"enabled": True, "pool": "box", "min_bytes": 2, "budget_bytes": 1},
+            r"min_bytes=2 is more than xtensor\.budget_bytes=1",
+        ),
+        ({"enabled": True, "pool": "../box"}, "pattern"),
+    ],
+)
+def test_settings_of_a_pool_go_together(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_settings(SimpleNamespace(additional_config={"xllm": {"xtensor": settings}}))
+    pool = {"enabled": True, "pool": "box", "min_bytes": 1, "budget_bytes": 2, "pool_bytes": 3}
+    check_settings(SimpleNamespace(additional_config={"xllm": {"xtensor": pool}}))

@@ -203,3 +203,47 @@ def test_an_unfinished_prompt_draws_nothing_from_its_seed(
     assert first[1] == again[1] == first[0]
     assert runner._bookkeeping_sync() == [0]
     assert runner.input_batch.generators == {0: seeded, 2: unfinished}
+
+
+def test_the_kv_cache_sleeps_whether_elastic_or_fixed(runner: Any) -> None:
+    class Memory:
+        def sleep(self) -> None:
+            runner.asked.append("sleep")
+
+        def wake(self) -> None:
+            runner.asked.append("wake")
+
+        def drop(self, calls: object) -> None:
+            runner.asked.append("drop")
+
+    runner.sleep_kv_cache()
+    runner.wake_kv_cache()
+    assert runner.asked == [], "a model without attention has none"
+    runner._fixed_memory = Memory()
+    runner.sleep_kv_cache()
+    runner.wake_kv_cache()
+    assert runner.asked == ["drop"], "a fixed one comes back by itself, with its first use"
+    runner.elastic_memory = Memory()
+    runner.sleep_kv_cache()
+    runner.wake_kv_cache()
+    assert runner.asked == ["drop", "sleep", "wake"]
+
+
+def test_weights_that_nothing_could_load_again_are_kept(
+    runner: Any, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "get_model_loader", lambda config: config.loader)
+    loader = SimpleNamespace(get_all_weights=lambda: None)
+    runner.load_config = SimpleNamespace(load_format="auto", loader=loader)
+    runner.speculative_config = runner.lora_config = None
+    runner._kernels = object()
+    assert runner.reload_refusal() is None
+    runner.lora_config = object()
+    assert "LoRA" in runner.reload_refusal()
+    runner.lora_config, runner.speculative_config = None, object()
+    assert "draft" in runner.reload_refusal()
+    runner.speculative_config, runner._kernels = None, None
+    assert "vLLM's own code" in runner.reload_refusal()
+    runner._kernels = object()
+    runner.load_config = SimpleNamespace(load_format="dummy", loader=object())
+    assert "--load-format dummy" in runner.reload_refusal()

@@ -71,8 +71,8 @@ def test_switching_off_is_final_and_touches_no_other_operator(custom_ops: list[s
     ("model_config", "is_off"),
     [
         (None, False),
-        (SimpleNamespace(use_mla=False), False),
-        (SimpleNamespace(use_mla=True), True),
+        (SimpleNamespace(use_mla=False, enable_sleep_mode=False), False),
+        (SimpleNamespace(use_mla=True, enable_sleep_mode=False), True),
     ],
 )
 def test_only_mla_models_lose_it(
@@ -408,3 +408,41 @@ def test_elastic_memory_is_refused_beside_what_holds_on_to_the_kv_cache(
         platform.check_elastic_memory(SimpleNamespace(**settings | changes))
     fixed = {"additional_config": {}}
     platform.check_elastic_memory(SimpleNamespace(**settings | changes | fixed))
+
+
+def test_ranks_that_share_each_layer_cannot_be_in_a_pool(platform: Any) -> None:
+    def check_with(tensor_parallel_size: int) -> None:
+        platform.check_elastic_memory(
+            SimpleNamespace(
+                additional_config={"xllm": {"xtensor": {"enabled": True, "pool": "box"}}},
+                kv_transfer_config=None,
+                ec_transfer_config=None,
+                cache_config=SimpleNamespace(kv_offloading_size=None),
+                scheduler_config=SimpleNamespace(
+                    scheduler_cls="xllm_plugin.scheduler.scheduler.XllmScheduler"
+                ),
+                parallel_config=SimpleNamespace(
+                    pipeline_parallel_size=1, tensor_parallel_size=tensor_parallel_size
+                ),
+            )
+        )
+
+    check_with(1)
+    with pytest.raises(ConfigError, match=r"pool=box and tensor parallelism"):
+        check_with(2)
+
+
+def test_weights_that_are_to_stay_are_refused_for_they_would_not(platform: Any) -> None:
+    def check_with(*, can_sleep: bool) -> None:
+        model = SimpleNamespace(
+            enable_sleep_mode=can_sleep, sleep_preserve_parameter_names=["*.embed"]
+        )
+        platform.check_sleep_mode(SimpleNamespace(model_config=model))
+
+    check_with(can_sleep=False)
+    with pytest.raises(ConfigError, match=r"--sleep-preserve-parameter-names \['\*.embed'\]"):
+        check_with(can_sleep=True)
+
+
+def test_an_engine_may_be_started_to_sleep(platform: Any) -> None:
+    assert platform.XllmCpuPlatform().is_sleep_mode_available()

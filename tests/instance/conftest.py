@@ -13,7 +13,12 @@ import pytest
 pytest.importorskip("fastapi", reason="vLLM's API server brings FastAPI")
 
 from xllm_plugin.channel import ChannelConfig, EngineChannel, EngineIdentity, EngineLoad
-from xllm_plugin.xtensor.messages import MemoryReport, MemorySection
+from xllm_plugin.xtensor.messages import (
+    MemoryReport,
+    MemorySection,
+    PoolMemberReport,
+    PoolSection,
+)
 
 LOAD = EngineLoad(
     num_running=3,
@@ -56,6 +61,31 @@ MEMORY = MemorySection(
         release_s=0.5,
         num_commits=6,
         num_releases=7,
+    ),
+    pool=PoolSection(
+        name="gpu",
+        total_bytes=20_000,
+        leased_bytes=8000,
+        min_bytes=3000,
+        max_bytes=10_000,
+        members=(
+            PoolMemberReport(
+                name="this",
+                pid=1,
+                leased_bytes=8000,
+                unmet_bytes=0,
+                min_bytes=3000,
+                max_bytes=10_000,
+            ),
+            PoolMemberReport(
+                name="other",
+                pid=2,
+                leased_bytes=11_000,
+                unmet_bytes=2500,
+                min_bytes=1000,
+                max_bytes=20_000,
+            ),
+        ),
     ),
 )
 

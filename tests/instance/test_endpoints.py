@@ -110,6 +110,8 @@ def test_memory_is_shown_where_the_kv_cache_is_elastic(
     )
     assert (elastic["budget_bytes"], elastic["resident_bytes"]) == (8000, 5000)
     assert elastic["memory"]["pages"]["num_mapped"] == 50
+    assert elastic["pool_free_bytes"] == 1000
+    assert [m["name"] for m in elastic["memory"]["pool"]["members"]] == ["this", "other"]
     assert fixed["memory"] is fixed["error"] is None
     assert "no engine listens" in absent["error"]
 

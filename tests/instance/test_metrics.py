@@ -80,6 +80,11 @@ def test_an_elastic_kv_cache_shows_its_memory(
         "xllm:kv_memory_resident_bytes": 5000,
         "xllm:kv_memory_draining_bytes": 1000,
         "xllm:kv_memory_fragmentation_ratio": pytest.approx(0.2),
+        "xllm:kv_memory_pool_bytes": 20_000,
+        "xllm:kv_memory_pool_free_bytes": 1000,
+        "xllm:kv_memory_pool_leased_bytes": 8000,
+        "xllm:kv_memory_pool_unmet_bytes": 2500,
+        "xllm:kv_memory_pool_members": 2,
         "xllm:kv_memory_pages": 4,  # the last state's
         "xllm:kv_memory_pages_created_total": 70,
         "xllm:kv_memory_pages_released_total": 10,

@@ -148,6 +148,11 @@ class ElasticMemory:
     def __init__(self, clock: ManualClock) -> None:
         self.clock = clock
         self.changes: list[tuple[Any, float]] = []
+        self.owes = False
+
+    def settle(self) -> None:
+        self.changes.append(("settled", self.clock.now_s))
+        self.owes = False
 
     def apply(self, change: Any) -> None:
         self.changes.append((change, self.clock.now_s))
@@ -178,6 +183,17 @@ def test_a_step_without_tokens_reports_and_leaves_vllm_s_empty_output_alone(work
     assert attached(empty) is None
     assert attached(answer).memory == "report 1"
     assert attached(worker.execute_model(step(0))) is None
+
+
+def test_what_is_owed_since_sleep_is_there_before_a_step_that_says_nothing(worker: Any) -> None:
+    worker.memory = ElasticMemory(worker.clock)
+    worker.elastic_memory = lambda: worker.memory
+    worker.memory.owes = True
+    worker.executed = output = model_output("a")
+    worker.execute_model(step(1))
+    worker.execute_model(step(2))
+    assert worker.memory.changes == [("settled", 50.0)]
+    assert attached(output).memory is None
 
 
 def test_a_worker_without_elastic_memory_cannot_be_told_to_change_it(worker: Any) -> None:

@@ -7,22 +7,33 @@ on the device ends later still.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from xllm_plugin import shims
-from xllm_plugin.errors import ConfigError, MisuseError, PagesExhaustedError, SeamError
+from xllm_plugin.errors import (
+    ConfigError,
+    MisuseError,
+    NotNowError,
+    PagesExhaustedError,
+    SeamError,
+)
 from xllm_plugin.testing.fakes import FakeMemoryDriver, ManualClock
 from xllm_plugin.xtensor.config import XTensorConfig
 from xllm_plugin.xtensor.layout import Column, KVLayout
 from xllm_plugin.xtensor.memory import ElasticMemory
 from xllm_plugin.xtensor.messages import MemoryChange
+from xllm_plugin.xtensor.share import BudgetShare, Demand, PoolDemand, join_pool
 from xllm_plugin.xtensor.slabs import SlabLedger
 
 pytestmark = pytest.mark.engine  # imports vLLM, some seconds
@@ -53,14 +64,20 @@ class FakeRequest:
 class Engine:
     """Both sides, and a queue of steps between them."""
 
-    def __init__(self, slab_blocks: int, budget_slabs: int) -> None:
+    def __init__(
+        self,
+        slab_blocks: int,
+        budget_slabs: int,
+        share: BudgetShare | None = None,
+        clock: ManualClock | None = None,
+    ) -> None:
         shims.install()
         from vllm.v1.core.block_pool import BlockPool
 
         from xllm_plugin.xtensor.block_pool import adopt_block_pool
         from xllm_plugin.xtensor.kv_cache import ElasticKvCache
 
-        self.clock = ManualClock()
+        self.clock = clock or ManualClock()
         config = XTensorConfig(
             enabled=True, slab_blocks=slab_blocks, cache_idle_s=CACHE_IDLE_S, keep_idle_s=5.0
         )
@@ -69,7 +86,10 @@ class Engine:
             NUM_BLOCKS, enable_caching=True, hash_block_size=1, enable_kv_cache_events=True
         )
         self.pool = adopt_block_pool(vllm_pool, ledger, self.clock)
-        self.cache = ElasticKvCache(self.pool, LAYOUT, config, min_budget_slabs=1, clock=self.clock)
+        self.cache = ElasticKvCache(
+            self.pool, LAYOUT, config, min_budget_slabs=1, share=share, clock=self.clock
+        )
+        self.share = share
         num_bytes = NUM_BLOCKS * BLOCK_BYTES
         self.driver = FakeMemoryDriver(
             granularity_bytes=PAGE, capacity_pages=num_bytes // PAGE, finish_on_wait=True
@@ -126,7 +146,7 @@ class Engine:
         writes = {block: stamp for block, stamp in self.writes.items() if block in held}
         self.writes = {}
         shows = {block: self.shows[block] for block in held}
-        self.cache.plan()
+        self.cache.plan(is_busy=bool(self.requests))
         self.steps.append(Step(self.cache.take_change(), writes, shows))
 
     def execute(self) -> None:
@@ -135,6 +155,8 @@ class Engine:
         if step.change is not None:
             self.memory.apply(step.change)
             self.cache.record(self.memory.report())
+        elif self.memory.owes:
+            self.memory.settle()
         start = self.memory.range.start
         for block, stamp in step.writes.items():
             for piece in LAYOUT.pieces(block, 1):
@@ -154,6 +176,15 @@ class Engine:
             self.execute()
         self.driver.finish_work()
 
+    def sleep(self) -> None:
+        """As vLLM: no request and no cached block is left, no step under way."""
+        for request in list(self.requests):
+            self.end(request)
+        self.run()
+        assert self.pool.reset_prefix_cache()
+        self.memory.sleep()
+        assert self.driver.num_pages == 0
+
     def check(self) -> None:
         self.pool.check_integrity()
         ledger = self.pool.ledger
@@ -163,7 +194,7 @@ class Engine:
         self.memory.range.check_integrity()
         self.memory.pool.check_integrity()
         if not self.steps and not ledger.has_changes:
-            assert self.memory.range.committed == ledger.resident
+            assert self.memory.range.committed | self.memory._owed == ledger.resident
 
 
 class ElasticMachine(RuleBasedStateMachine):
@@ -173,7 +204,19 @@ class ElasticMachine(RuleBasedStateMachine):
     def start(self, slab_blocks: int, data: st.DataObject) -> None:
         self.num_slabs = NUM_BLOCKS // slab_blocks
         self.engine = Engine(slab_blocks, data.draw(st.integers(1, self.num_slabs)))
+        self.is_asleep = False
 
+    @rule()
+    def sleep(self) -> None:
+        self.engine.sleep()
+        self.is_asleep = True
+
+    @rule()
+    def wake(self) -> None:
+        self.engine.memory.wake()
+        self.is_asleep = False
+
+    @precondition(lambda self: not self.is_asleep)
     @rule(num_blocks=st.integers(1, 5))
     def allocate(self, num_blocks: int) -> None:
         if num_blocks > self.engine.pool.get_num_free_blocks():
@@ -202,9 +245,7 @@ class ElasticMachine(RuleBasedStateMachine):
 
     @rule()
     def reset_prefix_cache(self) -> None:
-        assert self.engine.pool.reset_prefix_cache() is not bool(
-            self.engine.requests or self.engine.pool.ledger.draining
-        )
+        assert self.engine.pool.reset_prefix_cache() is not bool(self.engine.requests)
 
     @rule(data=st.data())
     def resize(self, data: st.DataObject) -> None:
@@ -245,6 +286,7 @@ class ElasticMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """When all have ended and time has passed, memory is as at the start."""
         engine = self.engine
+        engine.memory.wake()
         for request in list(engine.requests):
             engine.end(request)
         engine.run()
@@ -467,3 +509,320 @@ def test_slabs_round_what_a_request_takes_up() -> None:
         adopt(XTensorConfig(slab_blocks=8))
     section = adopt(XTensorConfig(slab_blocks=8), num_blocks=20).section()
     assert (section.min_budget_slabs, section.num_slabs) == (2, 2)
+
+
+def test_sleep_gives_all_memory_back_and_the_first_step_afterwards_has_it_again() -> None:
+    engine = Engine(slab_blocks=2, budget_slabs=6)
+    engine.allocate(7)
+    engine.run()
+    engine.sleep()
+    assert engine.pool.ledger.num_resident == 1 < engine.memory.range.num_slabs
+    assert engine.memory.range.committed == set()
+    engine.memory.sleep()  # a second call changes nothing
+    engine.run()
+    assert engine.driver.num_pages == 0, "a step asleep takes no memory"
+    engine.memory.wake()
+    assert engine.memory.range.committed == {0}, "vLLM may write to its null block at any time"
+    engine.allocate(5)
+    engine.run()
+    engine.check()
+
+
+def test_an_engine_that_takes_no_step_asleep_has_its_slabs_with_the_first_one_awake() -> None:
+    engine = Engine(slab_blocks=2, budget_slabs=6)
+    held = engine.allocate(7)
+    engine.run()
+    engine.end(held)
+    engine.memory.sleep()
+    engine.memory.wake()
+    assert engine.memory.owes
+    engine.memory.settle()
+    assert engine.memory.range.committed == engine.pool.ledger.resident
+    assert not engine.memory.owes
+
+
+def test_a_sleep_that_the_kernel_refuses_changes_nothing() -> None:
+    engine = Engine(slab_blocks=2, budget_slabs=6)
+    engine.allocate(5)
+    engine.run()
+    engine.driver.fail_unmap(1)
+    with pytest.raises(PagesExhaustedError):
+        engine.memory.sleep()
+    engine.memory.settle()
+    assert engine.memory.range.committed == engine.pool.ledger.resident
+    engine.check()
+
+
+class Machine:
+    """Engines of one machine that share a pool."""
+
+    def __init__(self, slab_blocks: int, total_slabs: int, wait_s: float = 0.0) -> None:
+        self.slab_bytes = slab_blocks * BLOCK_BYTES
+        self.slab_blocks = slab_blocks
+        self.total_slabs = total_slabs
+        self.wait_s = wait_s
+        self.clock = ManualClock()
+        self.folder = TemporaryDirectory()
+        self.engines: list[Engine] = []
+
+    def start(self, min_slabs: int = 1, ahead_slabs: int = 1) -> Engine:
+        share = join_pool(
+            XTensorConfig(
+                enabled=True,
+                pool="p",
+                pool_bytes=self.total_slabs * self.slab_bytes,
+                min_bytes=min_slabs * self.slab_bytes,
+                keep_idle_s=5.0,
+                pool_wait_s=self.wait_s,
+            ),
+            PoolDemand(
+                name=f"model {len(self.engines)}",
+                slab_bytes=self.slab_bytes,
+                full_request_slabs=1,
+                max_slabs=NUM_BLOCKS // self.slab_blocks,
+                ahead_slabs=ahead_slabs,
+            ),
+            path=Path(self.folder.name) / "p.pool",
+            sleep=lambda seconds: self.run(),
+            clock=self.clock,
+        )
+        self.engines.append(Engine(self.slab_blocks, share.num_leased_slabs, share, self.clock))
+        return self.engines[-1]
+
+    def run(self) -> None:
+        for engine in self.engines:
+            engine.run()
+            engine.memory.pool.maintain()
+            self.clock.advance(0.1)  # for the workers to be asked again
+            engine.run()
+
+    def kill(self, engine: Engine) -> None:
+        self.engines.remove(engine)
+        assert engine.share is not None
+        engine.share._member.abandon()
+
+    def close(self) -> None:
+        for engine in list(self.engines):
+            self.kill(engine)
+        self.folder.cleanup()
+
+    def check(self) -> None:
+        num_bytes = sum(engine.driver.num_pages * PAGE for engine in self.engines)
+        assert num_bytes <= self.total_slabs * self.slab_bytes, "more than the machine has"
+        for engine in self.engines:
+            engine.check()
+            assert engine.share is not None
+            leased = engine.share.num_leased_slabs
+            assert leased >= 1
+            assert engine.driver.num_pages * PAGE <= leased * self.slab_bytes
+
+
+class SharingMachine(RuleBasedStateMachine):
+    """Two engines never have more pages than their pool, and each keeps what its requests wrote."""
+
+    @initialize(slab_blocks=st.integers(1, 3), ahead_slabs=st.integers(1, 3))
+    def start(self, slab_blocks: int, ahead_slabs: int) -> None:
+        self.ahead_slabs = ahead_slabs
+        self.machine = Machine(slab_blocks, NUM_BLOCKS // slab_blocks)
+        for _ in range(2):
+            self.machine.start(ahead_slabs=ahead_slabs)
+
+    def drawn(self, data: st.DataObject) -> Engine:
+        return data.draw(st.sampled_from(self.machine.engines))
+
+    @rule(data=st.data(), num_blocks=st.integers(1, 5))
+    def allocate(self, data: st.DataObject, num_blocks: int) -> None:
+        engine = self.drawn(data)
+        if num_blocks <= engine.pool.get_num_free_blocks():
+            request = engine.allocate(num_blocks)
+            if data.draw(st.booleans()):
+                engine.cache_blocks(request)
+
+    @rule(data=st.data(), which=st.integers(0, 9))
+    def end(self, data: st.DataObject, which: int) -> None:
+        engine = self.drawn(data)
+        if engine.requests:
+            engine.end(engine.requests[which % len(engine.requests)])
+
+    @rule(data=st.data())
+    def schedule(self, data: st.DataObject) -> None:
+        engine = self.drawn(data)
+        if len(engine.steps) < 3:
+            engine.schedule()
+
+    @rule(data=st.data())
+    def execute(self, data: st.DataObject) -> None:
+        engine = self.drawn(data)
+        if engine.steps:
+            engine.execute()
+
+    @rule(data=st.data(), finish=st.booleans())
+    def keep(self, data: st.DataObject, finish: bool) -> None:
+        engine = self.drawn(data)
+        if finish:
+            engine.driver.finish_work()
+        engine.memory.pool.maintain()
+
+    @rule(seconds=st.sampled_from([0.1, 6.0]))
+    def let_time_pass(self, seconds: float) -> None:
+        self.machine.clock.advance(seconds)
+
+    @rule(data=st.data())
+    def die_and_start_again(self, data: st.DataObject) -> None:
+        if len(self.machine.engines) == 2:
+            self.machine.kill(self.drawn(data))
+        try:
+            self.machine.start(ahead_slabs=self.ahead_slabs)
+        except NotNowError:
+            assert len(self.machine.engines) == 1, "the other has waited for what was free"
+
+    @invariant()
+    def the_pool_is_never_overdrawn(self) -> None:
+        self.machine.check()
+
+    def teardown(self) -> None:
+        """When all requests have ended and time has passed, only minima are leased."""
+        for engine in self.machine.engines:
+            for request in list(engine.requests):
+                engine.end(request)
+        for _ in range(3):
+            self.machine.run()
+            self.machine.clock.advance(2 * CACHE_IDLE_S)
+        self.machine.run()
+        for engine in self.machine.engines:
+            assert engine.share is not None
+            assert engine.share.num_leased_slabs == 1
+        self.machine.close()
+
+
+SharingMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
+TestSharing = SharingMachine.TestCase
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    made = Machine(slab_blocks=1, total_slabs=10, wait_s=1.0)
+    yield made
+    made.close()
+
+
+def test_what_one_engine_leaves_another_has(machine: Machine) -> None:
+    first, second = machine.start(), machine.start()
+    held = [grown(machine, first) for _ in range(8)]
+    assert (free(first), free(second)) == (0, 0), (
+        "nine for the first, the null block for the second"
+    )
+    assert first.share is not None
+    assert second.share is not None
+    for request in held:
+        first.end(request)
+    machine.run()
+    assert first.share.num_leased_slabs > 1, "nobody else wants it yet"
+    for _ in range(4):
+        grown(machine, second)
+    machine.check()
+    section = second.cache.section()
+    assert section.pool is not None
+    assert section.pool.leased_bytes >= 5 * machine.slab_bytes
+    assert [member.name for member in section.pool.members] == ["model 0", "model 1"]
+
+
+def test_cached_blocks_go_before_another_s_requests_wait(machine: Machine) -> None:
+    first, second = machine.start(), machine.start()
+    for _ in range(8):
+        first.cache_blocks(grown(machine, first))
+    for request in list(first.requests):
+        first.end(request)
+    machine.run()
+    assert first.pool.ledger.num_cached_blocks == 8
+    for _ in range(4):
+        grown(machine, second)
+    assert 0 < first.pool.ledger.num_cached_blocks < 6
+
+
+def test_what_requests_use_stays_until_they_end(machine: Machine) -> None:
+    first, second = machine.start(), machine.start()
+    for _ in range(8):
+        grown(machine, first)
+    waiting = second.allocate(0)
+    for _ in range(3):
+        machine.run()
+    assert free(second) == 0
+    assert len(first.requests) == 8
+    for request in first.requests[:3]:
+        first.end(request)
+    for _ in range(3):
+        machine.run()
+    assert free(second) > 0
+    second.end(waiting)
+
+
+def test_an_engine_starts_when_its_minimum_is_free(machine: Machine) -> None:
+    first = machine.start()
+    for _ in range(9):
+        grown(machine, first)
+    with pytest.raises(NotNowError, match=r"in use by model 0 \d+.*pool_wait_s"):
+        machine.start()
+    for request in list(first.requests):
+        first.end(request)
+    second = machine.start(min_slabs=4)
+    assert second.share is not None
+    assert second.share.num_leased_slabs == 4
+    machine.check()
+
+
+def test_a_minimum_over_what_a_server_can_take_is_refused(machine: Machine) -> None:
+    with pytest.raises(ConfigError, match=r"min_bytes=\d+: this server can take \d+ bytes"):
+        machine.start(min_slabs=NUM_BLOCKS + 1)
+
+
+def test_the_minimum_and_the_most_of_an_engine_hold(machine: Machine) -> None:
+    engine = machine.start(min_slabs=3)
+    assert free(engine) == 2
+    engine.cache.set_budget(4 * machine.slab_bytes)
+    for _ in range(3):
+        grown(machine, engine)
+    assert free(engine) == 0
+    section = engine.cache.section()
+    assert section.pool is not None
+    assert (section.pool.min_bytes, section.pool.max_bytes) == (
+        3 * machine.slab_bytes,
+        4 * machine.slab_bytes,
+    )
+
+
+def grown(machine: Machine, engine: Engine) -> FakeRequest:
+    """One more request of one block, when the pool has given it."""
+    request = engine.allocate(0)  # a request that waits makes the engine busy
+    for _ in range(4):
+        machine.run()
+        if free(engine):
+            break
+    request.blocks += engine.allocate(1).blocks
+    engine.requests.pop()
+    machine.run()
+    return request
+
+
+def free(engine: Engine) -> int:
+    num_blocks: int = engine.pool.get_num_free_blocks()
+    return num_blocks
+
+
+def test_a_report_from_before_a_shrink_gives_nothing_back(machine: Machine) -> None:
+    """A step that was scheduled between may still take what the lease had."""
+    engine = machine.start()
+    share = engine.share
+    assert share is not None
+    assert share.plan(Demand(num_in_use=1, num_resident=1, is_busy=True)) == 2
+    share.tell(1)
+    machine.clock.advance(6.0)
+    assert share.plan(Demand(num_in_use=1, num_resident=1, is_busy=False)) == 1
+    share.tell(2)
+    assert share.is_returning
+    report = engine.memory.report()
+    share.record(msgspec.structs.replace(report, change=1))
+    assert share.num_leased_slabs == 2
+    share.record(msgspec.structs.replace(report, change=2))
+    assert share.num_leased_slabs == 1
+    assert not share.is_returning

@@ -324,14 +324,14 @@ def test_a_state_follows_only_those_it_may() -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda pool, at: setattr(pool._mappings[at[0]].page, "state", PageState.RETIRED),
-        lambda pool, at: pool._states.update({PageState.FREE: 1}),
-        lambda pool, at: pool._mappings.pop(at[0]),
-        lambda pool, at: pool._owned["a"].pop(at[0]),
-        lambda pool, at: pool._warm.update({at[0]: pool._mappings[at[0]]}),
-        lambda pool, at: pool._free.append(pool._mappings[at[0]].page),
-        lambda pool, at: setattr(pool._mappings[at[0]], "owner", None),
-        lambda pool, at: pool._mappings.update({at[0]: pool._mappings[at[1]]}),
+        lambda pool, at: setattr(pool._books.mappings[at[0]].page, "state", PageState.RETIRED),
+        lambda pool, at: pool._books.states.update({PageState.FREE: 1}),
+        lambda pool, at: pool._books.mappings.pop(at[0]),
+        lambda pool, at: pool._books.owned["a"].pop(at[0]),
+        lambda pool, at: pool._books.warm.update({at[0]: pool._books.mappings[at[0]]}),
+        lambda pool, at: pool._books.free.append(pool._books.mappings[at[0]].page),
+        lambda pool, at: setattr(pool._books.mappings[at[0]], "owner", None),
+        lambda pool, at: pool._books.mappings.update({at[0]: pool._books.mappings[at[1]]}),
     ],
 )
 def test_integrity_notices_damage(damage: Callable[[PagePool, list[int]], Any]) -> None:
@@ -520,7 +520,7 @@ class PoolMachine(RuleBasedStateMachine):
             del self.owned[address], self.shows[address]
 
     def waits(self, address: int) -> bool:
-        mapping = self.pool._mappings.get(address)
+        mapping = self.pool._books.mappings.get(address)
         return mapping is not None and mapping.fence is not None and not mapping.fence.is_done()
 
     def in_use(self) -> dict[str, int]:

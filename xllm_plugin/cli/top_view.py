@@ -214,9 +214,16 @@ def _memory_line(reading: Reading) -> str | None:
     memory = None if snapshot is None else snapshot.section(MEMORY_SECTION, MemorySection)
     if memory is None:
         return None
-    return (
+    line = (
         f"dp{reading.dp_rank}: KV memory {memory.resident_bytes / 2**20:.0f} of "
         f"{memory.budget_bytes / 2**20:.0f} MiB, {100 * memory.fragmentation:.0f} % of it unused"
+    )
+    pool = memory.pool
+    if pool is None:
+        return line
+    return (
+        f"{line}; pool {pool.name}: {pool.free_bytes / 2**20:.0f} of "
+        f"{pool.total_bytes / 2**20:.0f} MiB free, {len(pool.members)} members"
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from xllm_plugin.cpu.memory import PAGE_BYTES, CpuMemoryDriver
+from xllm_plugin.cpu.vm_calls import VmCalls
 from xllm_plugin.errors import ConfigError, InternalError
 from xllm_plugin.xtensor.config import XTensorConfig
 from xllm_plugin.xtensor.layout import KVLayout
@@ -30,7 +31,20 @@ class ZeroOnFirstUse(TorchFunctionMode):
 
     vLLM allocates the whole KV cache as one such tensor (vllm/v1/worker/utils.py,
     `allocate_kv_cache`) inside a context that a runner may give.
+
+    Args:
+        min_bytes: smaller tensors are torch's.
     """
+
+    def __init__(self, min_bytes: int = MIN_BYTES) -> None:
+        super().__init__()
+        self._min_bytes = min_bytes
+        self._made: list[torch.Tensor] = []
+
+    def drop(self, calls: VmCalls) -> None:
+        """Give the memory of these tensors back to the system; they are zeros again."""
+        for tensor in self._made:
+            calls.drop(tensor.data_ptr(), -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
 
     def __torch_function__(
         self,
@@ -44,8 +58,9 @@ class ZeroOnFirstUse(TorchFunctionMode):
         if func is torch.zeros and kwargs.get("dtype") is torch.int8:
             size = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
             num_bytes = math.prod(size)
-            if num_bytes >= MIN_BYTES and str(kwargs.get("device", "cpu")) == "cpu":
-                return untouched_zeros(num_bytes).view(tuple(size))
+            if num_bytes >= self._min_bytes and str(kwargs.get("device", "cpu")) == "cpu":
+                self._made.append(untouched_zeros(num_bytes))
+                return self._made[-1].view(tuple(size))
         return func(*args, **kwargs)
 
 
@@ -103,7 +118,8 @@ def elastic_memory(
         raise ConfigError(
             f"a KV block has pieces of {[column.stride_bytes for column in layout.columns][:4]} "
             f"bytes, of which the largest unit is {page_bytes}; elastic memory needs multiples of "
-            f"{mmap.PAGESIZE}. Give a larger --block-size, or set xtensor.enabled to false."
+            f"{mmap.PAGESIZE}. Give a larger --block-size where the model allows (latent attention "
+            "does not), or set xtensor.enabled to false."
         )
     num_bytes = -(-layout.num_bytes // page_bytes) * page_bytes
     driver = CpuMemoryDriver(page_bytes=page_bytes, capacity_bytes=num_bytes)

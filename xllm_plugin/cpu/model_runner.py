@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import mmap
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from vllm.config import CompilationMode
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from xllm_plugin.config import load_config
@@ -21,6 +23,7 @@ from xllm_plugin.cpu.native.library import Kernels
 from xllm_plugin.cpu.native.linear import packing
 from xllm_plugin.cpu.native.model import full_refusal, take_over
 from xllm_plugin.cpu.platform import native_refusal
+from xllm_plugin.cpu.vm_calls import VmCalls
 from xllm_plugin.worker.model_runner import XllmModelRunnerMixin
 from xllm_plugin.xtensor.layout import KVLayout
 from xllm_plugin.xtensor.memory import ElasticMemory
@@ -38,6 +41,7 @@ class XllmCpuModelRunner(XllmModelRunnerMixin, CPUModelRunner):
 
     _kernels: Kernels | None = None
     _graph: BackgroundGraph | None = None
+    _fixed_memory: ZeroOnFirstUse | None = None
     elastic_memory: ElasticMemory | None = None
 
     def initialize_kv_cache_tensors(
@@ -55,11 +59,47 @@ class XllmCpuModelRunner(XllmModelRunnerMixin, CPUModelRunner):
     def _kv_buffer(self, kv_cache_config: KVCacheConfig) -> TorchFunctionMode:
         config = load_config(self.vllm_config.additional_config).xtensor
         if not config.enabled or not kv_cache_config.kv_cache_tensors:
-            return ZeroOnFirstUse()
+            can_sleep = self.model_config.enable_sleep_mode
+            self._fixed_memory = ZeroOnFirstUse(mmap.PAGESIZE) if can_sleep else ZeroOnFirstUse()
+            return self._fixed_memory
         layout = KVLayout.of_tensors(kv_cache_config.num_blocks, kv_cache_config.kv_cache_tensors)
         self.elastic_memory, driver = elastic_memory(layout, config)
         self.elastic_memory.start()
         return ElasticBuffer(self.elastic_memory, driver)
+
+    def sleep_kv_cache(self) -> None:
+        """Give the KV cache's memory back to the system; every block's contents are lost.
+
+        Raises:
+            PagesExhaustedError: see `ElasticMemory.sleep`.
+        """
+        if self.elastic_memory is not None:
+            self.elastic_memory.sleep()
+        elif self._fixed_memory is not None:
+            self._fixed_memory.drop(VmCalls())
+
+    def wake_kv_cache(self) -> None:
+        """Let the KV cache have memory again, as blocks are used.
+
+        Raises:
+            PagesExhaustedError: see `ElasticMemory.wake`.
+        """
+        if self.elastic_memory is not None:
+            self.elastic_memory.wake()
+
+    def reload_refusal(self) -> str | None:
+        """Why the weights cannot be loaded once more, or None when they can."""
+        reasons = {
+            f"--load-format {self.load_config.load_format} has no files to load from": not hasattr(
+                get_model_loader(self.load_config), "get_all_weights"
+            ),
+            "vLLM's own code runs the model's layers, and has packed the weights in its way": (
+                self._kernels is None
+            ),
+            "a draft model shares its weights": self.speculative_config is not None,
+            "adapters (LoRA) are loaded beside them": self.lora_config is not None,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         """Load as vLLM does, and let native code run the layers it knows."""

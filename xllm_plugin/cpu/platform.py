@@ -71,6 +71,10 @@ class XllmCpuPlatform(XllmPlatformMixin, CpuPlatform):
             )
         vllm_config.scheduler_config.async_scheduling = bool(asked)
 
+    def is_sleep_mode_available(self) -> bool:
+        """Say yes; vLLM's own answer is a list of platforms (see `cpu.sleep`)."""
+        return True
+
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Choose classes; keep MLA models off the rotary operator that is wrong for them."""
@@ -78,6 +82,7 @@ class XllmCpuPlatform(XllmPlatformMixin, CpuPlatform):
         is_alone = computes_alone(vllm_config, len({cpu.numa_node for cpu in allowed_cpus()}))
         super().check_and_update_config(vllm_config)
         check_elastic_memory(vllm_config)
+        check_sleep_mode(vllm_config)
         if is_alone:
             plan = compute_in_the_engine(vllm_config, openmp)
             if plan is not None and is_server_command(sys.argv, sys.orig_argv):
@@ -101,7 +106,8 @@ def check_elastic_memory(vllm_config: VllmConfig) -> None:
     Raises:
         ConfigError: names both settings.
     """
-    if not load_config(vllm_config.additional_config).xtensor.enabled:
+    config = load_config(vllm_config.additional_config).xtensor
+    if not config.enabled:
         return
     reasons = {
         "a KV or encoder-cache connector, which keeps the cache's addresses": has_connector(
@@ -112,12 +118,30 @@ def check_elastic_memory(vllm_config: VllmConfig) -> None:
         "pipeline parallelism, whose ranks have KV caches of different layouts": (
             vllm_config.parallel_config.pipeline_parallel_size > 1
         ),
+        f"xtensor.pool={config.pool} and tensor parallelism: of several ranks one tells what it "
+        "has given back": (
+            config.pool is not None and vllm_config.parallel_config.tensor_parallel_size > 1
+        ),
     }
     for reason, holds in reasons.items():
         if holds:
             raise ConfigError(
                 f"xtensor.enabled is true, and does not go with {reason}. Leave one of them out."
             )
+
+
+def check_sleep_mode(vllm_config: VllmConfig) -> None:
+    """Refuse what sleep cannot do on a CPU.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    model = vllm_config.model_config
+    if model is not None and model.enable_sleep_mode and model.sleep_preserve_parameter_names:
+        raise ConfigError(
+            f"--sleep-preserve-parameter-names {model.sleep_preserve_parameter_names}: on a CPU "
+            "level 2 loads every weight again. Leave it out, or sleep at level 1, which keeps all."
+        )
 
 
 def inspect_models_here() -> None:

@@ -19,6 +19,7 @@ MAP_NORESERVE = 0x4000
 MREMAP_MAYMOVE = 1
 MREMAP_FIXED = 2
 MREMAP_DONTUNMAP = 4
+MADV_DONTNEED = 4
 MADV_HUGEPAGE = 14
 MADV_POPULATE_WRITE = 23
 FALLOC_FL_KEEP_SIZE = 1
@@ -81,6 +82,11 @@ class VmCalls:
         """Fill memory and page tables in, so that no later access waits for it (Linux 5.14)."""
         if self._madvise(address, num_bytes, MADV_POPULATE_WRITE):
             raise _error("madvise(MADV_POPULATE_WRITE)")
+
+    def drop(self, address: int, num_bytes: int) -> None:
+        """Give the memory of private, anonymous pages back; they read as zeros from then on."""
+        if self._madvise(address, num_bytes, MADV_DONTNEED):
+            raise _error("madvise(MADV_DONTNEED)")
 
     def punch(self, file: int, offset_bytes: int, num_bytes: int) -> None:
         """Give a part of a file's memory back to the system; it reads as zeros from then on."""

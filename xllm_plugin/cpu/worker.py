@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from xllm_plugin.config import load_config
 from xllm_plugin.cpu.model_runner import XllmCpuModelRunner
 from xllm_plugin.cpu.platform import IN_THE_ENGINE, engine_fork
+from xllm_plugin.cpu.sleep import SleepMode
 from xllm_plugin.cpu.threads import plan_here
+from xllm_plugin.cpu.weight_memory import WeightMemory
+from xllm_plugin.errors import MisuseError
 from xllm_plugin.seams import Process, check_all
 from xllm_plugin.worker.model_runner import adopt_runner
 from xllm_plugin.worker.worker import XllmWorkerMixin
@@ -20,12 +24,15 @@ from xllm_plugin.xtensor.memory import ElasticMemory
 
 if TYPE_CHECKING:
     from vllm.config import SchedulerConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
 
 __all__ = ["XllmCpuWorker"]
 
 
 class XllmCpuWorker(XllmWorkerMixin, CPUWorker):
     """vLLM's CPU worker with ours in front."""
+
+    _sleep_mode: SleepMode | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         engine_fork.enter()
@@ -39,12 +46,38 @@ class XllmCpuWorker(XllmWorkerMixin, CPUWorker):
         with synchronous_runner(self.scheduler_config):
             super().init_device()
         adopt_runner(self, XllmCpuModelRunner)
+        if self.model_config.enable_sleep_mode:
+            directory = load_config(self.vllm_config.additional_config).engine.sleep_dir
+            self._sleep_mode = SleepMode(self.model_runner, WeightMemory(directory))
 
     def elastic_memory(self) -> ElasticMemory | None:
         """What backs the KV cache, or None where all of it is there from the start."""
         # An engine that fails early shuts a worker down that has no runner.
         runner: XllmCpuModelRunner | None = getattr(self, "model_runner", None)
         return None if runner is None else runner.elastic_memory
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """Run one step; see the mixin."""
+        if self._sleep_mode is not None:
+            self._sleep_mode.check_awake(scheduler_output.total_num_scheduled_tokens)
+        return super().execute_model(scheduler_output)
+
+    def sleep(self, level: int = 1) -> None:
+        """Give memory back to the system; the engine is paused (see `SleepMode.sleep`)."""
+        self._has_sleep_mode().sleep(level)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Take it again; see `SleepMode.wake_up`."""
+        self._has_sleep_mode().wake_up(tags)
+
+    def discard(self, tags: tuple[str, ...]) -> None:
+        """Give the KV cache's memory back; see `SleepMode.discard`."""
+        self._has_sleep_mode().discard(tags)
+
+    def _has_sleep_mode(self) -> SleepMode:
+        if self._sleep_mode is None:
+            raise MisuseError("this engine cannot sleep; start it with --enable-sleep-mode.")
+        return self._sleep_mode
 
     def shutdown(self) -> None:
         """End what runs beside the steps."""

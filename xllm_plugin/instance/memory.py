@@ -10,7 +10,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric, SummaryMet
 
 from xllm_plugin.channel.messages import Reading, Snapshot
 from xllm_plugin.instance.families import counters, gauges
-from xllm_plugin.xtensor.messages import MEMORY_SECTION, MemoryReport, MemorySection
+from xllm_plugin.xtensor.messages import MEMORY_SECTION, MemoryReport, MemorySection, PoolSection
 
 __all__ = ["MemoryReading", "memory_families", "memory_readings"]
 
@@ -30,6 +30,28 @@ _GAUGES: dict[str, tuple[str, Callable[[MemorySection], float]]] = {
     "xllm:kv_memory_fragmentation_ratio": (
         "Share of the resident memory that is neither used nor cached, 0 to 1.",
         lambda section: section.fragmentation,
+    ),
+}
+_POOL_GAUGES: dict[str, tuple[str, Callable[[PoolSection], float]]] = {
+    "xllm:kv_memory_pool_bytes": (
+        "Memory that all members of the machine's pool together may take.",
+        lambda pool: pool.total_bytes,
+    ),
+    "xllm:kv_memory_pool_free_bytes": (
+        "The part of it that no member has leased.",
+        lambda pool: pool.free_bytes,
+    ),
+    "xllm:kv_memory_pool_leased_bytes": (
+        "The part of it that this engine has leased.",
+        lambda pool: pool.leased_bytes,
+    ),
+    "xllm:kv_memory_pool_unmet_bytes": (
+        "What members of the pool wait for.",
+        lambda pool: pool.unmet_bytes,
+    ),
+    "xllm:kv_memory_pool_members": (
+        "Engines in the pool.",
+        lambda pool: len(pool.members),
     ),
 }
 _COUNTERS: dict[str, tuple[str, Callable[[MemoryReport], float]]] = {
@@ -73,6 +95,7 @@ class MemoryReading(msgspec.Struct, frozen=True, kw_only=True):
         budget_bytes: that it may take.
         resident_bytes: behind blocks that are used, cached or ready to be.
         fragmentation: share of that which is neither used nor cached.
+        pool_free_bytes: that no member of the machine's pool has leased; None without a pool.
         memory: the snapshot's section.
         error: why there is nothing to tell.
     """
@@ -82,6 +105,7 @@ class MemoryReading(msgspec.Struct, frozen=True, kw_only=True):
     budget_bytes: int | None = None
     resident_bytes: int | None = None
     fragmentation: float | None = None
+    pool_free_bytes: int | None = None
     memory: MemorySection | None = None
     error: str | None = None
 
@@ -101,6 +125,7 @@ def _memory_reading(reading: Reading) -> MemoryReading:
         budget_bytes=section.budget_bytes,
         resident_bytes=section.resident_bytes,
         fragmentation=section.fragmentation,
+        pool_free_bytes=None if section.pool is None else section.pool.free_bytes,
         memory=section,
         error=reading.error,
     )
@@ -121,7 +146,9 @@ def memory_families(
     """
     sections = [(labels, section) for labels, snap in known if (section := _section(snap))]
     pages = [(labels, section.pages) for labels, section in sections if section.pages]
+    pools = [(labels, section.pool) for labels, section in sections if section.pool]
     yield from gauges(_GAUGES, sections, label_names)
+    yield from gauges(_POOL_GAUGES, pools, label_names)
     yield _pages_by_state(pages, label_names)
     yield from counters(_COUNTERS, pages, label_names)
     for name, (text, measured) in _SUMMARIES.items():

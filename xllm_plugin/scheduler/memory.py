@@ -26,6 +26,7 @@ class MemoryControl:
     """
 
     def __init__(self, scheduler: Any, channel: EngineChannel, waker: EngineWaker) -> None:
+        self._scheduler = scheduler
         self._cache: ElasticKvCache | None = None
         self._alarm = EngineAlarm(waker.wake)
         config = load_config(scheduler.vllm_config.additional_config).xtensor
@@ -51,7 +52,7 @@ class MemoryControl:
     def plan(self) -> None:
         """Decide what is given back, before a step is scheduled."""
         if self._cache is not None:
-            self._cache.plan()
+            self._cache.plan(is_busy=any(self._scheduler.get_request_counts()))
 
     def take_change(self) -> MemoryChange | None:
         """What the step that was just scheduled tells the workers, or None."""
@@ -71,5 +72,7 @@ class MemoryControl:
         return self._cache is not None and self._cache.has_work()
 
     def close(self) -> None:
-        """End the alarm's thread."""
+        """End the alarm's thread, and leave what is shared."""
         self._alarm.close()
+        if self._cache is not None:
+            self._cache.close()

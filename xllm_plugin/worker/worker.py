@@ -68,6 +68,8 @@ class XllmWorkerMixin:
         self._timer.begin(message)
         if message is not None and message.memory is not None:
             self._memory_report = self._timer.measure(self._change_memory, message.memory)
+        elif (memory := self.elastic_memory()) is not None and memory.owes:
+            self._timer.measure(memory.settle)
         output = self._timer.measure(super().execute_model, scheduler_output)  # type: ignore[misc]
         return self._stamped(output)
 

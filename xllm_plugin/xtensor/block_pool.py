@@ -82,6 +82,7 @@ class ElasticBlockPool(BlockPool):
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached block; see vLLM's."""
+        self.rebalance()  # what drains and is of nobody would count as used
         was_reset: bool = super().reset_prefix_cache()
         if was_reset:
             ledger = self.ledger

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["XTensorConfig"]
+__all__ = ["XTensorConfig", "pool_refusal"]
 
 
 class XTensorConfig(BaseModel):
@@ -18,6 +18,21 @@ class XTensorConfig(BaseModel):
 
     budget_bytes: int | None = Field(default=None, ge=0)
     """The most that it takes from the start on; a control call changes it later.  None: all."""
+
+    pool: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Servers of this user with the same name share one budget; each then leases what it needs, up
+    to `budget_bytes`.  None: the budget is this server's alone."""
+
+    pool_bytes: int | None = Field(default=None, gt=0)
+    """What all servers in the pool together may take.  The first one says it, the others say the
+    same or nothing."""
+
+    min_bytes: int | None = Field(default=None, ge=0)
+    """What this server can always take of the pool.  None: one request of full length, which is
+    also the least."""
+
+    pool_wait_s: float = Field(default=60.0, ge=0)
+    """How long a start waits for its minimum, while others still use it."""
 
     slab_blocks: int = Field(default=0, ge=0)
     """Consecutive blocks whose memory comes and goes together.  0: the fewest with which the
@@ -33,3 +48,16 @@ class XTensorConfig(BaseModel):
 
     premap_slabs: int = Field(default=1, ge=0)
     """So many slabs are mapped ahead, by a thread beside the steps."""
+
+
+def pool_refusal(config: XTensorConfig) -> str | None:
+    """Why settings about a shared pool do not go together, whatever their sources, or None."""
+    given = [name for name in ("pool_bytes", "min_bytes") if getattr(config, name) is not None]
+    if config.pool is None:
+        return f"xtensor.{given[0]} is set and xtensor.pool is not; name a pool" if given else None
+    if not config.enabled:
+        return f"xtensor.pool={config.pool} needs xtensor.enabled=true"
+    least, most = config.min_bytes, config.budget_bytes
+    if least is not None and most is not None and least > most:
+        return f"xtensor.min_bytes={least} is more than xtensor.budget_bytes={most}"
+    return None

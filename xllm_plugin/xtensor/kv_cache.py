@@ -12,6 +12,7 @@ from xllm_plugin.xtensor.block_pool import ElasticBlockPool, adopt_block_pool
 from xllm_plugin.xtensor.config import XTensorConfig
 from xllm_plugin.xtensor.layout import KVLayout, slab_blocks_of
 from xllm_plugin.xtensor.messages import MemoryChange, MemoryReport, MemorySection
+from xllm_plugin.xtensor.share import RETURN_LOOK_S, BudgetShare, Demand, PoolDemand, join_pool
 from xllm_plugin.xtensor.slabs import SlabLedger
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class ElasticKvCache:
         layout: of the first rank's KV buffer.
         config: the settings.
         min_budget_slabs: that one request of full length takes, the null block included.
+        share: of the pool that engines of this machine share, if this one does.
         clock: seconds, monotonic; the pool's.
     """
 
@@ -42,6 +44,7 @@ class ElasticKvCache:
         config: XTensorConfig,
         *,
         min_budget_slabs: int,
+        share: BudgetShare | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool = pool
@@ -49,8 +52,9 @@ class ElasticKvCache:
         self._layout = layout
         self._config = config
         self._min_budget_slabs = min_budget_slabs
+        self._share = share
         self._clock = clock
-        self._told_budget_slabs = 0
+        self._told_budget_slabs = self._num_changes = 0
         self._report_due_s = math.inf
         self._report: MemoryReport | None = None
         self._num_dropped_slabs = 0
@@ -74,30 +78,49 @@ class ElasticKvCache:
         num_blocks = full_request_blocks(kv_cache_config, vllm_config) + 1  # the null block
         num_slabs, needed = layout.num_blocks // slab_blocks, -(-num_blocks // slab_blocks)
         slab_bytes = slab_blocks * layout.block_bytes
+        max_len = vllm_config.model_config.max_model_len
         budget_slabs = num_slabs
         if config.budget_bytes is not None:
             budget_slabs = min(num_slabs, config.budget_bytes // slab_bytes)
         if budget_slabs < needed:
-            raise ConfigError(
-                _too_small(
-                    f"xtensor.budget_bytes={config.budget_bytes}"
-                    if needed <= num_slabs
-                    else f"--kv-cache-memory-bytes {layout.num_bytes}",
-                    needed * slab_bytes,
-                    vllm_config.model_config.max_model_len,
-                )
+            seen = f"xtensor.budget_bytes={config.budget_bytes}"
+            if needed > num_slabs:
+                seen = f"--kv-cache-memory-bytes {layout.num_bytes}"
+            raise ConfigError(_too_small(seen, needed * slab_bytes, max_len))
+        share = None
+        if config.pool is not None:
+            share = join_pool(
+                config,
+                PoolDemand(
+                    name=str(vllm_config.model_config.served_model_name),
+                    slab_bytes=slab_bytes,
+                    full_request_slabs=needed,
+                    max_slabs=budget_slabs,
+                    # Each running request may begin a block in a step.
+                    ahead_slabs=max(
+                        needed, -(-vllm_config.scheduler_config.max_num_seqs // slab_blocks)
+                    ),
+                ),
             )
+            budget_slabs = share.num_leased_slabs
         ledger = SlabLedger(layout.num_blocks, slab_blocks, budget_slabs)
         pool = adopt_block_pool(manager.block_pool, ledger)
-        return cls(pool, layout, config, min_budget_slabs=needed)
+        return cls(pool, layout, config, min_budget_slabs=needed, share=share)
 
     # At each step
 
-    def plan(self) -> None:
+    def plan(self, *, is_busy: bool = True) -> None:
         """Decide what is given back; called before a step is scheduled.
 
         Not after: the step may still copy from blocks that are freed while it is scheduled.
+
+        Args:
+            is_busy: whether there are requests.
         """
+        if self._share is not None:
+            ledger = self._ledger
+            demand = Demand(ledger.num_in_use, ledger.num_resident, is_busy)
+            ledger.budget_slabs = self._share.plan(demand)
         cold_s = self._clock() - self._config.cache_idle_s
         self._num_dropped_slabs += self._pool.drop_cold(cold_s)
         self._pool.rebalance()
@@ -113,12 +136,18 @@ class ElasticKvCache:
         # What the workers still keep ready goes later, by itself; then we want to hear of it.
         self._report_due_s = math.inf if is_told else now_s + self._config.keep_idle_s + 1.0
         self._told_budget_slabs = ledger.budget_slabs
+        self._num_changes += 1
+        if self._share is not None:
+            self._share.tell(self._num_changes)
+            if self._share.is_returning:
+                self._report_due_s = now_s + RETURN_LOOK_S
         changes = ledger.take_changes()
         return MemoryChange(
             budget_slabs=ledger.budget_slabs,
             released=changes.released,
             committed=changes.committed,
             expected=ledger.expected(self._config.premap_slabs),
+            number=self._num_changes,
         )
 
     def has_work(self) -> bool:
@@ -134,11 +163,14 @@ class ElasticKvCache:
         """When, by the clock, something is to be done that no request brings about."""
         oldest_s = self._ledger.oldest_idle_s()
         cold_s = math.inf if oldest_s is None else oldest_s + self._config.cache_idle_s
-        return min(cold_s, self._report_due_s)
+        look_s = math.inf if self._share is None else self._share.next_look_s()
+        return min(cold_s, self._report_due_s, look_s)
 
     def record(self, report: MemoryReport) -> None:
         """Take a worker's report in."""
         self._report = report
+        if self._share is not None:
+            self._share.record(report)
 
     # What is asked from outside
 
@@ -157,6 +189,7 @@ class ElasticKvCache:
             num_cached_blocks=ledger.num_cached_blocks,
             num_dropped_slabs=self._num_dropped_slabs,
             pages=self._report,
+            pool=None if self._share is None else self._share.section(),
         )
 
     def set_budget(self, budget_bytes: int) -> MemorySection:
@@ -171,8 +204,16 @@ class ElasticKvCache:
                 f"request of full length) to {most * slab_bytes} (what the engine was started "
                 "with, --kv-cache-memory-bytes)."
             )
-        self._pool.set_budget(budget_bytes // slab_bytes)
+        if self._share is None:
+            self._pool.set_budget(budget_bytes // slab_bytes)
+        else:
+            self._share.set_most(budget_bytes // slab_bytes)
         return self.section()
+
+    def close(self) -> None:
+        """Leave the pool; no step runs any more."""
+        if self._share is not None:
+            self._share.close()
 
 
 def full_request_blocks(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> int:

@@ -15,6 +15,7 @@ from xllm_plugin.xtensor.messages import MemoryChange, MemoryReport
 from xllm_plugin.xtensor.page import PageState
 from xllm_plugin.xtensor.page_pool import PagePool, PoolPolicy
 from xllm_plugin.xtensor.range import ElasticRange
+from xllm_plugin.xtensor.slabs import NULL_SLAB
 
 __all__ = ["ElasticMemory"]
 
@@ -53,6 +54,9 @@ class ElasticMemory:
             driver, budget_pages=num_slabs * slab_pages, policy=policy, clock=clock
         )
         self.range = ElasticRange(self.pool, layout, slab_blocks, owner="kv")
+        self._budget_slabs, self._num_changes = num_slabs, 0
+        self._is_asleep = False
+        self._owed: set[int] = set()
         self._clock = clock
         self._commit_s = self._release_s = 0.0
         self._num_commits = self._num_releases = 0
@@ -66,6 +70,53 @@ class ElasticMemory:
         """End the keeper's thread."""
         self._keeper.close()
 
+    # Asleep the memory is with the system.  The scheduler does not know: what it has told to commit
+    # is owed from then on, until the first step after waking.
+
+    def sleep(self) -> None:
+        """Give all memory back to the system; every block's contents are lost.
+
+        No step that uses a block may run until `wake`; a second call does nothing.
+
+        Raises:
+            PagesExhaustedError: the kernel has no room to take mappings apart; it is awake.
+        """
+        self._is_asleep = True
+        committed = self.range.committed
+        self.range.decommit(committed)
+        self._owed |= committed
+        self.pool.expect(())
+        self.pool.set_budget(0)
+        self.pool.driver.fence().wait()
+        try:
+            self.pool.maintain()
+        except PagesExhaustedError:
+            self.wake()
+            raise
+
+    def wake(self) -> None:
+        """Let slabs have memory again: the null block's now, the others with the next step.
+
+        Raises:
+            PagesExhaustedError: see `apply`; the memory is still asleep.
+        """
+        if not self._is_asleep:
+            return
+        self._set_budget()
+        null_slab = self._owed & {NULL_SLAB}
+        self._commit(tuple(null_slab))
+        self._owed -= null_slab
+        self._is_asleep = False
+
+    @property
+    def owes(self) -> bool:
+        """Whether `settle` is to be called before a step that brings no change."""
+        return bool(self._owed) and not self._is_asleep
+
+    def settle(self) -> None:
+        """Give what is owed since it woke; see `apply`."""
+        self.apply(MemoryChange(self._budget_slabs, number=self._num_changes))
+
     def apply(self, change: MemoryChange) -> None:
         """Carry a change out; called between two steps, in their order.
 
@@ -74,15 +125,19 @@ class ElasticMemory:
                 be released is released, and nothing is committed.
         """
         started_s = self._clock()
-        if change.released:
-            self.range.decommit(change.released)
+        self._budget_slabs, self._num_changes = change.budget_slabs, change.number
+        released = [slab for slab in change.released if slab not in self._owed]
+        self._owed = self._owed.difference(change.released).union(change.committed)
+        if released:
+            self.range.decommit(released)
             self._num_releases += 1
-        # Slabs beyond the budget are still in use, and one of them may be new to this worker.
-        num_slabs = len(self.range.committed) + len(change.committed)
-        self.pool.set_budget(max(change.budget_slabs, num_slabs) * self.range.pages_per_slab)
+        if self._is_asleep:
+            return
+        self._set_budget()
         released_s = self._clock()
-        if change.committed:
-            self._commit(change.committed)
+        if self._owed:
+            self._commit(tuple(self._owed))
+            self._owed.clear()
             self._num_commits += 1
         self.range.expect(change.expected)
         self._release_s += released_s - started_s
@@ -109,7 +164,13 @@ class ElasticMemory:
             release_s=self._release_s,
             num_commits=self._num_commits,
             num_releases=self._num_releases,
+            change=self._num_changes,
         )
+
+    def _set_budget(self) -> None:
+        # Slabs beyond the budget are still in use, and one of them may be new to this worker.
+        num_slabs = max(self._budget_slabs, len(self.range.committed) + len(self._owed))
+        self.pool.set_budget(num_slabs * self.range.pages_per_slab)
 
     def _commit(self, slabs: tuple[int, ...]) -> None:
         try:

@@ -11,7 +11,14 @@ from typing import Final
 
 import msgspec
 
-__all__ = ["MEMORY_SECTION", "MemoryChange", "MemoryReport", "MemorySection"]
+__all__ = [
+    "MEMORY_SECTION",
+    "MemoryChange",
+    "MemoryReport",
+    "MemorySection",
+    "PoolMemberReport",
+    "PoolSection",
+]
 
 MEMORY_SECTION: Final = "memory"
 
@@ -25,12 +32,14 @@ class MemoryChange:
         released: no step from this one on names their blocks.
         committed: this step or a later one may name their blocks.
         expected: those that would be committed next.
+        number: rises by one with each change, from 1.
     """
 
     budget_slabs: int
     released: tuple[int, ...] = ()
     committed: tuple[int, ...] = ()
     expected: tuple[int, ...] = ()
+    number: int = 0
 
 
 class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +62,7 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
         release_s: time spent to release slabs, total.
         num_commits: calls that committed slabs.
         num_releases: calls that released slabs.
+        change: number of the last change that was carried out.
     """
 
     page_bytes: int
@@ -71,11 +81,62 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
     release_s: float
     num_commits: int
     num_releases: int
+    change: int = 0
 
     @property
     def num_bytes(self) -> int:
         """Of all pages that exist."""
         return self.page_bytes * (self.num_created - self.num_released)
+
+
+class PoolMemberReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine in a pool that engines of a machine share.
+
+    Attributes:
+        name: of its model.
+        pid: of its process.
+        leased_bytes: that it may use.
+        unmet_bytes: that it waits for.
+        min_bytes: that it can always have.
+        max_bytes: that it never asks for more than.
+    """
+
+    name: str
+    pid: int
+    leased_bytes: int
+    unmet_bytes: int
+    min_bytes: int
+    max_bytes: int
+
+
+class PoolSection(msgspec.Struct, frozen=True, kw_only=True):
+    """A machine's pool of KV memory, as one of its members sees it.
+
+    Attributes:
+        name: `xtensor.pool`.
+        total_bytes: that all members together may use.
+        leased_bytes: that this engine may use.
+        min_bytes: that it can always have.
+        max_bytes: that it never asks for more than.
+        members: everybody, this engine included.
+    """
+
+    name: str
+    total_bytes: int
+    leased_bytes: int
+    min_bytes: int
+    max_bytes: int
+    members: tuple[PoolMemberReport, ...] = ()
+
+    @property
+    def free_bytes(self) -> int:
+        """That nobody has leased."""
+        return self.total_bytes - sum(member.leased_bytes for member in self.members)
+
+    @property
+    def unmet_bytes(self) -> int:
+        """That members wait for."""
+        return sum(member.unmet_bytes for member in self.members)
 
 
 class MemorySection(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +154,7 @@ class MemorySection(msgspec.Struct, frozen=True, kw_only=True):
         num_cached_blocks: that a request may find, and none holds.
         num_dropped_slabs: that were cached and had not been used for long, total.
         pages: the first rank's, when it last had something to do; None before.
+        pool: that it shares with other engines of the machine, if it does.
     """
 
     block_bytes: int
@@ -106,6 +168,7 @@ class MemorySection(msgspec.Struct, frozen=True, kw_only=True):
     num_cached_blocks: int
     num_dropped_slabs: int = 0
     pages: MemoryReport | None = None
+    pool: PoolSection | None = None
 
     @property
     def slab_bytes(self) -> int:

@@ -29,7 +29,10 @@ from typing import NamedTuple
 
 from xllm_plugin.errors import InternalError
 
-__all__ = ["BlockKind", "SlabChanges", "SlabLedger"]
+__all__ = ["NULL_SLAB", "BlockKind", "SlabChanges", "SlabLedger"]
+
+NULL_SLAB = 0
+"""Has memory from the start and always, for vLLM's null block lies there."""
 
 
 class BlockKind(IntEnum):
@@ -57,8 +60,6 @@ class SlabLedger:
         num_blocks: virtual blocks; those behind the last whole slab are never handed out.
         slab_blocks: of a slab.
         budget_slabs: how many slabs may have memory; at least one.
-
-    Slab 0 has memory from the start and always, for vLLM's null block lies there.
     """
 
     def __init__(self, num_blocks: int, slab_blocks: int, budget_slabs: int) -> None:
@@ -68,6 +69,7 @@ class SlabLedger:
         self._kinds = [BlockKind.FREE] * (self.num_slabs * slab_blocks)
         self._num_used = [0] * self.num_slabs
         self._num_cached = [0] * self.num_slabs
+        self._num_in_use = 0
         self._resident: set[int] = set()  # draining ones included
         self._draining: set[int] = set()
         # Released last, committed first: its pages are probably still mapped.
@@ -112,6 +114,11 @@ class SlabLedger:
     def num_resident(self) -> int:
         """How many slabs have memory."""
         return len(self._resident)
+
+    @property
+    def num_in_use(self) -> int:
+        """How many slabs have used blocks."""
+        return self._num_in_use
 
     @property
     def num_used_blocks(self) -> int:
@@ -164,9 +171,11 @@ class SlabLedger:
             )
         self._close(slab)
         self._kinds[block] = kind
+        was_in_use = self._num_used[slab] > 0
         self._num_used[slab] += (kind == BlockKind.USED) - (before == BlockKind.USED)
         self._num_cached[slab] += (kind == BlockKind.CACHED) - (before == BlockKind.CACHED)
         self._reopen(slab)
+        self._num_in_use += (self._num_used[slab] > 0) - was_in_use
         if self._num_used[slab]:
             self._idle.pop(slab, None)
         elif before == BlockKind.USED:
@@ -203,9 +212,9 @@ class SlabLedger:
         """Take the memory of a slab away.
 
         Raises:
-            InternalError: a block on it is used or cached, or it is slab 0.
+            InternalError: a block on it is used or cached, or it is the null slab.
         """
-        if slab == 0 or self._num_used[slab] or self._num_cached[slab]:
+        if slab == NULL_SLAB or self._num_used[slab] or self._num_cached[slab]:
             raise InternalError(f"slab {slab} is in use and cannot go; please report this")
         self._close(slab)
         self._resident.remove(slab)
@@ -242,9 +251,9 @@ class SlabLedger:
         if num_beyond <= 0:
             return []
         idle = [slab for slab in self._idle if slab not in self._draining]
-        others = self._resident - self._draining - self._idle.keys() - {0}
+        others = self._resident - self._draining - self._idle.keys() - {NULL_SLAB}
         ranked = idle + sorted(others, key=lambda slab: self._num_used[slab])
-        return [slab for slab in ranked if slab != 0][:num_beyond]
+        return [slab for slab in ranked if slab != NULL_SLAB][:num_beyond]
 
     def to_undrain(self) -> list[int]:
         """Draining slabs for which the budget has room again, the fullest first."""
@@ -284,6 +293,8 @@ class SlabLedger:
             yield from (f"slab {slab} {problem}" for problem in self._problems_of(slab))
         if sorted([*self._absent, *self._resident]) != list(range(self.num_slabs)):
             yield "a slab is lost, or has memory and has none"
+        if self._num_in_use != sum(num > 0 for num in self._num_used):
+            yield "the slabs in use are counted wrong"
         if not self._draining <= self._resident:
             yield "a slab drains that has no memory"
         if self._committed.keys() - self._resident or self._released.keys() & self._resident:

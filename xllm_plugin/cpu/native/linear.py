@@ -38,6 +38,12 @@ class PackedLinear:
         self.struct = Linear(self._packed.data_ptr(), address, n, k)
         self._without_bias = Linear(self._packed.data_ptr(), None, n, k)
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """What it multiplies by and adds; the kernels have their addresses."""
+        yield self._packed
+        if self._bias is not None:
+            yield self._bias
+
     def __call__(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:

@@ -1,0 +1,112 @@
+"""The cost of elastic memory in small: pairs, intervals, checks that can fail, tables."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from xllm_plugin.bench import readme, schema
+from xllm_plugin.bench.progress import Reporter
+from xllm_plugin.cli.bench import _load
+from xllm_plugin.errors import InternalError
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "xtensor_step"
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    """The benchmark, loaded as `xllm bench xtensor_step` loads it."""
+    command = _load(FOLDER / "bench.py")
+    return sys.modules[str(command.callback.__module__)]
+
+
+class FakeChild:
+    """Answers each run with steps of `ms` milliseconds."""
+
+    def __init__(self, bench: ModuleType, name: str, ms: float, asked: list[Any]) -> None:
+        self._parts = bench.parts.PARTS
+        self._name, self._ms, self._asked = name, ms, asked
+
+    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        self._asked.append((self._name, job))
+        times = dict.fromkeys(self._parts, 0.0) | {"forward": self._ms}
+        steps = [{"tokens": [1] * len(job["prompts"]), "parts_ms": times}] * 4
+        return {"steps": steps, "all_ms": 5 * self._ms}
+
+
+def found(bench: ModuleType, elastic_ms: float, asked: list[Any] | None = None) -> Any:
+    asked = [] if asked is None else asked
+    children = {
+        "fixed": FakeChild(bench, "fixed", 10.0, asked),
+        "elastic": FakeChild(bench, "elastic", elastic_ms, asked),
+    }
+    with Reporter(Console(quiet=True), 96, first="-") as reporter:
+        return bench.measure(children, range(100), (1, 8), 24, reporter)
+
+
+def test_both_of_a_pair_get_the_same_prompts_and_no_two_pairs_do(bench: ModuleType) -> None:
+    asked: list[Any] = []
+    found(bench, 10.0, asked)
+    jobs = [job for _, job in asked]
+    assert all(one == other for one, other in zip(jobs[::2], jobs[1::2], strict=True))
+    assert len({str(job["prompts"]) for job in jobs}) == 48
+    names = [name for name, _ in asked]
+    assert names[:8] == ["fixed", "elastic"] * 2 + ["elastic", "fixed"] * 2
+
+
+def test_the_interval_is_that_of_the_ordered_values(bench: ModuleType) -> None:
+    values = [float(n) for n in range(1, 25)]
+    assert bench.interval(values) == (7.0, 18.0)  # tables of the sign test: 24, 5 %
+    assert bench.interval(list(reversed(values))) == (7.0, 18.0)
+    assert bench.interval(values[:6]) == (1.0, 6.0)
+    with pytest.raises(ValueError, match="5 values are too few"):
+        bench.interval(values[:5])
+
+
+@pytest.mark.parametrize(("elastic_ms", "passed"), [(10.1, True), (10.3, False), (9.7, False)])
+def test_a_step_that_costs_more_fails_the_run(
+    bench: ModuleType, elastic_ms: float, passed: bool
+) -> None:
+    outcome = bench.checks(found(bench, elastic_ms), is_quick=False)
+    assert [check.passed for check in outcome] == [passed, passed]
+    assert bench.checks(found(bench, elastic_ms), is_quick=True) == []
+
+
+def test_the_tables_can_be_rendered(bench: ModuleType, tmp_path: Path) -> None:
+    run = schema.begin(bench.NAME, question=bench.QUESTION, command="xllm bench xtensor_step")
+    result = run.finish(
+        peers=[bench.peer(memory) for memory in bench.MEMORIES],
+        rows=bench.rows(found(bench, 10.1)),
+        notes=bench.notes(tmp_path, 24),
+    )
+    text = readme.render(result)
+    assert "| 8 | 10 | 10.1 | 1.01 | 1.01 | 1.01 |" in text
+    assert "| 8 | 50 | 50.5 | 1.01 | 1.01 | 1.01 |" in text
+
+
+def test_an_engine_with_the_other_memory_is_refused(bench: ModuleType) -> None:
+    bench.require("elastic", {"block_pool": "ElasticBlockPool"})
+    with pytest.raises(InternalError, match="asked for elastic KV memory"):
+        bench.require("elastic", {"block_pool": "BlockPool"})
+
+
+def test_the_sides_differ_in_one_setting(bench: ModuleType) -> None:
+    fixed, elastic = (bench.environment(memory) for memory in bench.MEMORIES)
+    assert set(fixed.items()) ^ set(elastic.items()) == {
+        ("XLLM_XTENSOR__ENABLED", "0"),
+        ("XLLM_XTENSOR__ENABLED", "1"),
+    }
+
+
+def test_a_run_without_a_step_of_the_whole_batch_is_our_bug(bench: ModuleType) -> None:
+    with pytest.raises(InternalError, match="please report"):
+        bench.Times().record("fixed", {"steps": [], "all_ms": 1.0})
+
+
+def test_the_readme_has_a_place_for_the_table() -> None:
+    assert readme.section((FOLDER / "README.md").read_text(), "xtensor_step")

@@ -1,0 +1,139 @@
+"""What a worker does when its engine is sent to sleep, over a runner that only writes down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from xllm_plugin import shims  # noqa: E402
+from xllm_plugin.errors import InternalError, MisuseError, NotNowError  # noqa: E402
+
+pytestmark = pytest.mark.engine  # imports vLLM, some seconds
+
+
+class FakeRunner:
+    """A model of one layer, and what was asked."""
+
+    def __init__(self) -> None:
+        self.model = torch.nn.Linear(64, 64 * 64, bias=False)
+        self.first = self.model.weight.detach().clone()
+        self.asked: list[str] = []
+        self.refusal: str | None = None
+
+    def get_model(self) -> Any:
+        return self.model
+
+    def reload_weights(self) -> None:
+        self.asked.append("reload")
+        with torch.no_grad():
+            self.model.weight.copy_(self.first)
+
+    def reload_refusal(self) -> str | None:
+        return self.refusal
+
+    def sleep_kv_cache(self) -> None:
+        self.asked.append("sleep")
+
+    def wake_kv_cache(self) -> None:
+        self.asked.append("wake")
+
+    def is_whole(self) -> bool:
+        return bool(torch.equal(self.model.weight, self.first))
+
+
+@pytest.fixture
+def runner() -> FakeRunner:
+    return FakeRunner()
+
+
+@pytest.fixture
+def make(runner: FakeRunner, tmp_path: Path) -> Any:
+    shims.install()
+    pytest.importorskip("vllm")
+    from xllm_plugin.cpu.sleep import SleepMode
+    from xllm_plugin.cpu.weight_memory import WeightMemory
+
+    def mode(directory: Path = tmp_path) -> Any:
+        return SleepMode(runner, WeightMemory(directory))
+
+    return mode
+
+
+@pytest.mark.parametrize(("level", "loads"), [(1, []), (2, ["reload"])])
+def test_a_worker_wakes_as_it_fell_asleep(
+    make: Any, runner: FakeRunner, level: int, loads: list[str]
+) -> None:
+    mode = make()
+    mode.check_awake(8)
+    mode.sleep(level)
+    assert not runner.is_whole()
+    mode.check_awake(0)
+    with pytest.raises(InternalError, match="8 tokens"):
+        mode.check_awake(8)
+    mode.wake_up()
+    assert runner.is_whole()
+    assert runner.asked == ["sleep", *loads, "wake"]
+    mode.check_awake(8)
+
+
+def test_parts_wake_one_by_one(make: Any, runner: FakeRunner) -> None:
+    mode = make()
+    mode.sleep(1)
+    mode.wake_up(["weights"])
+    assert runner.is_whole()
+    with pytest.raises(InternalError, match="sleeps"):
+        mode.check_awake(1)
+    mode.wake_up(["kv_cache"])
+    mode.check_awake(1)
+    assert runner.asked == ["sleep", "wake"]
+
+
+def test_the_kv_cache_can_go_alone(make: Any, runner: FakeRunner) -> None:
+    mode = make()
+    mode.discard(("kv_cache",))
+    assert runner.is_whole()
+    with pytest.raises(InternalError, match="sleeps"):
+        mode.check_awake(1)
+    mode.wake_up(["kv_cache"])
+    mode.check_awake(1)
+    with pytest.raises(MisuseError, match="only kv_cache"):
+        mode.discard(("weights",))
+
+
+def test_a_sleep_that_fails_leaves_the_worker_awake(
+    make: Any, runner: FakeRunner, tmp_path: Path
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    mode = make(blocked)
+    with pytest.raises(NotNowError):
+        mode.sleep(1)
+    mode.check_awake(1)
+    assert runner.is_whole()
+    assert runner.asked == ["sleep", "wake"]
+
+
+def test_level_2_is_refused_where_nothing_could_be_loaded_again(
+    make: Any, runner: FakeRunner
+) -> None:
+    mode = make()
+    runner.refusal = "--load-format dummy has no files to load from"
+    with pytest.raises(MisuseError, match=r"dummy.*level 1"):
+        mode.sleep(2)
+    assert runner.asked == []
+    mode.sleep(1)
+
+
+@pytest.mark.parametrize("level", [0, 3])
+def test_other_levels_are_refused(make: Any, level: int) -> None:
+    with pytest.raises(MisuseError, match="give 1"):
+        make().sleep(level)
+
+
+def test_unknown_tags_are_refused(make: Any) -> None:
+    with pytest.raises(MisuseError, match="weights, kv_cache or both"):
+        make().wake_up(["graphs"])

@@ -1,0 +1,196 @@
+"""Servers give memory back: asleep to the system, and what is not needed to each other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from xllm_plugin.bench.servers import Server, clean_environment, find_free_port
+from xllm_plugin.models import prepare
+from xllm_plugin.xtensor.leases import pool_path
+
+pytestmark = [pytest.mark.e2e, pytest.mark.full]
+
+MODEL_NAME = "tiny-llama"
+MIB = 2**20
+PATIENCE_S = 120.0
+POOL_BYTES = 192 * MIB
+
+
+@contextmanager
+def serving(log_path: Path, *flags: str, **environment: str) -> Iterator[str]:
+    """The URL of a server of a tiny model whose KV cache is elastic, up to 128 MiB."""
+    port = find_free_port()
+    command = [sys.executable, "-m", "xllm_plugin.cli", "serve", str(prepare(MODEL_NAME))]
+    options = ["--served-model-name", MODEL_NAME, "--max-model-len", "2048"]
+    with Server(
+        "xllm",
+        [*command, "--host", "127.0.0.1", "--port", str(port), *options, *flags],
+        port=port,
+        log_path=log_path,
+        environment=clean_environment(
+            {
+                "HF_HUB_OFFLINE": "1",
+                "VLLM_NO_USAGE_STATS": "1",
+                "VLLM_SERVER_DEV_MODE": "1",
+                "XLLM_PLATFORM": "xllm",
+                "XLLM_XTENSOR__ENABLED": "1",
+                **environment,
+            }
+        ),
+        ready_timeout_s=240.0,
+    ) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    log_path = tmp_path_factory.mktemp("sleep") / "log"
+    flags = ("--enable-sleep-mode", "--kv-cache-memory-bytes", str(128 * MIB))
+    with serving(log_path, *flags) as found:
+        yield found
+
+
+def client(url: str) -> httpx.Client:
+    return httpx.Client(base_url=url, trust_env=False, timeout=PATIENCE_S)
+
+
+def complete(url: str, max_tokens: int = 40) -> dict[str, Any]:
+    request = {
+        "model": MODEL_NAME,
+        "prompt": "Once upon a time there was a fox who",
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    with client(url) as http:
+        reply = http.post("/v1/completions", json=request)
+    assert reply.status_code == 200, reply.text
+    (choice,) = reply.json()["choices"]
+    found: dict[str, Any] = choice
+    return found
+
+
+def post(url: str, path: str) -> Any:
+    with client(url) as http:
+        reply = http.post(path)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def get(url: str, path: str) -> Any:
+    with client(url) as http:
+        return http.get(path).raise_for_status().json()
+
+
+def engine_of(url: str) -> psutil.Process:
+    return psutil.Process(get(url, "/xllm/snapshot")["engines"][0]["snapshot"]["engine"]["pid"])
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_server_sleeps_and_answers_the_same_afterwards(url: str, level: int) -> None:
+    answer = complete(url)
+    engine = engine_of(url)
+    awake_bytes = engine.memory_info().rss
+    assert post(url, f"/sleep?level={level}") == {"status": "sleeping", "level": level}
+    assert get(url, "/is_sleeping") == {"is_sleeping": True}
+    asleep_bytes = engine.memory_info().rss
+    assert awake_bytes - asleep_bytes > 20 * MIB
+    assert post(url, "/wake_up")["status"] == "awake"
+    assert get(url, "/is_sleeping") == {"is_sleeping": False}
+    assert complete(url) == answer
+    assert engine.memory_info().rss - asleep_bytes > 20 * MIB
+
+
+def test_what_comes_while_a_server_sleeps_is_answered_when_it_wakes(url: str) -> None:
+    answer = complete(url)
+    post(url, "/sleep")
+    found: list[dict[str, Any]] = []
+    asking = threading.Thread(target=lambda: found.append(complete(url)))
+    asking.start()
+    time.sleep(0.5)  # it would have been answered by now
+    assert not found
+    assert post(url, "/wake_up?tags=weights")["status"] == "sleeping"
+    assert not found
+    assert post(url, "/wake_up?tags=kv_cache")["status"] == "awake"
+    asking.join(PATIENCE_S)
+    assert found == [answer]
+
+
+@pytest.mark.parametrize(("mode", "reasons"), [("abort", "abort"), ("keep", "length")])
+def test_requests_under_way_are_aborted_or_kept_as_asked(url: str, mode: str, reasons: str) -> None:
+    alone = complete(url, max_tokens=1500)
+    found: list[dict[str, Any]] = []
+    asking = threading.Thread(target=lambda: found.append(complete(url, max_tokens=1500)))
+    asking.start()
+    wait_until(
+        lambda: get(url, "/xllm/snapshot")["engines"][0]["snapshot"]["load"]["num_running"] > 0
+    )
+    post(url, f"/sleep?mode={mode}")
+    post(url, "/wake_up")
+    asking.join(PATIENCE_S)
+    (answer,) = found
+    assert answer["finish_reason"] == reasons
+    if mode == "keep":
+        assert answer["text"] == alone["text"]
+
+
+def test_an_engine_that_was_not_told_so_does_not_sleep(tmp_path: Path) -> None:
+    with serving(tmp_path / "log", "--kv-cache-memory-bytes", str(128 * MIB)) as url:
+        with client(url) as http:
+            reply = http.post("/sleep")
+        assert reply.status_code == 500
+        post(url, "/wake_up")
+        assert complete(url)["finish_reason"] == "length"
+    assert "--enable-sleep-mode" in (tmp_path / "log").read_text()
+
+
+def test_two_servers_share_a_pool_and_a_killed_one_leaves_it(tmp_path: Path) -> None:
+    name = f"test-{os.getpid()}"
+    pool = {"XLLM_XTENSOR__POOL": name, "XLLM_XTENSOR__POOL_BYTES": str(POOL_BYTES)}
+    flags = ("--kv-cache-memory-bytes", str(POOL_BYTES))
+    try:
+        with (
+            serving(tmp_path / "first.log", *flags, **pool) as first,
+            serving(tmp_path / "second.log", *flags, XLLM_XTENSOR__POOL=name) as second,
+        ):
+            answer = complete(first)
+            assert complete(second) == answer
+            (seen,) = get(first, "/xllm/memory")["engines"]
+            members = seen["memory"]["pool"]["members"]
+            assert sorted(member["pid"] for member in members) == sorted(
+                engine_of(url).pid for url in (first, second)
+            )
+            assert sum(member["leased_bytes"] for member in members) <= POOL_BYTES
+            with client(first) as http:
+                assert "xllm:kv_memory_pool_bytes{" in http.get("/metrics").text
+            os.kill(engine_of(second).pid, signal.SIGKILL)
+            complete(first)
+            wait_until(lambda: len(pool_members(first)) == 1)
+    finally:
+        pool_path(name).unlink(missing_ok=True)
+
+
+def pool_members(url: str) -> list[Any]:
+    complete(url, max_tokens=1)  # an idle engine says nothing new
+    (seen,) = get(url, "/xllm/memory")["engines"]
+    members: list[Any] = seen["memory"]["pool"]["members"]
+    return members
