@@ -27,9 +27,11 @@ def drive(make_forks: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     }
     run_fork = make_forks("vllm.entrypoints.llm", environment=environment)
 
-    def run(driver: str, *arguments: str, **environment: str) -> dict[str, Any]:
+    def run(
+        driver: str, *arguments: str, model: str = "tiny-llama", **environment: str
+    ) -> dict[str, Any]:
         script = FOLDER / f"{driver}.py"
-        said = run_fork(script, str(prepare("tiny-llama")), *arguments, **environment)
+        said = run_fork(script, str(prepare(model)), *arguments, **environment)
         (line,) = [line for line in said.splitlines() if line.startswith("FOUND ")]
         found: dict[str, Any] = json.loads(line.removeprefix("FOUND "))
         return found

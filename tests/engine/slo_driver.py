@@ -39,13 +39,10 @@ SETTINGS = {"scheduler": {"policy": "slo"}, "channel": {"enabled": False}}
 class Driver:
     """The scenarios; every method that does not start with an underscore is one."""
 
-    def __init__(self, model: str, *, is_async: bool) -> None:
-        self._llm = tiny_engine(
-            model,
-            max_num_batched_tokens=128,
-            async_scheduling=is_async,
-            additional_config={"xllm": SETTINGS},
-        )
+    def __init__(self, model: str, **changes: Any) -> None:
+        settings = {"xllm": SETTINGS}
+        options = {"max_num_batched_tokens": 128, "additional_config": settings, **changes}
+        self._llm = tiny_engine(model, **options)
         self.scheduler: Any = self._llm.llm_engine.engine_core.engine_core.scheduler
         self.policy = self.scheduler._slo
         ticks = itertools.count()
@@ -61,18 +58,20 @@ class Driver:
 
     def _run(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Any],
         params: Sequence[SamplingParams],
         between: Callable[[int], None] = lambda step: None,
         each_step: int = 2,
+        adapters: Sequence[Any] = (),
     ) -> list[Any]:
         """Add some requests at each step, as traffic comes, and drain; tokens in order."""
         engine = self._llm.llm_engine
-        asked = list(zip(prompts, params, strict=True))
+        asked = list(zip(prompts, params, adapters or [None] * len(prompts), strict=True))
         finished: dict[str, Any] = {}
         for step in range(5000):
             for i in range(step * each_step, min(len(asked), (step + 1) * each_step)):
-                engine.add_request(f"{i:03}", *asked[i])
+                prompt, wanted, adapter = asked[i]
+                engine.add_request(f"{i:03}", prompt, wanted, lora_request=adapter)
             between(step)
             if step * each_step >= len(asked) and not engine.has_unfinished_requests():
                 break
@@ -141,9 +140,8 @@ def leftovers(driver: Driver) -> dict[str, int]:
     }
 
 
-def main() -> None:
-    model, mode = sys.argv[1:]
-    driver = Driver(model, is_async=mode == "async")
+def compare(driver: Driver) -> None:
+    """Run every scenario of the driver's class on both sides, and print what was found."""
     found: dict[str, Any] = {"scheduler": type(driver.scheduler).__name__}
     for name in scenarios(driver):
         found[name] = {}
@@ -171,6 +169,11 @@ def main() -> None:
     ]
     driver._llm.llm_engine.engine_core.shutdown()
     report(found)
+
+
+def main() -> None:
+    model, mode = sys.argv[1:]
+    compare(Driver(model, async_scheduling=mode == "async"))
 
 
 if __name__ == "__main__":

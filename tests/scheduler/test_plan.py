@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from xllm_plugin.scheduler.plan import Bound, Limits, Plan, Running, View, Waiting, make_plan
 from xllm_plugin.scheduler.predictor import StepModel, StepShape, Work
+from xllm_plugin.scheduler.waiting_queue import WaitingQueue
 from xllm_plugin.testing.simulator import SimulatedEngine, SimulatedRequest, plan_fcfs
 
 # A step takes 10 ms, 1 ms a row and 0.2 ms a token; nothing else.
@@ -54,7 +55,7 @@ def planned(*requests: Running | Waiting, model: StepModel = MODEL, **changes: A
     return make_plan(
         View(
             running=[r for r in requests if isinstance(r, Running)],
-            waiting=[r for r in requests if isinstance(r, Waiting)],
+            waiting=WaitingQueue(r for r in requests if isinstance(r, Waiting)),
             **view,
         ),
         model,
@@ -186,9 +187,29 @@ def test_nobody_joins_who_would_slow_the_batch_below_its_promises() -> None:
     assert planned(waiting("w", tpot_ms=1)).admit == ("w",), "alone it may"
 
 
+def test_a_promise_that_is_missed_even_alone_stops_nobody() -> None:
+    batch = [decode(f"d{i}", due_ms=-50, tpot_ms=5) for i in range(8)]
+    plan = planned(*batch, waiting("w", tpot_ms=5))
+    assert plan.admit == ("w",)
+    kept = decode("kept", due_ms=60)
+    assert planned(*batch, kept, waiting("w", todo_tokens=900)).predicted_ms <= 0.98 * 60
+
+
+def test_prompts_go_on_where_decodes_alone_take_longer_than_a_step_may() -> None:
+    limits = msgspec.structs.replace(LIMITS, max_step_ms=15)
+    batch = [decode(f"d{i}", due_ms=500) for i in range(10)]
+    plan = planned(*batch, waiting("w", todo_tokens=900), limits=limits)
+    # 22 ms of decodes, and as much again.
+    assert plan.chunk_tokens == 105
+    assert plan.predicted_ms == pytest.approx(44)
+    assert plan.bound is Bound.STEP_LIMIT
+
+
 def test_a_model_that_is_not_relied_on_makes_small_chunks() -> None:
     plan = planned(decode("d", due_ms=5), waiting("w", todo_tokens=900), model=DOUBTED)
-    assert (plan.chunk_tokens, plan.bound) == (256, Bound.CAUTION)
+    assert (plan.chunk_tokens, plan.bound) == (16, Bound.CAUTION), "what fits, doubted as it is"
+    plan = planned(decode("d", due_ms=900), waiting("w", todo_tokens=900), model=DOUBTED)
+    assert (plan.chunk_tokens, plan.bound) == (256, Bound.CAUTION), "and no more than this"
     offline = [decode("o", is_online=False), waiting("w2", is_online=False)]
     plan = planned(decode("d", due_ms=900), *offline, model=DOUBTED)
     assert plan.hold == ("o",)
@@ -204,6 +225,15 @@ def test_offline_decodes_fill_what_is_left_and_no_more() -> None:
     assert plan.hold == ("o4", "o5", "o6", "o7")
     assert planned(decode("d", due_ms=900), *offline).hold == ()
     assert planned(decode("d", due_ms=5), *offline).order == ("d",), "nothing is left"
+
+
+def test_offline_work_keeps_a_second_margin() -> None:
+    doubtful = msgspec.structs.replace(MODEL, error=0.1)
+    offline = [decode(f"o{i}", is_online=False, arrival_s=i) for i in range(12)]
+    plan = planned(decode("d", due_ms=30), *offline, model=doubtful)
+    # 29.4 ms less two margins of a fifth, 10 ms and 1.2 ms a row; with one margin there were 11.
+    assert len(plan.order) == 1 + 8
+    assert planned(*offline, model=doubtful).hold == (), "alone it has all the time"
 
 
 def test_offline_prompts_wait_until_no_online_one_is_due() -> None:
