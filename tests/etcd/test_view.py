@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from xllm_plugin.etcd.view import View
 from xllm_plugin.etcd.wire import Event, KeyValue, Snapshot
@@ -67,35 +67,37 @@ class Watching(RuleBasedStateMachine):
         before = self.view.revision
         assert self.view.apply(told) == {e.key for e in told if e.mod_revision > before}
 
-    @rule()
-    def ask(self) -> None:
+    @rule(is_late=st.booleans())
+    def read(self, is_late: bool) -> None:
+        """Asked now; the answer comes at once or later."""
         self.reads.append(self.read_now())
+        if not is_late:
+            self.answer(-1)
 
-    @precondition(lambda self: self.reads)
     @rule(which=st.integers(0, 9))
     def answer(self, which: int) -> None:
+        if not self.reads:
+            return
         before = dict(self.view.records)
         changed = self.view.replace(self.reads.pop(which % len(self.reads)))
         after = self.view.records
         assert changed == {k for k in before | after if before.get(k) != after.get(k)}
 
-    @rule()
-    def lose_the_watch(self) -> None:
-        self.next_event = None
-
-    @rule()
     def begin_anew(self) -> None:
         """Read, then watch from the next revision on."""
         self.reads.clear()
         self.view.replace(self.read_now(), anew=True)
-        self.next_event = sum(event.mod_revision <= self.revision for event in self.events)
+        self.next_event = len(self.events)
 
-    @rule()
-    def lose_all_data(self) -> None:
-        """etcd starts again with nothing and counts from the beginning."""
-        self.history, self.events = [{}], []
+    @rule(is_lost=st.booleans(), is_watched=st.booleans())
+    def lose_the_connection(self, is_lost: bool, is_watched: bool) -> None:
+        """Perhaps no watch begins; perhaps etcd has lost its data, and counts from the beginning."""
+        if is_lost:
+            self.history, self.events = [{}], []
         self.begin_anew()
-        assert not self.view.records
+        assert self.view.records == self.history[-1]
+        if not is_watched:
+            self.next_event = None
 
     @invariant()
     def it_is_a_state_that_was(self) -> None:
@@ -107,6 +109,17 @@ class Watching(RuleBasedStateMachine):
     def a_watch_that_has_told_all_leaves_nothing_unknown(self) -> None:
         if self.next_event == len(self.events):
             assert self.view.records == self.history[-1]
+
+
+def test_a_watch_behind_a_read_and_a_read_behind_a_watch() -> None:
+    view, old, new = View(), KeyValue("a", b"1", 1), KeyValue("a", b"2", 2)
+    assert view.replace(Snapshot(2, {"a": new})) == {"a"}
+    assert view.apply([Event("a", 1, old), Event("a", 2, new)]) == set()
+    assert view.apply([Event("b", 3, None), Event("a", 4, None)]) == {"a", "b"}
+    assert view.replace(Snapshot(3, {"a": new})) == set()
+    assert (view.records, view.revision) == ({}, 4)
+    assert view.replace(Snapshot(1, {"a": old}), anew=True) == {"a"}
+    assert (view.records, view.revision) == ({"a": old}, 1)
 
 
 TestWatching: Any = Watching.TestCase

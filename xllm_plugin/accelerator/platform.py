@@ -232,6 +232,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         default=os.environ.get(REGISTER_ENV),
         action=_AlreadyDecided,
-        help="Admin port of an `xllm service`, or its etcd (etcd://host:port/prefix), to register at. "
+        help="Admin port of an `xllm service`, or etcd://host:port/prefix, to register at. "
         "Also XLLM_REGISTRATION__URL.",
     )
