@@ -91,7 +91,7 @@ class Watching(RuleBasedStateMachine):
 
     @rule(is_lost=st.booleans(), is_watched=st.booleans())
     def lose_the_connection(self, is_lost: bool, is_watched: bool) -> None:
-        """Perhaps no watch begins; perhaps etcd has lost its data, and counts from the beginning."""
+        """Perhaps no watch begins; perhaps etcd has lost its data, and counts from 1 again."""
         if is_lost:
             self.history, self.events = [{}], []
         self.begin_anew()

@@ -144,7 +144,7 @@ def test_an_operators_drain_holds_for_one_incarnation() -> None:
     etcd.follow()
     assert etcd.state() is State.DRAINING
     etcd.probe()
-    etcd.mirror.follow_all(etcd.view)
+    etcd.mirror.follow(etcd.view, set(etcd.view.records))
     assert etcd.state() is State.DRAINING
     etcd.put_instance(incarnation="2")
     etcd.follow()
@@ -163,7 +163,7 @@ def test_a_drain_that_etcd_does_not_know_is_left_alone() -> None:
     instance = etcd.fleet.get("a")
     assert instance is not None
     etcd.fleet.report(instance, lifecycle.Drain())
-    etcd.mirror.follow_all(etcd.view)
+    etcd.mirror.follow(etcd.view, set(etcd.view.records))
     assert etcd.state() is State.DRAINING
 
 
@@ -176,7 +176,7 @@ def test_junk_is_said_once_and_changes_nothing(caplog: pytest.LogCaptureFixture)
         etcd.put(key, "not ours")
     with caplog.at_level(logging.ERROR):
         etcd.follow()
-        etcd.mirror.follow_all(etcd.view)
+        etcd.mirror.mend(etcd.view)
     assert etcd.state() is State.READY
     assert [one.name for one in etcd.fleet] == ["a"]
     assert set(etcd.mirror.problems) == {
@@ -201,10 +201,10 @@ def test_a_name_that_the_settings_have_is_theirs_until_they_let_it_go() -> None:
     etcd.put_instance()
     etcd.follow()
     assert "known from source 'static'" in etcd.mirror.problems["/x/instances/a"]
-    etcd.mirror.follow_all(etcd.view)
+    etcd.mirror.mend(etcd.view)
     assert etcd.fleet.get("a") is static
     etcd.fleet.report(static, lifecycle.Withdrawn("no longer in the list"))
-    etcd.mirror.follow_all(etcd.view)
+    etcd.mirror.mend(etcd.view)
     instance = etcd.fleet.get("a")
     assert instance is not None
     assert instance.source == "etcd"
@@ -273,7 +273,8 @@ class Fleets(RuleBasedStateMachine):
     @rule()
     def again(self) -> None:
         before = {one.name: one.life.state for one in self.first.fleet}
-        self.first.mirror.follow_all(self.first.view)
+        self.first.mirror.follow(self.first.view, set(self.first.view.records))
+        self.first.mirror.mend(self.first.view)
         assert {one.name: one.life.state for one in self.first.fleet} == before
 
     @rule()

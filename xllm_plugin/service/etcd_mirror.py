@@ -72,10 +72,10 @@ class FleetMirror:
         for name in sorted(names):
             self._follow(view, name)
 
-    def follow_all(self, view: View) -> None:
-        """Take over everything: what went another way here too (a name that was taken)."""
-        known = {self._key(name) for name in self.held}
-        self.follow(view, {*view.records, *known, *self.problems})
+    def mend(self, view: View) -> None:
+        """Try again what could not be taken over: a name may be free now."""
+        missing = {self._key(name) for name in self.held if self.mine(name) is None}
+        self.follow(view, missing | self.problems.keys())
 
     def mine(self, name: str) -> Instance | None:
         """The instance of that name, if it comes from etcd."""

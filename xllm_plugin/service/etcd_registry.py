@@ -66,6 +66,7 @@ class EtcdRegistry:
         self.confirmed_s: float | None = None
         """When etcd last answered; None: never."""
         self._problem = "not asked yet"
+        self._watch_problem = ""
         self._fleet = fleet
         self._config = config
         self._clock = clock
@@ -113,7 +114,8 @@ class EtcdRegistry:
         """Read everything; returns whether it was known already."""
         snapshot = await self._client.send(wire.read_all(self._prefix + "/"))
         changed = self._view.replace(snapshot, anew=anew)
-        self._mirror.follow_all(self._view)
+        self._mirror.follow(self._view, changed)
+        self._mirror.mend(self._view)
         self._heard()
         return not changed
 
@@ -123,8 +125,11 @@ class EtcdRegistry:
             async for told in events:
                 self._mirror.follow(self._view, self._view.apply(told))
                 self._heard()
+                self._watch_problem = ""
         except EtcdError as error:
-            logger.info("etcd: %s Reading anew.", error)
+            if not self._watch_problem:  # where watches never work, that is said once
+                logger.info("etcd: %s Reading anew.", error)
+            self._watch_problem = str(error)
         finally:
             await events.aclose()
 
@@ -167,6 +172,7 @@ class EtcdRegistry:
             "url": self._config.url,
             "state": "connected" if self.is_connected else "away",
             "problem": self._problem,
+            "watch_problem": self._watch_problem,
             "age_s": None if age_s is None else round(age_s, 3),
             "revision": self._view.revision,
             "num_instances": len(self._mirror.held),
