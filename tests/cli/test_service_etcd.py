@@ -99,7 +99,7 @@ class Replicas:
 
 
 @pytest.fixture
-def replicas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replicas]:
+def replicas(has_etcd: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replicas]:
     tmp_path.chmod(0o700)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     with EtcdServer(tmp_path) as etcd:

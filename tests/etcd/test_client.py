@@ -177,7 +177,7 @@ def test_a_slow_etcd_is_given_up(etcd: EtcdServer) -> None:
     asyncio.run(check())
 
 
-def test_users(tmp_path: Path) -> None:
+def test_users(has_etcd: None, tmp_path: Path) -> None:
     """A token that etcd no longer knows (it was restarted) is fetched anew."""
     with EtcdServer(tmp_path) as etcd:
         admin = client_of(etcd)
@@ -225,7 +225,7 @@ def certificates(tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
 
 
 def test_tls_with_client_certificates(
-    tmp_path: Path, certificates: Callable[[str], tuple[Path, Path]]
+    has_etcd: None, tmp_path: Path, certificates: Callable[[str], tuple[Path, Path]]
 ) -> None:
     (server, server_key), (ours, our_key) = certificates("server"), certificates("ours")
     context = ssl.create_default_context(cafile=server)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -32,12 +31,6 @@ HERE = Registration(
 )
 KEY = "/xllm/instances/10.0.0.9:8000"
 BEAT = Heartbeat(incarnation="i1", load=Load(num_running=3))
-
-
-@pytest.fixture(scope="module")
-def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
-    with EtcdServer(Path(tmp_path_factory.mktemp("etcd"))) as server:
-        yield server
 
 
 @pytest.fixture

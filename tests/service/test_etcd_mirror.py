@@ -306,4 +306,4 @@ class Fleets(RuleBasedStateMachine):
 
 
 TestFleets: Any = Fleets.TestCase
-TestFleets.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestFleets.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

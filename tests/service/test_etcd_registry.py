@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,6 @@ from xllm_plugin.testing.fake_instance import FakeInstance, stream
 from xllm_plugin.testing.service_harness import PATIENCE_S
 
 ADMIN, JOIN = "see", "join"
-
-
-@pytest.fixture(scope="module")
-def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
-    with EtcdServer(Path(tmp_path_factory.mktemp("etcd"))) as server:
-        yield server
 
 
 class Replica:
