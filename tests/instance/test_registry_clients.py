@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -116,6 +117,17 @@ def test_an_etcd_that_has_lost_everything_is_registered_in_again(
     assert registry.beat(lease, BEAT) is None
     registry.register(HERE)
     assert record_in(client, "/fleets/a/instances/10.0.0.9:8000") is not None
+
+
+def test_a_member_that_hangs_does_not_cost_the_lease(etcd: EtcdServer, client: EtcdClient) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hanging:  # accepts, and never answers
+        url = f"etcd://127.0.0.1:{hanging.getsockname()[1]},127.0.0.1:{etcd.port}"
+        registry = registry_client(RegistrationConfig(url=url, lease_s=3))
+        assert isinstance(registry, EtcdRegistry)
+        timeouts = registry._client._talk.request("/", {}).extensions["timeout"]
+        assert timeouts["read"] == 1.0
+        assert registry.register(HERE).lease_s == 3
+        assert record_in(client) is not None
 
 
 def test_the_registrar_drains_with_a_second_look(client: EtcdClient) -> None:

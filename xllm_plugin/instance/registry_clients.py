@@ -50,7 +50,10 @@ def registry_client(config: RegistrationConfig) -> RegistryClient:
     if not config.is_at_etcd:
         return ServiceRegistry(config, make_client(config))
     address = parse_url(config.url)
-    return EtcdRegistry(EtcdClient(address, config.etcd), address.prefix, config.lease_s)
+    # A member that hangs must not cost the lease: the next one is asked in time.
+    timeout_s = min(config.etcd.command_timeout_s, config.lease_s / 3)
+    access = config.etcd.model_copy(update={"command_timeout_s": timeout_s})
+    return EtcdRegistry(EtcdClient(address, access), address.prefix, config.lease_s)
 
 
 def make_client(config: RegistrationConfig) -> httpx.Client:
