@@ -120,7 +120,7 @@ class FleetMirror:
         if held is None or instance is None:
             return
         if held.record.is_draining:
-            self._fleet.report(instance, lifecycle.Withdrawn("deregistered itself"))
+            self._fleet.report(instance, lifecycle.Withdrawn(lifecycle.LEFT))
         else:
             self._fleet.report(instance, lifecycle.Lapsed("its lease at etcd has lapsed"))
 

@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 __all__ = [
+    "DRAINED",
+    "LEFT",
     "Alive",
     "Drain",
     "Event",
@@ -38,6 +40,8 @@ __all__ = [
 ]
 
 
+DRAINED, LEFT = "drained", "deregistered itself"
+"""Why an instance is gone that stops, or has stopped, what still runs there."""
 _MOMENT_S = 1e-3
 """A lease that has just lapsed is silent for longer than it lasts."""
 
@@ -221,7 +225,7 @@ def _tick(life: Life, event: Tick, now_s: float, timings: Timings) -> Life:
     # While it sends heartbeats it stays: forgotten, it would register again and be used again.
     is_drained = age_s > timings.drain_s or not event.in_flight
     if life.state is State.DRAINING and silent_s > timings.lease_s and is_drained:
-        return _to(life, State.GONE, now_s, "drained")
+        return _to(life, State.GONE, now_s, DRAINED)
     return life
 
 

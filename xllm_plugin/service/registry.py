@@ -166,9 +166,7 @@ class Embedded:
 
     async def deregister(self, name: str, incarnation: str) -> None:
         """Let an instance go.  Raises `MisuseError` as `heartbeat` does."""
-        self._fleet.report(
-            self._leased(name, incarnation), lifecycle.Withdrawn("deregistered itself")
-        )
+        self._fleet.report(self._leased(name, incarnation), lifecycle.Withdrawn(lifecycle.LEFT))
 
     async def drain(self, instance: Instance) -> None:
         """Send it nothing new."""
