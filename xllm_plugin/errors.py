@@ -11,6 +11,7 @@
       NotNowError         right request, wrong moment; trying again later may work
         DownloadError     a registry did not deliver, or not all of it
         ChannelError      an engine's socket is not there, closed, or did not answer in time
+        EtcdError         etcd did not answer, or refused what it was asked
         PagesExhaustedError  no physical page of KV memory is free at this moment
       InternalError       our bug; please report it
         SeamError         a vLLM internal this package leans on is not what it was
@@ -28,6 +29,7 @@ __all__ = [
     "ChannelError",
     "ConfigError",
     "DownloadError",
+    "EtcdError",
     "InternalError",
     "MisuseError",
     "ModelError",
@@ -93,6 +95,18 @@ class DownloadError(NotNowError):
 
 class ChannelError(NotNowError):
     """An engine's control socket is not there, closed, or did not answer in time."""
+
+
+class EtcdError(NotNowError):
+    """No member of etcd has answered in time, or one has refused what it was asked.
+
+    Attributes:
+        code: etcd's own (of gRPC); None if what came is no answer of etcd.
+    """
+
+    def __init__(self, message: str, *, code: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class PagesExhaustedError(NotNowError):

@@ -6,6 +6,7 @@
     POST   /v1/registrations/NAME/heartbeat    Heartbeat -> Lease       within lease_s; 409: again
     DELETE /v1/registrations/NAME?incarnation=...
 
+The same record, with a lease, is what a server puts into etcd (`etcd/records.py`).
 Both sides skip fields that they do not know, so that each can be the older one.
 """
 
@@ -17,6 +18,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
+from xllm_plugin.etcd.config import SCHEMES, EtcdAccess, parse_url
+
 __all__ = [
     "Heartbeat",
     "KvEventSource",
@@ -25,6 +28,7 @@ __all__ = [
     "Registration",
     "RegistrationConfig",
     "Role",
+    "name_of_url",
 ]
 
 
@@ -91,8 +95,8 @@ class Lease(_Message):
 
     name: str
     lease_s: float = Field(gt=0)
-    in_flight: int = 0
-    """Requests of this service that run there."""
+    in_flight: int | None = 0
+    """Requests of this service that run there; None if nobody counts them (etcd)."""
 
 
 class RegistrationConfig(BaseModel):
@@ -101,7 +105,9 @@ class RegistrationConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     url: str = ""
-    """Admin port of an `xllm service`, such as http://service:8001; empty: do not register."""
+    """Admin port of an `xllm service`, such as http://service:8001; of several services over one
+    etcd all of them, separated by commas; or their etcd itself, etcd://host:2379,host:2379/prefix.
+    Empty: do not register."""
 
     token: SecretStr | None = None
     """What the service has as `instances.registration_token`.  Best given in the environment:
@@ -125,13 +131,46 @@ class RegistrationConfig(BaseModel):
     `--kv-events-config` is not given.  Off, because anybody who reaches the ports reads the token
     ids of all prompts: vLLM's event sockets have no key."""
 
+    lease_s: float = Field(default=6.0, ge=2)
+    """At etcd: a sign of life is due within it.  A service has a setting of its own."""
+
+    etcd: EtcdAccess = EtcdAccess()
+    """How to talk to etcd; the names are those of etcdctl."""
+
     drain_s: float = Field(default=25.0, ge=0)
     """After SIGTERM, for requests that run.  Kubernetes kills after 30 s."""
 
     @model_validator(mode="after")
     def _has_addresses(self) -> Self:
-        for name, value in (("url", self.url), ("advertise_url", self.advertise_url)):
-            parts = urlsplit(value)
-            if value and (parts.scheme not in ("http", "https") or not parts.hostname):
-                raise ValueError(f"{name} {value!r}: write http://host:port")
+        if self.is_at_etcd:
+            parse_url(self.url)
+        else:
+            for url in self.urls:
+                _require_web("url", url)
+        if self.advertise_url:
+            _require_web("advertise_url", self.advertise_url)
         return self
+
+    @property
+    def is_at_etcd(self) -> bool:
+        """Whether `url` names an etcd."""
+        return self.url.partition("://")[0] in SCHEMES
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Of the services, or of the members of etcd; the first one leads there."""
+        if self.is_at_etcd:
+            return parse_url(self.url).endpoints
+        return tuple(one.strip().rstrip("/") for one in self.url.split(",") if one.strip())
+
+
+def name_of_url(url: str) -> str:
+    """What an instance is called that gives no name: host:port.  ValueError if it is no URL."""
+    parts = urlsplit(url)
+    return f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+
+
+def _require_web(name: str, value: str) -> None:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{name} {value!r}: write http://host:port")

@@ -126,6 +126,7 @@ def test_check_says_what_is_wrong_and_starts_nothing(tmp_path: Path) -> None:
         (("--set", "listen"), "write SECTION.NAME=VALUE"),
         (("--set", "listen.port=["), "is not YAML"),
         (("--instance", "a:1"), "write http://host:port"),
+        (("--etcd", "http://a:2379"), "write etcd://host:2379"),
         (("--config", str(tmp_path / "absent")), "no such file"),
         (("--set", f"instances.file={tmp_path / 'absent'}"), "is not a list of instances"),
     ):

@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from xllm_plugin.channel import EngineChannel, Readings
 from xllm_plugin.instance.endpoints import XllmEndpoints
+from xllm_plugin.registration import Heartbeat, Load
 from xllm_plugin.xtensor.messages import MemorySection
 
 Start = Callable[[int], EngineChannel]
@@ -236,6 +237,22 @@ def test_a_server_registers_and_leaves_before_its_engine_stops(
         finally:
             server.shutdown()
             thread.join()
+
+
+def test_the_last_heartbeat_is_told_to_services_that_get_none() -> None:
+    async def ask(registrar: Any) -> httpx.Response:
+        app = FastAPI()
+        app.state.xllm_registrar = registrar
+        XllmEndpoints(CollectorRegistry(), str).attach_router(app)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as session:
+            return await session.get("/xllm/load")
+
+    beat = Heartbeat(incarnation="i1", load=Load(num_running=3))
+    response = asyncio.run(ask(SimpleNamespace(last_beat=beat)))
+    assert Heartbeat.model_validate_json(response.content) == beat
+    for registrar in (None, SimpleNamespace(last_beat=None)):
+        assert asyncio.run(ask(registrar)).status_code == 404
 
 
 def test_the_tokenizer_is_handed_out_if_it_is_one_of_the_library(vllm_config: Any) -> None:

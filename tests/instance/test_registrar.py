@@ -24,8 +24,8 @@ from xllm_plugin.instance.registrar import (
     kv_event_sources,
     leaves_first,
     load_of,
-    make_client,
 )
+from xllm_plugin.instance.registry_clients import ServiceRegistry, make_client, registry_client
 from xllm_plugin.registration import Load, Registration, RegistrationConfig, Role
 from xllm_plugin.service.app import Service
 from xllm_plugin.service.config import (
@@ -61,6 +61,13 @@ class Scripted:
         return httpx.Response(200, json=answer)
 
 
+def scripted_client(
+    config: RegistrationConfig, answer: Callable[[httpx.Request], httpx.Response]
+) -> httpx.Client:
+    headers = make_client(config).headers
+    return httpx.Client(transport=httpx.MockTransport(answer), headers=headers)
+
+
 class Server:
     """A registrar with its boundary in hand."""
 
@@ -74,11 +81,7 @@ class Server:
             Registration(url="http://here:8000", incarnation="i1", models=("m",)),
             lambda: self.load,
             lambda: self.num_unfinished,
-            client=httpx.Client(
-                transport=httpx.MockTransport(self.service),
-                base_url=config.url,
-                headers=make_client(config).headers,
-            ),
+            registry=ServiceRegistry(config, scripted_client(config, self.service)),
             draw=lambda: self.draw,
         )
 
@@ -145,6 +148,28 @@ def test_an_outage_in_mid_life_keeps_the_lease() -> None:
     assert server.service.asked[2][1].endswith("/heartbeat")
 
 
+def test_a_lease_that_is_held_is_not_given_up_for_long() -> None:
+    server = Server(LEASE, *[REFUSED] * 9)
+    waits = [server.registrar.step() for _ in range(10)]
+    assert waits == [2.0, 0.25, 0.5, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+
+
+def test_of_several_services_the_next_is_asked_when_one_is_away() -> None:
+    config = CONFIG.model_copy(update={"url": "http://one:1, http://two:2/"})
+    hosts: list[str] = []
+    server = Server(LEASE, LEASE, config=config)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        hosts.append(request.url.host)
+        if request.url.host == "one":
+            raise REFUSED
+        return server.service(request)
+
+    server.registrar._registry = ServiceRegistry(config, scripted_client(config, answer))
+    assert [server.registrar.step() for _ in range(3)] == [0.25, 2.0, 2.0]
+    assert hosts == ["one", "two", "two"]
+
+
 def test_leaving_drains_and_then_deregisters() -> None:
     busy = {**LEASE, "in_flight": 1}
     server = Server(LEASE, busy, LEASE, LEASE)
@@ -170,9 +195,7 @@ def test_leaving_waits_for_requests_of_others_too() -> None:
             server.num_unfinished = 0
         return server.service(request)
 
-    server.registrar._client = httpx.Client(
-        transport=httpx.MockTransport(answer), base_url=CONFIG.url
-    )
+    server.registrar._registry = ServiceRegistry(CONFIG, scripted_client(CONFIG, answer))
     server.registrar.step()
     server.registrar.leave(drain=True)
     assert server.num_unfinished == 0
@@ -338,7 +361,7 @@ def test_a_server_joins_outlives_its_service_and_leaves(
         registration,
         lambda: Load(num_running=3, num_waiting=2, kv_usage=0.5, tpot_s=0.04),
         lambda: 0,
-        client=make_client(config),
+        registry=registry_client(config),
     )
     assert registrar.step() == 2.0
     assert registrar.step() == 2.0

@@ -55,6 +55,9 @@ def test_a_secret_is_never_in_a_message() -> None:
     with pytest.raises(ConfigError) as caught:
         load({"admin": {"token": ["hush"]}, "instances": {"api_key": {"a": "hush"}}}, None)
     assert "hush" not in str(caught.value)
+    with pytest.raises(ConfigError, match="user and password are given together") as caught:
+        load({"etcd": {"url": "etcd://a", "password": "hush"}}, None)
+    assert "hush" not in str(caught.value)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -258,7 +258,10 @@ def test_a_stalled_stream_goes_on_elsewhere(run: Any) -> None:
     run(check())
 
 
-def test_a_drain_deadline_moves_what_still_runs(run: Any) -> None:
+@pytest.mark.parametrize("end", [lifecycle.Drain(), lifecycle.Withdrawn(lifecycle.LEFT)])
+def test_a_drain_deadline_moves_what_still_runs(run: Any, end: lifecycle.Event) -> None:
+    """The service's own, or that of an instance that leaves: its engine stops, its streams hang."""
+
     async def check() -> None:
         model = FakeModel(PIECES)
         slow, good = stream_instance(model, Death(600, "silence")), stream_instance(model)
@@ -271,7 +274,7 @@ def test_a_drain_deadline_moves_what_still_runs(run: Any) -> None:
             body = body_of(COMPLETION)
             client.send(request(json.dumps(body).encode()))
             await client.reader.readuntil(b"data: ")
-            fleet.report(draining, lifecycle.Drain())
+            fleet.report(draining, end)
             wanted = expected(model, COMPLETION, body)
             last = await client.reader.readuntil(b"0\r\n\r\n")
             assert json.dumps(wanted[-2]["choices"][0]["text"]).encode() in last

@@ -14,6 +14,7 @@ from xllm_plugin.service.lifecycle import (
     Drain,
     Event,
     Failed,
+    Lapsed,
     Life,
     Registered,
     State,
@@ -55,6 +56,10 @@ def after(*events: Event, leased: bool = False, at_s: float = 0.0) -> Life:
         ([Alive("a"), Registered("b")], State.JOINING),
         ([Alive("a"), Registered("a")], State.READY),
         ([Withdrawn("x"), Registered("b")], State.JOINING),
+        ([Alive("a"), Lapsed("x")], State.SUSPECT),
+        ([Alive("a"), Lapsed("x"), Alive("a", renews=False)], State.SUSPECT),
+        ([Alive("a"), Lapsed("x"), Registered("a"), Alive("a", renews=False)], State.READY),
+        ([Alive("a"), Drain(), Lapsed("x")], State.DRAINING),
     ],
 )
 def test_what_follows_what(events: list[Event], state: State) -> None:
@@ -87,6 +92,17 @@ def test_a_leased_instance_that_is_drained_stays_so_until_it_is_silent() -> None
     assert next_life(beaten, Tick(in_flight=1), 10.0, TIMINGS).state is State.DRAINING
     assert next_life(beaten, Tick(in_flight=0), 10.0, TIMINGS).state is State.GONE
     assert next_life(beaten, Tick(in_flight=1), 30.1, TIMINGS).state is State.GONE
+
+
+def test_a_lease_that_somebody_else_keeps_lapses_when_he_says_so() -> None:
+    life = after(Alive("a"))
+    assert next_life(life, Tick(), 1e6, TIMINGS) is life
+    lapsed = next_life(life, Lapsed("etcd says so"), 100.0, TIMINGS)
+    assert (lapsed.state, lapsed.reason) == (State.SUSPECT, "etcd says so")
+    assert next_life(lapsed, Tick(), 119.0, TIMINGS).state is State.SUSPECT
+    assert next_life(lapsed, Tick(), 120.1, TIMINGS).state is State.GONE
+    drained = next_life(after(Drain()), Lapsed("x"), 100.0, TIMINGS)
+    assert next_life(drained, Tick(in_flight=0), 100.0, TIMINGS).state is State.GONE
 
 
 class Lives(RuleBasedStateMachine):
@@ -145,6 +161,14 @@ class Lives(RuleBasedStateMachine):
         self.send(Failed("failed", certain))
         if certain:
             assert self.life.state is not State.READY
+
+    @rule()
+    def lapse(self) -> None:
+        self.send(Lapsed("lapsed"))
+        assert self.life.state is not State.READY
+        if self.life.state is not State.GONE:
+            self.leased = True
+            self.renewed_s = min(self.renewed_s, self.now_s - TIMINGS.lease_s)
 
     @rule()
     def drain(self) -> None:

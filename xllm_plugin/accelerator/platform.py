@@ -235,5 +235,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         default=os.environ.get(REGISTER_ENV),
         action=_AlreadyDecided,
-        help="Admin port of an `xllm service` to register at. Also XLLM_REGISTRATION__URL.",
+        help="Admin port of an `xllm service`, or etcd://host:port/prefix, to register at. "
+        "Also XLLM_REGISTRATION__URL.",
     )

@@ -29,6 +29,7 @@ ADMIN_URL = "http://127.0.0.1:8001"
 @click.option("--admin-host", help="[default: 127.0.0.1]")
 @click.option("--admin-port", type=int, help="[default: 8001]")
 @click.option("--instance", "instances", multiple=True, metavar="URL", help="Repeat for each.")
+@click.option("--etcd", metavar="URL", help="etcd://host:2379, shared with other services.")
 @click.option("--policy", help="Routing policy.  [default: cost]")
 @click.option(
     "--set", "others", multiple=True, metavar="SECTION.NAME=VALUE", help="Any other setting."
@@ -46,6 +47,7 @@ def service(
     admin_host: str | None,
     admin_port: int | None,
     instances: tuple[str, ...],
+    etcd: str | None,
     policy: str | None,
     others: tuple[str, ...],
     check: bool,
@@ -66,6 +68,7 @@ def service(
             "admin.host": admin_host,
             "admin.port": admin_port,
             "instances.static": list(instances) or None,
+            "etcd.url": etcd,
             "routing.policy": policy,
         },
         others,
@@ -123,7 +126,8 @@ def instances_command(admin_url: str, token: str | None) -> None:
     from rich.table import Table
 
     table = Table("name", "state", "since", "in flight", "tokens", "models", "reason")
-    for one in _ask("GET", admin_url, "/v1/instances", token)["instances"]:
+    found = _ask("GET", admin_url, "/v1/instances", token)
+    for one in found["instances"]:
         table.add_row(
             one["name"],
             one["state"],
@@ -134,6 +138,9 @@ def instances_command(admin_url: str, token: str | None) -> None:
             one["reason"],
         )
     Console().print(table)
+    registry = found.get("registry", {})
+    if registry.get("state") == "away":
+        click.echo(f"etcd is away; this is what was known last. {registry['problem']}", err=True)
 
 
 @service.command("drain")

@@ -53,8 +53,8 @@ from xllm_plugin.instance.registrar import (
     kv_event_sources,
     leaves_first,
     load_of,
-    make_client,
 )
+from xllm_plugin.instance.registry_clients import registry_client
 from xllm_plugin.instance.resume import resume
 from xllm_plugin.instance.resumption import RESUME_PATH
 from xllm_plugin.instance.waiting import WaitingList
@@ -131,6 +131,7 @@ class XllmEndpoints:
         app.add_api_route("/xllm/snapshot", _snapshot, methods=["GET"])
         app.add_api_route("/xllm/memory", _memory, methods=["GET"])
         app.add_api_route("/xllm/info", _info, methods=["GET"])
+        app.add_api_route("/xllm/load", _load, methods=["GET"])
         app.add_api_route("/xllm/tokenizer", _tokenizer, methods=["GET"])
         app.add_api_route(RESUME_PATH, resume, methods=["POST"])
         if self._is_multiprocess:
@@ -151,7 +152,7 @@ class XllmEndpoints:
                 "the engine channel is off: channel.enabled is false, or its directory cannot be "
                 "used (see the server's log)"
             )
-            self._join(config.registration, None, engine_client, args)
+            self._join(config.registration, None, engine_client, state, args)
             return
         group = await asyncio.to_thread(EngineGroup.from_vllm, channel, vllm_config)
         found = _ServerState(self._describe(vllm_config, group, config), group)
@@ -163,13 +164,14 @@ class XllmEndpoints:
         self._stand_before(engine_client, config, watch.latest)
         model_name = str(vllm_config.model_config.served_model_name)
         register(XllmCollector(EngineReader(group), model_name), self._registry)
-        self._join(config.registration, group, engine_client, args)
+        self._join(config.registration, group, engine_client, state, args)
 
     def _join(
         self,
         config: RegistrationConfig,
         group: EngineGroup | None,
         engine_client: Any,
+        state: State,
         args: Namespace,
     ) -> None:
         """Register at a service, from the first of several API servers."""
@@ -195,8 +197,9 @@ class XllmEndpoints:
             registration,
             lambda: load_of(reader.read(), meter) if reader else None,
             engine_client.get_num_unfinished_requests,
-            client=make_client(config),
+            registry=registry_client(config),
         )
+        state.xllm_registrar = registrar
         engine_client.shutdown = leaves_first(engine_client.shutdown, registrar)
         registrar.start()
 
@@ -259,6 +262,14 @@ async def _info(request: Request) -> Response:
         return _unavailable(state)
     # Ranks come and go with elastic scaling; the rest is constant.
     return _json(msgspec.structs.replace(state.info, dp_ranks=tuple(state.group.sockets())))
+
+
+def _load(request: Request) -> Response:
+    """The last heartbeat, for services that get none (etcd); 404 where there is none."""
+    registrar: Registrar | None = getattr(request.app.state, "xllm_registrar", None)
+    if registrar is None or registrar.last_beat is None:
+        return error_response(404, "NotFoundError", "this process sends no heartbeats")
+    return Response(registrar.last_beat.model_dump_json(), media_type="application/json")
 
 
 def _tokenizer(request: Request) -> Response:

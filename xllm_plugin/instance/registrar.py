@@ -1,6 +1,6 @@
-"""Registers this server at an `xllm service`, keeps its lease, and leaves when it is stopped.
+"""Registers this server, keeps its lease, and leaves when it is stopped.
 
-It runs on a thread of its own: a busy event loop delays no heartbeat, and a service that is away
+It runs on a thread of its own: a busy event loop delays no heartbeat, and a registry that is away
 delays no request.  One exchange is `Registrar.step`, which says when the next is due.
 """
 
@@ -10,20 +10,17 @@ import asyncio
 import logging
 import random
 import socket
-import ssl
 import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from typing import Any
-from urllib.parse import quote, urlsplit
-
-import httpx
-from pydantic import ValidationError
+from urllib.parse import urlsplit
 
 from xllm_plugin.channel.messages import Reading
 from xllm_plugin.errors import ConfigError, NotNowError
 from xllm_plugin.instance.latency import LatencyMeter
+from xllm_plugin.instance.registry_clients import RegistryClient
 from xllm_plugin.registration import (
     Heartbeat,
     KvEventSource,
@@ -39,13 +36,11 @@ __all__ = [
     "kv_event_sources",
     "leaves_first",
     "load_of",
-    "make_client",
 ]
 
 logger = logging.getLogger("vllm.xllm_plugin")
 
 _BEATS_A_LEASE = 3
-_TIMEOUT_S = 2.0
 _FIRST_RETRY_S = 0.25
 _LAST_RETRY_S = 8.0
 _DRAIN_POLL_S = 0.2
@@ -53,20 +48,20 @@ _WILDCARDS = ("", "0.0.0.0", "::", "[::]")  # noqa: S104 - compared, not bound
 
 
 class Registrar:
-    """One server's registration at one service.
+    """One server's registration.
 
     ::
 
         away --registered--> held --heartbeats--> held
-          ^                   |  refused (409: forgotten, or the service is another) or unreachable
+          ^                   |  forgotten: by a service that was restarted, by silence
           +-------------------+
 
     Args:
-        config: says where, and with which token.
+        config: for how long to drain.
         registration: what to register.
         measure: the load of now; None if the engine cannot be asked.
         num_unfinished: requests that this server has not answered to the end.
-        client: talks to the service, with its address and token.
+        registry: holds the lease.
         draw: random numbers in [0, 1), for jitter.
         clock: monotonic seconds.
     """
@@ -78,15 +73,17 @@ class Registrar:
         measure: Callable[[], Load | None],
         num_unfinished: Callable[[], int],
         *,
-        client: httpx.Client,
+        registry: RegistryClient,
         draw: Callable[[], float] = random.random,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.registration = registration
+        self.last_beat: Heartbeat | None = None
+        """What was said last: `GET /xllm/load` tells it to whom no heartbeat goes."""
         self._config = config
         self._measure = measure
         self._num_unfinished = num_unfinished
-        self._client = client
+        self._registry = registry
         self._draw = draw
         self._clock = clock
         self._lease: Lease | None = None
@@ -110,11 +107,13 @@ class Registrar:
             except NotNowError as error:
                 return self._failed(str(error))
             if lease is None:  # forgotten: a service that was restarted, or silence for too long
-                logger.info("xllm-plugin: %s no longer knows us, registering again", self._where)
+                where = self._registry.where
+                logger.info("xllm-plugin: %s no longer knows us, registering again", where)
                 self._lease = None
                 return 0.0
             if self._lease is None:
-                logger.info("xllm-plugin: registered at %s as %s", self._where, lease.name)
+                where = self._registry.where
+                logger.info("xllm-plugin: registered at %s as %s", where, lease.name)
             self._lease, self._num_failures, self._problem = lease, 0, ""
             return lease.lease_s / _BEATS_A_LEASE
 
@@ -130,10 +129,6 @@ class Registrar:
                 self._drain()
             self._deregister()
 
-    @property
-    def _where(self) -> str:
-        return self._config.url
-
     def _run(self) -> None:
         wait_s = 0.0
         while not self._stopping.wait(wait_s):
@@ -147,39 +142,43 @@ class Registrar:
         if problem != self._problem:
             logger.warning(
                 "xllm-plugin: not registered at %s: %s Serving goes on; it is tried again.",
-                self._where,
+                self._registry.where,
                 problem,
             )
             self._problem = problem
-        wait_s = min(_LAST_RETRY_S, _FIRST_RETRY_S * 2.0**self._num_failures)
+        # A lease that is held is tried to be kept.
+        longest_s = self._lease.lease_s / _BEATS_A_LEASE if self._lease else _LAST_RETRY_S
+        wait_s = min(longest_s, _FIRST_RETRY_S * 2.0**self._num_failures)
         self._num_failures = min(self._num_failures + 1, 16)
         # All instances lose a service at the same moment: they must not come back in step.
         return wait_s * (0.5 + self._draw())
 
     def _register(self) -> Lease:
-        lease = self._ask("POST", "/v1/registrations", self.registration)
-        assert lease is not None
-        return lease
+        return self._registry.register(self.registration)
 
     def _beat(self, *, is_draining: bool = False) -> Lease | None:
         assert self._lease is not None
-        beat = Heartbeat(
+        self.last_beat = Heartbeat(
             incarnation=self.registration.incarnation,
             load=self._measure(),
             is_draining=is_draining,
         )
-        return self._ask("POST", f"{self._path(self._lease)}/heartbeat", beat)
+        return self._registry.beat(self._lease, self.last_beat)
 
     def _drain(self) -> None:
         """Wait until the service has nothing under way here, and nobody else either."""
         deadline_s = self._clock() + self._config.drain_s
         logger.info("xllm-plugin: draining for at most %g s", self._config.drain_s)
+        num_idle_looks = 0
         while self._clock() < deadline_s:
             try:
                 lease = self._beat(is_draining=True)
             except NotNowError:
                 lease = None  # it is away: what counts is what runs here
-            if not self._num_unfinished() and (lease is None or not lease.in_flight):
+            is_idle = not self._num_unfinished() and (lease is None or not lease.in_flight)
+            num_idle_looks = num_idle_looks + 1 if is_idle else 0
+            # At etcd nobody says what services have just sent here: one more look finds it.
+            if num_idle_looks > (lease is not None and lease.in_flight is None):
                 return
             time.sleep(_DRAIN_POLL_S)
         logger.warning(
@@ -190,52 +189,11 @@ class Registrar:
 
     def _deregister(self) -> None:
         assert self._lease is not None
-        path = f"{self._path(self._lease)}?incarnation={quote(self.registration.incarnation)}"
         try:
-            self._ask("DELETE", path, None)
+            self._registry.deregister(self._lease, self.registration.incarnation)
         except NotNowError as error:
             logger.info("xllm-plugin: not deregistered: %s Its lease lapses by itself.", error)
         self._lease = None
-
-    @staticmethod
-    def _path(lease: Lease) -> str:
-        return f"/v1/registrations/{quote(lease.name, safe='')}"
-
-    def _ask(self, method: str, path: str, body: Registration | Heartbeat | None) -> Lease | None:
-        """One exchange; None for a lease that is not there (any more).
-
-        Raises:
-            NotNowError: no answer, or an error.
-        """
-        content = None if body is None else body.model_dump_json()
-        try:
-            reply = self._client.request(method, path, content=content)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise NotNowError(f"{type(error).__name__}: {error}.") from error
-        if reply.status_code == httpx.codes.CONFLICT and not isinstance(body, Registration):
-            return None
-        if reply.status_code != httpx.codes.OK:
-            raise NotNowError(_explained(reply))
-        if method == "DELETE":
-            return None
-        try:
-            return Lease.model_validate_json(reply.content)
-        except ValidationError as error:
-            raise NotNowError("its answer is no lease; is this the admin port?") from error
-
-
-def make_client(config: RegistrationConfig) -> httpx.Client:
-    """A client of the service's admin port."""
-    headers = {}
-    if config.token is not None:
-        headers["Authorization"] = f"Bearer {config.token.get_secret_value()}"
-    return httpx.Client(
-        base_url=config.url.rstrip("/"),
-        headers=headers,
-        timeout=_TIMEOUT_S,
-        verify=ssl.create_default_context(),
-        trust_env=False,  # proxies of the environment lead out of the cluster
-    )
 
 
 def advertised_url(config: RegistrationConfig, args: Namespace) -> str:
@@ -257,7 +215,7 @@ def advertised_url(config: RegistrationConfig, args: Namespace) -> str:
         )
     host = args.host or ""
     if host in _WILDCARDS:
-        host = _address_towards(config.url)
+        host = _address_towards(config.urls[0])
     scheme = "https" if args.ssl_keyfile and args.ssl_certfile else "http"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{args.port}"
 
@@ -339,16 +297,3 @@ def leaves_first(shutdown: Callable[..., None], registrar: Registrar) -> Callabl
         shutdown(timeout=timeout)
 
     return shutdown_after_leaving
-
-
-def _explained(reply: httpx.Response) -> str:
-    if reply.status_code == httpx.codes.UNAUTHORIZED:
-        return (
-            "it refuses the token (401): registration.token here has to be "
-            "instances.registration_token there."
-        )
-    try:
-        detail = str(reply.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        detail = "is this the admin port of a service?"
-    return f"it answers {reply.status_code}: {detail}"

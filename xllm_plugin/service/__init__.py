@@ -6,7 +6,7 @@ connection to an instance, and the pool) -> `continuation.py` (what the client h
 another instance to go on).  Where they are set, `keys.py` (who asks, and how much) and `flow/` (who
 is next when not all fit) come before the router.  Beside it: `lifecycle.py` and `fleet.py` (which
 instances there are, in what state), `speed.py` (how fast they are), `kv_index/` (which prefixes
-they hold), `registry.py` and `probes.py` (who says so), `telemetry.py` (what was measured),
-`admin.py`, `metrics.py`, `dashboard/`, `access_log.py` and `tracing.py` (see and steer), `tls.py`
-(HTTPS), `app.py` (starts, reloads and drains all of it).
+they hold), `registry.py`, `etcd_registry.py` and `probes.py` (who says so), `telemetry.py` (what
+was measured), `admin.py`, `metrics.py`, `dashboard/`, `access_log.py` and `tracing.py` (see and
+steer), `tls.py` (HTTPS), `app.py` (starts, reloads and drains all of it).
 """

@@ -17,16 +17,15 @@ import prometheus_client
 from aiohttp import web
 from pydantic import ValidationError
 
-from xllm_plugin.errors import MisuseError
+from xllm_plugin.errors import MisuseError, NotNowError
 from xllm_plugin.registration import Heartbeat, Lease, Registration
-from xllm_plugin.service import lifecycle
 from xllm_plugin.service.dashboard import pages
 from xllm_plugin.service.dashboard.overview import overview
 from xllm_plugin.service.fleet import Instance
 from xllm_plugin.service.flow.metrics import describe_keys, describe_queue
 from xllm_plugin.service.metrics import ServiceCollector
 from xllm_plugin.service.proxy import Proxy
-from xllm_plugin.service.registry import Embedded
+from xllm_plugin.service.registry import Registrations
 from xllm_plugin.service.replies import error_body
 from xllm_plugin.service.routes import is_control
 
@@ -43,20 +42,24 @@ class AdminApi:
 
     Args:
         proxy: what is seen and steered.
-        registrations: takes instances in.
+        registrations: takes instances in, and lets them drain.
         session: for control routes of instances.
         token: what callers show.
     """
 
     def __init__(
-        self, proxy: Proxy, registrations: Embedded, session: aiohttp.ClientSession, token: str
+        self,
+        proxy: Proxy,
+        registrations: Registrations,
+        session: aiohttp.ClientSession,
+        token: str,
     ) -> None:
         self._proxy = proxy
         self._registrations = registrations
         self._session = session
         self._token = token
         self._metrics = prometheus_client.CollectorRegistry()
-        self._metrics.register(ServiceCollector(proxy))
+        self._metrics.register(ServiceCollector(proxy, registrations))
         prometheus_client.ProcessCollector(registry=self._metrics)
 
     def application(self) -> web.Application:
@@ -101,6 +104,8 @@ class AdminApi:
             return _error(400, "; ".join(_line(item) for item in error.errors()))
         except MisuseError as error:
             return _error(409, str(error))
+        except NotNowError as error:
+            return _error(503, str(error))
 
     def _is_allowed(self, request: web.Request) -> bool:
         expected = self._token
@@ -117,7 +122,8 @@ class AdminApi:
     async def _health(self, _: web.Request) -> web.Response:
         states = [instance.life.state.value for instance in self._proxy.fleet]
         counts = {state: states.count(state) for state in sorted(set(states))}
-        return web.json_response({"status": "ok", "instances": counts})
+        registry = self._registrations.describe().get("state", "ok")
+        return web.json_response({"status": "ok", "instances": counts, "registry": registry})
 
     async def _exposition(self, _: web.Request) -> web.Response:
         return web.Response(
@@ -128,7 +134,7 @@ class AdminApi:
     async def _instances(self, _: web.Request) -> web.Response:
         now_s = self._proxy.fleet.clock()
         found = [self._described(instance, now_s) for instance in self._proxy.fleet]
-        return web.json_response({"instances": found})
+        return web.json_response({"instances": found, "registry": self._registrations.describe()})
 
     async def _decisions(self, _: web.Request) -> web.Response:
         decisions = [decision._asdict() for decision in self._proxy.router.decisions]
@@ -154,14 +160,16 @@ class AdminApi:
     # -- steer ----------------------------------------------------------------------------------
 
     async def _drain(self, request: web.Request) -> web.Response:
-        return self._report(request, lifecycle.Drain())
+        instance = self._named(request)
+        await self._registrations.drain(instance)
+        return self._shown(instance)
 
     async def _undrain(self, request: web.Request) -> web.Response:
-        return self._report(request, lifecycle.Undrain())
-
-    def _report(self, request: web.Request, event: lifecycle.Event) -> web.Response:
         instance = self._named(request)
-        self._proxy.fleet.report(instance, event)
+        await self._registrations.undrain(instance)
+        return self._shown(instance)
+
+    def _shown(self, instance: Instance) -> web.Response:
         return web.json_response(self._described(instance, self._proxy.fleet.clock()))
 
     async def _control(self, request: web.Request) -> web.Response:
@@ -212,22 +220,23 @@ class AdminApi:
 
     async def _register(self, request: web.Request) -> web.Response:
         asked = Registration.model_validate_json(await request.read())
-        return self._leased(self._registrations.register(asked))
+        return self._leased(await self._registrations.register(asked))
 
     async def _heartbeat(self, request: web.Request) -> web.Response:
         beat = Heartbeat.model_validate_json(await request.read())
-        return self._leased(self._registrations.heartbeat(request.match_info["name"], beat))
+        name = request.match_info["name"]
+        return self._leased(await self._registrations.heartbeat(name, beat))
 
     async def _deregister(self, request: web.Request) -> web.Response:
         incarnation = request.query.get("incarnation", "")
-        self._registrations.deregister(request.match_info["name"], incarnation)
+        await self._registrations.deregister(request.match_info["name"], incarnation)
         return web.json_response({})
 
     def _leased(self, instance: Instance) -> web.Response:
         lease = Lease(
             name=instance.name,
             lease_s=self._proxy.fleet.timings.lease_s,
-            in_flight=instance.in_flight,
+            in_flight=self._registrations.in_flight(instance),
         )
         return web.json_response(lease.model_dump())
 

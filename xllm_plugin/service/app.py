@@ -23,10 +23,12 @@ from aiohttp import web
 
 from xllm_plugin.channel.paths import channel_directory, require_private_directory
 from xllm_plugin.errors import ConfigError, NotNowError, PlatformError
+from xllm_plugin.etcd.config import tls_context
 from xllm_plugin.plugins import manager_here, routing_policies
 from xllm_plugin.service import access_log, keys
 from xllm_plugin.service.admin import AdminApi
 from xllm_plugin.service.config import InstanceEntry, ServiceConfig
+from xllm_plugin.service.etcd_registry import EtcdRegistry
 from xllm_plugin.service.fleet import Fleet
 from xllm_plugin.service.kv_index.directory import KvDirectory
 from xllm_plugin.service.kv_index.tokens import PromptReader
@@ -61,6 +63,8 @@ def check(config: ServiceConfig) -> None:
         keys.read(config.keys.file)
     server_context(config.listen, "listen")
     server_context(config.admin, "admin")
+    if config.etcd.url:
+        tls_context(config.etcd)
 
 
 def token_path(port: int) -> Path:
@@ -102,6 +106,9 @@ class Service:
             clock=time.time,
         )
         self.proxy = Proxy(config, self.fleet, self.router)
+        self.registrations = (
+            EtcdRegistry(self.fleet, config.etcd) if config.etcd.url else Embedded(self.fleet)
+        )
         self.port = self.admin_port = 0
         self._stack = contextlib.AsyncExitStack()
         self._registries: list[asyncio.Task[None]] = []
@@ -136,6 +143,7 @@ class Service:
             asyncio.create_task(_said(self._prober.run(), "probing")),
             asyncio.create_task(_said(self._directory.run(), "following KV events")),
             asyncio.create_task(_said(measuring, "measuring")),
+            asyncio.create_task(_said(self.registrations.run(self.fleet), "following instances")),
         ]
         logger.info("serving on %s:%d", listen.host, self.port)
 
@@ -149,7 +157,7 @@ class Service:
         except ConfigError as error:
             logger.error("not reloaded, the settings stay as they were: %s", error)  # noqa: TRY400
             return
-        for section in ("listen", "admin", "tracing"):
+        for section in ("listen", "admin", "etcd", "tracing"):
             if getattr(config, section) != getattr(self.config, section):
                 logger.warning("%s settings have changed and need a restart", section)
         self.config = config
@@ -207,7 +215,7 @@ class Service:
     async def _open_admin(self, session: aiohttp.ClientSession) -> int:
         admin = self.config.admin
         token = admin.token.get_secret_value() if admin.token else secrets.token_urlsafe(32)
-        api = AdminApi(self.proxy, Embedded(self.fleet), session, token)
+        api = AdminApi(self.proxy, self.registrations, session, token)
         runner = web.AppRunner(api.application(), access_log=None, handle_signals=False)
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)

@@ -20,7 +20,8 @@ from pydantic_settings import (
 )
 
 from xllm_plugin.errors import ConfigError
-from xllm_plugin.registration import KvEventSource, Role
+from xllm_plugin.etcd.config import EtcdConfig
+from xllm_plugin.registration import KvEventSource, Role, name_of_url
 from xllm_plugin.service.lifecycle import Timings
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
 
 ENV_PREFIX = "XLLM_SERVICE_"
 _MIB = 2**20
+_SECRETS = ("token", "api_key", "password")
 
 
 class _Section(BaseModel):
@@ -210,17 +212,15 @@ class InstanceEntry(_Section):
     def _has_address(self) -> Self:
         try:
             parts = urlsplit(self.url)
-            port = parts.port
+            _ = parts.port
         except ValueError as error:
             raise ValueError(f"url {self.url!r}: {error}") from error
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"url {self.url!r}: write http://host:port")
         if parts.path not in ("", "/") or parts.query or parts.username is not None:
             raise ValueError(f"url {self.url!r}: only scheme, host and port are used")
-        if port is None:
-            port = 443 if parts.scheme == "https" else 80
         if not self.name:
-            object.__setattr__(self, "name", f"{parts.hostname}:{port}")
+            object.__setattr__(self, "name", name_of_url(self.url))
         return self
 
     @property
@@ -320,6 +320,7 @@ class ServiceConfig(BaseSettings):
     listen: ListenConfig = Field(default_factory=ListenConfig)
     admin: AdminConfig = Field(default_factory=AdminConfig)
     instances: InstancesConfig = Field(default_factory=InstancesConfig)
+    etcd: EtcdConfig = Field(default_factory=EtcdConfig)
     routing: RoutingConfig = Field(default_factory=RoutingConfig)
     kv_index: KvIndexConfig = Field(default_factory=KvIndexConfig)
     continuation: ContinuationConfig = Field(default_factory=ContinuationConfig)
@@ -379,7 +380,8 @@ def _explained(error: ValidationError) -> str:
         name = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown setting {name!r}.")
-        elif "token" in name or "api_key" in name:
+        elif isinstance(item["input"], dict) or any(one in name for one in _SECRETS):
+            # There may be a secret in the value.
             lines.append(f"{name}: {item['msg']}.")
         else:
             lines.append(f"{name}={item['input']!r}: {item['msg']}.")

@@ -26,7 +26,7 @@ import msgspec
 from xllm_plugin.service import lifecycle
 from xllm_plugin.service.continuation import ArmedStream, StreamWishes, arm, with_body
 from xllm_plugin.service.flow.wishes import NO_WISHES, read_wishes
-from xllm_plugin.service.lifecycle import State
+from xllm_plugin.service.lifecycle import DRAINED, LEFT, State
 from xllm_plugin.service.replies import Refusal, error_body
 from xllm_plugin.service.routes import Kind, Route
 from xllm_plugin.service.telemetry import Ending
@@ -612,7 +612,7 @@ class Exchange:
 
     def _drain_is_over(self) -> bool:
         life = self.instance.life if self.instance is not None else None
-        return life is not None and life.state is State.GONE and life.reason == "drained"
+        return life is not None and life.state is State.GONE and life.reason in (DRAINED, LEFT)
 
     def _end_in_error(self, message: str) -> None:
         """Nobody can continue the stream: its last event says so."""

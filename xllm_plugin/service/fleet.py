@@ -71,6 +71,8 @@ class Instance:
         self.source = source
         self.life = life
         self.pool = pool
+        self.has_incarnation = life.incarnation != ""
+        """It says itself which one it is; a plain server is told apart by its start time."""
         self.name = entry.name
         self.capacity = entry.capacity
         digest = hashlib.blake2b(entry.name.encode(), digest_size=8).digest()

@@ -9,8 +9,9 @@
 
 Rule 1: only `Registered` begins a life or changes its incarnation.  A restarted server is another
 incarnation, and what is said about the one before it is ignored.
-Rule 2: an entry without a lease (configured, not registered) never goes by itself: it stays suspect
-and is asked again, because only who configured it can take it away.
+Rule 2: an entry without a lease here (configured, not registered) never goes by itself: it stays
+suspect and is asked again, because only who configured it can take it away.  Where somebody else
+keeps the lease (etcd) it is such an entry until he says that it has lapsed.
 Rule 3: gone is final for its incarnation.
 """
 
@@ -20,10 +21,13 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 __all__ = [
+    "DRAINED",
+    "LEFT",
     "Alive",
     "Drain",
     "Event",
     "Failed",
+    "Lapsed",
     "Life",
     "Registered",
     "State",
@@ -34,6 +38,12 @@ __all__ = [
     "begin",
     "next_life",
 ]
+
+
+DRAINED, LEFT = "drained", "deregistered itself"
+"""Why an instance is gone that stops, or has stopped, what still runs there."""
+_MOMENT_S = 1e-3
+"""A lease that has just lapsed is silent for longer than it lasts."""
 
 
 class State(StrEnum):
@@ -83,6 +93,13 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Lapsed:
+    """Who keeps its lease says that there was no sign of life for that long."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """Send nothing new there; what runs may finish."""
 
@@ -106,7 +123,7 @@ class Tick:
     in_flight: int = 0
 
 
-Event = Registered | Alive | Failed | Drain | Undrain | Withdrawn | Tick
+Event = Registered | Alive | Failed | Lapsed | Drain | Undrain | Withdrawn | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +146,7 @@ def begin(event: Registered, now_s: float) -> Life:
     return Life(event.incarnation, event.leased, State.JOINING, now_s, now_s, reason="registered")
 
 
-def next_life(life: Life, event: Event, now_s: float, timings: Timings) -> Life:  # noqa: PLR0911
+def next_life(life: Life, event: Event, now_s: float, timings: Timings) -> Life:  # noqa: C901, PLR0911 - one case an event
     """The life after `event` at `now_s`; the same object when nothing changes."""
     if isinstance(event, Registered):
         return _registered(life, event, now_s)
@@ -140,6 +157,8 @@ def next_life(life: Life, event: Event, now_s: float, timings: Timings) -> Life:
             return _alive(life, event, now_s, timings)
         case Failed():
             return _failed(life, event, now_s, timings)
+        case Lapsed():
+            return _lapsed(life, event, now_s, timings)
         case Drain():
             return _to(life, State.DRAINING, now_s, "drained by hand")
         case Undrain():
@@ -182,6 +201,15 @@ def _failed(life: Life, event: Failed, now_s: float, timings: Timings) -> Life:
     return counted
 
 
+def _lapsed(life: Life, event: Lapsed, now_s: float, timings: Timings) -> Life:
+    silent = replace(
+        life, leased=True, seen_s=min(life.seen_s, now_s - timings.lease_s - _MOMENT_S)
+    )
+    if life.state is not State.READY:
+        return replace(silent, reason=event.reason)
+    return _to(silent, State.SUSPECT, now_s, event.reason)
+
+
 def _tick(life: Life, event: Tick, now_s: float, timings: Timings) -> Life:
     if not life.leased:
         return life
@@ -197,7 +225,7 @@ def _tick(life: Life, event: Tick, now_s: float, timings: Timings) -> Life:
     # While it sends heartbeats it stays: forgotten, it would register again and be used again.
     is_drained = age_s > timings.drain_s or not event.in_flight
     if life.state is State.DRAINING and silent_s > timings.lease_s and is_drained:
-        return _to(life, State.GONE, now_s, "drained")
+        return _to(life, State.GONE, now_s, DRAINED)
     return life
 
 

@@ -19,9 +19,11 @@ from prometheus_client.registry import Collector
 
 import xllm_plugin
 from xllm_plugin.service.dashboard.overview import degradations
+from xllm_plugin.service.etcd_registry import EtcdRegistry
 from xllm_plugin.service.flow import metrics as flow_metrics
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.service.proxy import Proxy
+from xllm_plugin.service.registry import Registrations
 
 __all__ = ["ServiceCollector"]
 
@@ -29,10 +31,11 @@ _PREFIX = "xllm_service_"
 
 
 class ServiceCollector(Collector):
-    """Collects from one proxy."""
+    """Collects from one proxy, and from the registry if it is shared with other services."""
 
-    def __init__(self, proxy: Proxy) -> None:
+    def __init__(self, proxy: Proxy, registrations: Registrations | None = None) -> None:
         self._proxy = proxy
+        self._registrations = registrations
 
     def collect(self) -> Iterator[Metric]:
         """Every metric of the service."""
@@ -41,6 +44,7 @@ class ServiceCollector(Collector):
         yield from self._gauges()
         yield from self._instances()
         yield from self._kv_index()
+        yield from self._etcd()
         yield from self._latencies()
         yield from flow_metrics.collect(self._proxy)
 
@@ -120,6 +124,20 @@ class ServiceCollector(Collector):
                 blocks.add_metric([instance.name], sum(rank["num_blocks"] for rank in ranks))
                 exact.add_metric([instance.name], directory.is_exact(instance))
         yield from (blocks, exact)
+
+    def _etcd(self) -> Iterator[Metric]:
+        connected = _gauge("etcd_connected", "1 if etcd answers, 0 if its last known state serves.")
+        age = _gauge("etcd_age_seconds", "Since etcd last answered.")
+        failures = _counter("etcd_failures", "Reads of etcd that failed.")
+        unused = _gauge("etcd_unused_keys", "Keys whose value is no instance or has a taken name.")
+        registry = self._registrations
+        if isinstance(registry, EtcdRegistry):
+            connected.add_metric([], registry.is_connected)
+            if registry.age_s is not None:
+                age.add_metric([], registry.age_s)
+            failures.add_metric([], registry.num_failures)
+            unused.add_metric([], registry.num_problems)
+        yield from (connected, age, failures, unused)
 
     def _latencies(self) -> Iterator[Metric]:
         ttft = _histogram("ttft_seconds", "Of streams: whole request to first bytes of the body.")

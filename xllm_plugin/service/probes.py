@@ -1,4 +1,7 @@
-"""Asks instances how they are by `/health`, `/v1/models` and `/metrics`, as vLLM has them."""
+"""Asks instances how they are by `/health`, `/v1/models` and `/metrics`, as vLLM has them.
+
+Who sends heartbeats is not asked for figures; who sends them elsewhere is, by `/xllm/load`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from xllm_plugin.registration import KvEventSource, Load
+from xllm_plugin.registration import Heartbeat, KvEventSource, Load
 from xllm_plugin.service import lifecycle
 from xllm_plugin.service.config import InstancesConfig
 from xllm_plugin.service.fleet import Fleet, Instance
@@ -19,6 +22,7 @@ __all__ = ["Prober", "read_metrics"]
 _MODELS_EVERY = 10
 _METRICS_EVERY = 3
 _USAGE = "vllm:kv_cache_usage_perc"
+_LOAD_EVERY = 2
 _METRIC = re.compile(
     r"^(vllm:num_requests_running|vllm:num_requests_waiting|vllm:kv_cache_usage_perc"
     r"|vllm:inter_token_latency_seconds_(?:sum|count)|process_start_time_seconds)"
@@ -81,7 +85,7 @@ class Prober:
         try:
             async with asyncio.timeout(self.config.probe_timeout_s):
                 await self._get(instance, "/health")
-                if metrics:
+                if metrics and not (_is_mirrored(instance) and await self._take_load(instance)):
                     self._take_metrics(instance, await self._get(instance, "/metrics"))
                 if models or not instance.models:
                     self._take_models(instance, await self._get(instance, "/v1/models"))
@@ -97,11 +101,11 @@ class Prober:
     async def _follow(self, instance: Instance) -> None:
         number = 0
         while True:
-            await self.probe(
-                instance,
-                models=number % _MODELS_EVERY == 0,
-                metrics=number % _METRICS_EVERY == 0 and instance.load is None,
-            )
+            if _is_mirrored(instance):
+                metrics = number % _LOAD_EVERY == 0
+            else:
+                metrics = number % _METRICS_EVERY == 0 and instance.load is None
+            await self.probe(instance, models=number % _MODELS_EVERY == 0, metrics=metrics)
             number += 1
             await asyncio.sleep(self.config.probe_interval_s)
 
@@ -132,6 +136,18 @@ class Prober:
                 raise ValueError(f"{path} answers {reply.status}")
             return await reply.read()
 
+    async def _take_load(self, instance: Instance) -> bool:
+        """Ask for the heartbeat that goes elsewhere; returns whether there is one."""
+        try:
+            beat = Heartbeat.model_validate_json(await self._get(instance, "/xllm/load"))
+        except ValueError:
+            return False  # no server of ours, or not the process that sends heartbeats
+        if beat.load is None or beat.incarnation != instance.life.incarnation:
+            return False
+        instance.load = beat.load
+        self._fleet.set_load(instance, beat.load)
+        return True
+
     def _take_models(self, instance: Instance, body: bytes) -> None:
         records = json.loads(body)
         if not isinstance(records, dict) or not isinstance(records.get("data"), list):
@@ -148,7 +164,7 @@ class Prober:
     def _take_metrics(self, instance: Instance, body: bytes) -> None:
         found = read_metrics(body.decode("utf-8", "replace"))
         started = found.get("process_start_time_seconds")
-        if started is not None and not instance.life.leased:
+        if started is not None and not instance.has_incarnation:
             # A plain server says no incarnation; the start of its process is one.
             self._fleet.report(instance, lifecycle.Registered(f"{started:.2f}"))
         before, instance.reported = instance.reported, found
@@ -160,6 +176,11 @@ class Prober:
                 tpot_s=_mean_since(before, found, "vllm:inter_token_latency_seconds"),
             ),
         )
+
+
+def _is_mirrored(instance: Instance) -> bool:
+    """Whether it sends its heartbeats to somebody else (etcd, another service)."""
+    return instance.has_incarnation and not instance.life.leased
 
 
 def _reachable(endpoint: str | None, instance: Instance) -> str | None:

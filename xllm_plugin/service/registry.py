@@ -1,6 +1,6 @@
 """Where instances come from.  Each registry keeps its own entries of the fleet, and no others.
 
-A registry that needs a coordinator of its own (etcd) fits the same interface.
+The one that shares a fleet with other services is in `etcd_registry.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -20,7 +20,15 @@ from xllm_plugin.service import lifecycle
 from xllm_plugin.service.config import InstanceEntry
 from xllm_plugin.service.fleet import Fleet, Instance
 
-__all__ = ["Embedded", "Registry", "StaticList", "WatchedFile", "read_entries"]
+__all__ = [
+    "Embedded",
+    "Registrations",
+    "Registry",
+    "StaticList",
+    "WatchedFile",
+    "entry_of",
+    "read_entries",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +43,35 @@ class Registry(Protocol):
 
         What keeps it from that stands in `fleet.troubles`, under a name of its own, meanwhile.
         """
+
+
+class Registrations(Protocol):
+    """Takes in instances that come by themselves, and what operators want of any instance.
+
+    Its methods raise `MisuseError` for what is not so (no such lease), `ValidationError` for what
+    is none (an address), and `NotNowError` if a coordinator is away.
+    """
+
+    async def register(self, asked: Registration) -> Instance:
+        """Give an instance a lease."""
+
+    async def heartbeat(self, name: str, beat: Heartbeat) -> Instance:
+        """Renew a lease and take the load over."""
+
+    async def deregister(self, name: str, incarnation: str) -> None:
+        """Let an instance go."""
+
+    async def drain(self, instance: Instance) -> None:
+        """Send it nothing new."""
+
+    async def undrain(self, instance: Instance) -> None:
+        """Take that back."""
+
+    def in_flight(self, instance: Instance) -> int | None:
+        """Requests that run there; None if there may be some that are not ours."""
+
+    def describe(self) -> dict[str, Any]:
+        """What it is and how it is, for the admin port."""
 
 
 class StaticList:
@@ -104,29 +141,20 @@ class Embedded:
     async def run(self, fleet: Fleet) -> None:
         """Nothing to follow: instances come by themselves."""
 
-    def register(self, asked: Registration) -> Instance:
-        """Take an instance in.
+    def describe(self) -> dict[str, Any]:
+        """This service knows its instances alone."""
+        return {"kind": "embedded"}
 
-        Raises:
-            MisuseError: its name is somebody else's.
-            ValidationError: its address is none (pydantic's).
-        """
-        entry = InstanceEntry(
-            url=asked.url,
-            name=asked.name,
-            capacity=asked.capacity,
-            max_in_flight=asked.max_in_flight,
-            role=asked.role,
-            kv_events=asked.kv_events,
-        )
+    async def register(self, asked: Registration) -> Instance:
+        """Take an instance in.  `MisuseError`: its name is somebody else's."""
         instance = self._fleet.register(
-            entry, source=self.source, incarnation=asked.incarnation, leased=True
+            entry_of(asked), source=self.source, incarnation=asked.incarnation, leased=True
         )
         if not instance.models:  # until it is asked: its models are known, though not ready
             self._fleet.set_models(instance, {name: {"id": name} for name in asked.models})
         return instance
 
-    def heartbeat(self, name: str, beat: Heartbeat) -> Instance:
+    async def heartbeat(self, name: str, beat: Heartbeat) -> Instance:
         """Renew a lease and take the load over.
 
         Raises:
@@ -142,11 +170,21 @@ class Embedded:
             self._fleet.set_load(instance, beat.load)
         return instance
 
-    def deregister(self, name: str, incarnation: str) -> None:
+    async def deregister(self, name: str, incarnation: str) -> None:
         """Let an instance go.  Raises `MisuseError` as `heartbeat` does."""
-        self._fleet.report(
-            self._leased(name, incarnation), lifecycle.Withdrawn("deregistered itself")
-        )
+        self._fleet.report(self._leased(name, incarnation), lifecycle.Withdrawn(lifecycle.LEFT))
+
+    async def drain(self, instance: Instance) -> None:
+        """Send it nothing new."""
+        self._fleet.report(instance, lifecycle.Drain())
+
+    async def undrain(self, instance: Instance) -> None:
+        """Take that back."""
+        self._fleet.report(instance, lifecycle.Undrain())
+
+    def in_flight(self, instance: Instance) -> int | None:
+        """All requests that run there, but for those that do not come through a service."""
+        return instance.in_flight
 
     def _leased(self, name: str, incarnation: str) -> Instance:
         instance = self._fleet.get(name)
@@ -161,6 +199,18 @@ class Embedded:
                 "again."
             )
         return instance
+
+
+def entry_of(asked: Registration) -> InstanceEntry:
+    """What is kept of a registration.  Raises `ValidationError` if its address is none."""
+    return InstanceEntry(
+        url=asked.url,
+        name=asked.name,
+        capacity=asked.capacity,
+        max_in_flight=asked.max_in_flight,
+        role=asked.role,
+        kv_events=asked.kv_events,
+    )
 
 
 def read_entries(path: Path) -> list[InstanceEntry]:

@@ -7,8 +7,8 @@
         ...
         instance.requests[-1].body
 
-It answers `/health`, `/v1/models`, `/metrics` and `/kv_event_sources` as vLLM does, and
-everything else by its script.
+It answers `/health`, `/v1/models`, `/metrics` and `/kv_event_sources` as vLLM does, `/xllm/load` as
+this plugin does, and everything else by its script.
 """
 
 from __future__ import annotations
@@ -117,6 +117,8 @@ class FakeInstance:
         self.metrics = ""
         self.kv_event_sources: dict[str, dict[str, str]] = {}
         """Data-parallel rank -> where it says that it publishes its cache."""
+        self.heartbeat: dict[str, object] | None = None
+        """What /xllm/load tells; None: it is a plain server."""
         self.requests: list[Received] = []
         self.num_connections = 0
         self._server: asyncio.Server | None = None
@@ -196,6 +198,9 @@ class FakeInstance:
             await answer(body)(request, writer)
         elif path == "/kv_event_sources":
             await answer(json.dumps(self.kv_event_sources).encode())(request, writer)
+        elif path == "/xllm/load":
+            status = "200 OK" if self.heartbeat else "404 Not Found"
+            await answer(json.dumps(self.heartbeat or {}).encode(), status)(request, writer)
         elif path == "/metrics":
             await answer(self.metrics.encode())(request, writer)
         else:
