@@ -1,9 +1,8 @@
-"""LoRA, images, speculative decoding and KV connectors answer the same under the policy slo."""
+"""Images, speculative decoding and KV connectors answer the same under the policy slo."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ import pytest
 pytestmark = [pytest.mark.engine, pytest.mark.full]
 
 COMBINATIONS = {
-    "lora": ("tiny-llama", 24),
     "multimodal": ("tiny-llava", 16),
     "speculation": ("tiny-llama", 20),
     "connector": ("tiny-llama", 20),
@@ -20,10 +18,10 @@ COMBINATIONS = {
 
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_tokens_are_those_of_vllm_s_own_order(
-    name: str, tmp_path: Path, drive: Callable[..., dict[str, Any]]
+    name: str, drive: Callable[..., dict[str, Any]]
 ) -> None:
     model, num_requests = COMBINATIONS[name]
-    found = drive("slo_combinations_driver", name, str(tmp_path), model=model)
+    found = drive("slo_combinations_driver", name, model=model)
     scenario = found[name]
     assert [request for request, _ in scenario["ours"]] == [f"{i:03}" for i in range(num_requests)]
     assert scenario["ours"] == scenario["theirs"]
