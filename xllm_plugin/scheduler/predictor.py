@@ -12,8 +12,11 @@ factor is learned:
   (L. Cao and H. Schwartz, "A directional forgetting algorithm based on the decomposition of the
   information matrix", Automatica 36, 2000): only what a step tells something about is forgotten, so
   hours of decoding do not wash out what prefills cost;
-* a measurement far outside the usual error is pulled to its edge (Huber);
-* factors are projected to be at least 0: more work never takes less time.
+* a measurement far outside the usual error is pulled to its edge (Huber); the edge is wider for
+  steps unlike those seen, of which the model knows little;
+* factors are projected to be at least 0: more work never takes less time;
+* beside them one pace for all steps follows what slows or speeds all of them for a while (clocks, a
+  neighbour on the same cores); the factors learn from what is left when it is taken out.
 
 Imports neither torch nor vLLM.
 """
@@ -32,17 +35,26 @@ __all__ = ["DeviceSpeed", "ModelShape", "StepModel", "StepShape", "StepTimeLearn
 
 FORGOTTEN: Final = 0.01
 """Share of what is known in the direction of one step: about a hundred like it are remembered."""
-FORGOTTEN_IN_ERROR: Final = 0.8
-"""The same where the model is wholly wrong; falls with the square of its error."""
+FORGOTTEN_AT_FIRST: Final = 2.0
+"""Over the number of steps measured: the first steps of an engine are slow, and soon forgotten."""
+PACE_WEIGHT: Final = 0.2
+"""Of the last step in the pace: about five steps are remembered."""
+PACE_TAKEN_OUT: Final = 0.8
+"""Exponent of the pace in what the factors learn from; at 1 nothing would say what is whose."""
+MOST_PACE: Final = 10.0
 PRIOR_INFORMATION: Final = 1e-3
 """The prior weighs as a thousandth of a step: it may be wrong by some ten times."""
 ERROR_WEIGHT: Final = 0.05
 OUTLIER_ERRORS: Final = 3.0
+MARGIN_ERRORS: Final = 2.0
+"""Mean errors on top of a prediction that is planned with.  With one, a fifth of the steps that fill
+their budget end too late, and each may bring a request's last token."""
 LEAST_ERROR: Final = 0.05
 MIN_SAMPLES: Final = 32
 RELIABLE_ERROR: Final = 0.25
 SATURATED_GROWTH: Final = 1.9
 TOLERANCE: Final = 1e-9
+LEAST_MS: Final = 1e-6
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,12 +192,14 @@ class StepModel(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         work: the prior.
         factors: one for each of `Work.terms`.
+        pace: how much longer than by the factors steps take of late.
         error: running mean of the relative error, 0 to 1; 1 before anything was measured.
         num_samples: steps measured.
     """
 
     work: Work
     factors: tuple[float, ...] = PRIOR_FACTORS
+    pace: float = 1.0
     error: float = 1.0
     num_samples: int = 0
 
@@ -196,11 +210,11 @@ class StepModel(msgspec.Struct, frozen=True, kw_only=True):
 
     def predict_ms(self, step: StepShape) -> float:
         """The expected duration."""
-        return sum(map(operator.mul, self.factors, self.work.terms(step)))
+        return self.pace * sum(map(operator.mul, self.factors, self.work.terms(step)))
 
     def bound_ms(self, step: StepShape) -> float:
-        """The duration with the usual error on top; what deadlines are planned with."""
-        return self.predict_ms(step) * (1.0 + self.error)
+        """The duration that nine in ten stay below; what deadlines are planned with."""
+        return self.predict_ms(step) * (1.0 + MARGIN_ERRORS * self.error)
 
     def is_saturated(self, step: StepShape) -> bool:
         """Whether twice the rows would take about twice the time: a larger batch gains nothing."""
@@ -253,21 +267,29 @@ class StepTimeLearner:
             return
         model = self.model
         terms = np.array(model.work.terms(step))
-        predicted_ms = float(np.array(model.factors) @ terms)
+        lasting_ms = max(float(np.array(model.factors) @ terms), LEAST_MS)
+        predicted_ms = model.pace * lasting_ms
         # The geometric mean weighs too long and too short alike.
-        scale_ms = math.sqrt(max(predicted_ms, 1e-6) * duration_ms)
-        usual_ms = OUTLIER_ERRORS * max(model.error, LEAST_ERROR) * max(predicted_ms, 1e-6)
+        taken_out = model.pace**PACE_TAKEN_OUT
+        scale_ms = math.sqrt(lasting_ms * duration_ms / taken_out)
+        usual = OUTLIER_ERRORS * max(model.error, LEAST_ERROR)
+        edge_ms = usual * predicted_ms * math.sqrt(1.0 + self._novelty(terms / scale_ms))
         surprise_ms = duration_ms - predicted_ms
-        taken_ms = predicted_ms + max(-usual_ms, min(usual_ms, surprise_ms))
-        forgotten = max(FORGOTTEN, FORGOTTEN_IN_ERROR * model.error**2)
-        self._learn(terms / scale_ms, taken_ms / scale_ms, forgotten)
+        taken_ms = predicted_ms + max(-edge_ms, min(edge_ms, surprise_ms))
+        forgotten = max(FORGOTTEN, FORGOTTEN_AT_FIRST / (model.num_samples + 4))
+        self._learn(terms / scale_ms, taken_ms / taken_out / scale_ms, forgotten)
         error = abs(surprise_ms) / max(predicted_ms, duration_ms)
         self.model = StepModel(
             work=model.work,
             factors=tuple(float(factor) for factor in self._projected()),
+            pace=_followed(model.pace, math.log(duration_ms / predicted_ms), usual),
             error=model.error + ERROR_WEIGHT * (error - model.error),
             num_samples=model.num_samples + 1,
         )
+
+    def _novelty(self, row: NDArray[np.float64]) -> float:
+        """How little is known of steps like this one: the leverage of its row, 0 or more."""
+        return float(row @ np.linalg.solve(self._information, row))
 
     def _learn(self, row: NDArray[np.float64], value: float, forgotten: float) -> None:
         seen = self._information @ row
@@ -300,6 +322,12 @@ class StepTimeLearner:
             free[int(gradient.argmax())] = True
             found = _within(information, target, found, free)
         return found
+
+
+def _followed(pace: float, surprise: float, usual: float) -> float:
+    """The pace after a step that took e to the `surprise` times as long as predicted."""
+    step = PACE_WEIGHT * max(-usual, min(usual, surprise))
+    return min(MOST_PACE, max(1.0 / MOST_PACE, pace * math.exp(step)))
 
 
 def _within(
