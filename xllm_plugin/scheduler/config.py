@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from xllm_plugin.scheduler.promise import MAX_TARGET_MS, TENANT_PATTERN, Promise, ServiceClass
 
@@ -39,6 +40,19 @@ class SchedulerConfig(BaseModel):
     """An online request that has waited or been held so long is served before all others, late as
     it is.  Offline requests have no such bound while online ones need the device."""
 
+    step_trace: Path | None = None
+    """File that every step under `slo` is appended to, as one JSON object a line: what was in it,
+    how long it was to take, and took.  Some 400 bytes a step."""
+
+    @model_validator(mode="after")
+    def _traces_what_is_planned(self) -> Self:
+        if self.step_trace is not None and self.policy != "slo":
+            raise ValueError(
+                f"step_trace is {self.step_trace}, and policy is {self.policy}, which predicts "
+                "nothing to trace; set policy to slo, or leave step_trace out"
+            )
+        return self
+
     @property
     def default_promise(self) -> Promise:
         """The promise of a request that says nothing."""
@@ -63,6 +77,11 @@ def slo_refusal(vllm_config: Any) -> str | None:
         return f"--scheduling-policy is {scheduler.policy}; give priorities as xllm_priority"
     if parallel.pipeline_parallel_size > 1:
         return "--pipeline-parallel-size is over 1; steps then overlap, and their times with them"
+    if scheduler.disable_chunked_mm_input and vllm_config.model_config.is_multimodal_model:
+        return (
+            "--disable-chunked-mm-input is on, or the model needs it; an image then has to fit the "
+            "time that decodes leave"
+        )
     if vllm_config.model_config.runner_type != "generate":
         return "the model generates no tokens"
     return None
