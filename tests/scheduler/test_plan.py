@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from xllm_plugin.scheduler.plan import Bound, Limits, Plan, Running, View, Waiting, make_plan
 from xllm_plugin.scheduler.predictor import StepModel, StepShape, Work
+from xllm_plugin.scheduler.waiting_queue import WaitingQueue
 from xllm_plugin.testing.simulator import SimulatedEngine, SimulatedRequest, plan_fcfs
 
 # A step takes 10 ms, 1 ms a row and 0.2 ms a token; nothing else.
@@ -54,7 +55,7 @@ def planned(*requests: Running | Waiting, model: StepModel = MODEL, **changes: A
     return make_plan(
         View(
             running=[r for r in requests if isinstance(r, Running)],
-            waiting=[r for r in requests if isinstance(r, Waiting)],
+            waiting=WaitingQueue(r for r in requests if isinstance(r, Waiting)),
             **view,
         ),
         model,
@@ -188,7 +189,9 @@ def test_nobody_joins_who_would_slow_the_batch_below_its_promises() -> None:
 
 def test_a_model_that_is_not_relied_on_makes_small_chunks() -> None:
     plan = planned(decode("d", due_ms=5), waiting("w", todo_tokens=900), model=DOUBTED)
-    assert (plan.chunk_tokens, plan.bound) == (256, Bound.CAUTION)
+    assert (plan.chunk_tokens, plan.bound) == (16, Bound.CAUTION), "what fits, doubted as it is"
+    plan = planned(decode("d", due_ms=900), waiting("w", todo_tokens=900), model=DOUBTED)
+    assert (plan.chunk_tokens, plan.bound) == (256, Bound.CAUTION), "and no more than this"
     offline = [decode("o", is_online=False), waiting("w2", is_online=False)]
     plan = planned(decode("d", due_ms=900), *offline, model=DOUBTED)
     assert plan.hold == ("o",)

@@ -8,6 +8,7 @@ import pytest
 
 from xllm_plugin.scheduler.plan import Running, View, Waiting
 from xllm_plugin.scheduler.report import ClassReport, class_report
+from xllm_plugin.scheduler.waiting_queue import WaitingQueue
 
 
 def make_running(request_id: str, deadline_s: float, *, is_online: bool = True) -> Running:
@@ -29,11 +30,13 @@ def test_each_class_is_counted_by_state() -> None:
             make_running("b", 10.5),
             make_running("c", 0.0, is_online=False),
         ],
-        waiting=[
-            make_waiting("d", 9.7),
-            make_waiting("e", 11.0),
-            make_waiting("f", 0.0, is_online=False),
-        ],
+        waiting=WaitingQueue(
+            [
+                make_waiting("d", 9.7),
+                make_waiting("e", 11.0),
+                make_waiting("f", 0.0, is_online=False),
+            ]
+        ),
     )
     online = class_report(view, {"b", "c"}, is_online=True)
     assert online.least_slack_ms == pytest.approx(-300)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from xllm_plugin import shims
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.scheduler.config import SchedulerConfig
 from xllm_plugin.scheduler.predictor import StepModel, Work
+from xllm_plugin.scheduler.trace import read_trace
 from xllm_plugin.worker.messages import StepMessage, StepStamp
 
 pytestmark = pytest.mark.engine  # imports vLLM, some seconds
@@ -51,6 +53,7 @@ def request(name: str, prompt: int = 100, computed: int = 0, output: int = 0, **
         num_tokens_with_spec=prompt + output,
         num_output_tokens=output,
         num_output_placeholders=0,
+        lora_request=None,
         spec_token_ids=[],
         is_finished=lambda: False,
     )
@@ -60,7 +63,8 @@ class Scheduler:
     """Holds what the policy reads and sets; `seen` is what `schedule` would have met."""
 
     def __init__(self, vllm: Any) -> None:
-        self.vllm_config = None
+        parallel = SimpleNamespace(data_parallel_index=2)
+        self.vllm_config = SimpleNamespace(parallel_config=parallel)
         self.need_mamba_block_aligned_split = False
         self.cache_config = SimpleNamespace(enable_prefix_caching=False)
         self.kv_cache_config = SimpleNamespace(kv_cache_groups=[None])
@@ -74,6 +78,7 @@ class Scheduler:
         self.num_spec_tokens = 0
         self.num_waiting_for_streaming_input = 0
         self.requires_kv_delivery = False
+        self.lora_config: Any = None
         self.pause_state = vllm.interface.PauseState.UNPAUSED
         self.prev_step_scheduled_req_ids: set[str] = set()
         self.kv_holding_waiting: list[Any] = []
@@ -107,13 +112,13 @@ class Scheduler:
 class Rig:
     """A policy with a clock of ours over a stand-in scheduler."""
 
-    def __init__(self, vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, vllm: Any, monkeypatch: pytest.MonkeyPatch, **config: Any) -> None:
         monkeypatch.setattr(vllm.slo, "prior_work", lambda vllm_config: WORK)
         self.scheduler = Scheduler(vllm)
         self.now_s = 50.0
         self.policy = vllm.slo.SloPolicy(
             self.scheduler,
-            SchedulerConfig(policy="slo"),
+            SchedulerConfig(policy="slo", **config),
             clock=lambda: self.now_s,
             wall_clock=lambda: 1000.0,
         )
@@ -283,7 +288,7 @@ def test_a_cached_prefix_is_not_counted_as_work(rig: Rig) -> None:
     rig.scheduler.cache_config.enable_prefix_caching = True
     rig.scheduler.kv_cache_manager.get_computed_blocks = lambda request: (None, 64, 0)
     rig.wait(request("w", prompt=100))
-    view = rig.policy._view(rig.now_s).waiting[0]
+    (view,) = rig.policy._view(rig.now_s).waiting
     assert (view.todo_tokens, view.computed_tokens) == (36, 64)
 
 
@@ -299,3 +304,76 @@ def test_chunks_that_have_to_end_at_blocks_are_refused(rig: Rig, vllm: Any) -> N
     rig.scheduler.need_mamba_block_aligned_split = True
     with pytest.raises(ConfigError, match="mamba-cache-mode"):
         vllm.slo.SloPolicy(rig.scheduler, SchedulerConfig(policy="slo"))
+
+
+def test_time_between_steps_counts_while_somebody_waits_for_it(rig: Rig) -> None:
+    rig.run(request("p", prompt=300))
+    step(rig, 1, {"p": 300}, 80.0)
+    rig.now_s += 0.005
+    step(rig, 2, {"p": 1}, 20.0)
+    assert rig.policy.snapshot().measured_ms == pytest.approx(105.0)
+    rig.scheduler.running.clear()
+    step(rig, 3, {"p": 1}, 10.0)
+    rig.now_s += 60.0
+    step(rig, 4, {"p": 1}, 10.0)
+    assert rig.policy.snapshot().measured_ms == pytest.approx(125.0), "an idle minute does not"
+
+
+def test_the_queue_is_followed(rig: Rig) -> None:
+    made = [rig.wait(request(name, prompt=100)) for name in "abc"]
+
+    def seen() -> dict[str, int]:
+        return {w.request_id: w.todo_tokens for w in rig.policy._view(rig.now_s).waiting}
+
+    assert seen() == {"a": 100, "b": 100, "c": 100}
+    rig.scheduler.waiting.remove_requests([made[1]])
+    rig.wait(request("d", prompt=7))
+    rig.scheduler.waiting.prepend_request(rig.scheduler.waiting.pop_request())
+    assert seen() == {"a": 100, "c": 100, "d": 7}
+    made[2].num_tokens += 1  # preempted, and a step in flight brings its token
+    output = SimpleNamespace(request_id="c", new_token_ids=[7], finish_reason=None)
+    rig.policy.record_step(None, {0: SimpleNamespace(outputs=[output])}, None)
+    assert seen() == {"a": 100, "c": 101, "d": 7}
+    rig.scheduler.waiting.remove_requests(made)
+    rig.policy.forget(made)
+    assert seen() == {"d": 7}
+
+
+def test_an_adapter_that_is_held_keeps_its_place(rig: Rig) -> None:
+    """vLLM counts the adapters of a step over what it schedules."""
+    rig.run(decoding("d"), first_token_s=49.0).lora_request = SimpleNamespace(lora_int_id=1)
+    offline = rig.run(decoding("o", xllm_class="offline"), first_token_s=50.0)
+    offline.lora_request = SimpleNamespace(lora_int_id=2)
+    rig.policy._learner.model = msgspec.structs.replace(MODEL, error=0.9)  # nothing is merged
+    assert rig.plan()["running"] == ["d"]
+    rig.scheduler.lora_config = SimpleNamespace(max_loras=2)
+    assert rig.plan()["running"] == ["d"], "both have a place"
+    rig.scheduler.lora_config = SimpleNamespace(max_loras=1)
+    assert rig.plan()["running"] == ["d", "o"]
+    assert rig.policy.snapshot().num_held == {"online": 0, "offline": 2}
+
+
+def test_a_prompt_of_one_token_has_room_for_drafts(rig: Rig) -> None:
+    rig.scheduler.num_spec_tokens = 3
+    rig.wait(request("w", prompt=1))
+    assert rig.plan()["tokens"] == 4
+    rig.wait(request("x", prompt=100))
+    assert rig.plan()["tokens"] == 104
+
+
+def test_steps_are_traced(vllm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    rig = Rig(vllm, monkeypatch, step_trace=path)
+    rig.run(request("p", prompt=300))
+    rig.run(decoding("o", xllm_class="offline"), first_token_s=50.0)
+    rig.wait(request("w", prompt=400))
+    rig.plan()
+    step(rig, 1, {"p": 300}, 80.0)
+    rig.policy.close()
+    (traced,) = read_trace(path)
+    assert (traced.step, traced.rank, traced.began_s) == (1, 2, 50.0)
+    assert traced.shape.prefill_tokens == 300
+    assert traced.measured_ms == pytest.approx(80.0)
+    assert traced.worker_ms == 1.0
+    assert traced.error == 0.0, "before it was learned"
+    assert (traced.num_running, traced.num_waiting) == (2, 1)

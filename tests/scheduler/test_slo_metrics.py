@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import msgspec
 
 from xllm_plugin.scheduler.plan import Bound, Plan
@@ -64,8 +66,9 @@ def test_every_token_falls_into_one_bucket() -> None:
 
 def test_plans_are_counted_by_what_bound_them() -> None:
     metrics = SloMetrics()
-    metrics.record_plan(Plan(bound=Bound.TPOT, hold=("a", "b", "c"), num_late=4), 1, 0.5)
-    metrics.record_plan(Plan(bound=Bound.TPOT, preempt=("a",)), 0, 0.25)
+    held = Counter({"online": 1, "offline": 2})
+    metrics.record_plan(Plan(bound=Bound.TPOT, num_late=4), held, 0.5)
+    metrics.record_plan(Plan(bound=Bound.TPOT, preempt=("a",)), Counter(), 0.25)
     found = seen(metrics)
     assert found.bounds["tpot"] == 2
     assert found.num_held == {"online": 1, "offline": 2}

@@ -22,21 +22,23 @@ A held request keeps its KV blocks.  Imports neither torch nor vLLM.
 from __future__ import annotations
 
 import heapq
+import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
 from xllm_plugin.scheduler.predictor import StepModel, StepShape
+from xllm_plugin.scheduler.waiting_queue import Columns, Ranked, Waiting, WaitingQueue
 
 __all__ = ["Bound", "Limits", "Plan", "Running", "View", "Waiting", "make_plan"]
 
 MIN_CHUNK_TOKENS: Final = 16
 """Smaller chunks are not worth a row, unless they end a prompt."""
 CAUTIOUS_CHUNK_TOKENS: Final = 256
-"""Beside decodes, while the model cannot be relied on."""
+"""At most this many beside decodes, while the model cannot be relied on."""
 LOST_TOKENS: Final = 16
 """A request this many tokens behind no longer binds the others."""
 MAX_CONSIDERED: Final = 128
@@ -94,26 +96,13 @@ class Running(msgspec.Struct, frozen=True, gc=False):
     is_prefill: bool
 
 
-class Waiting(msgspec.Struct, frozen=True, gc=False):
-    """A request in the queue; attributes as of `Running`, `todo_tokens` without a cached prefix."""
-
-    request_id: str
-    is_online: bool
-    deadline_s: float
-    tpot_ms: float
-    arrival_s: float
-    priority: int
-    todo_tokens: int
-    computed_tokens: int = 0
-
-
 class View(msgspec.Struct, frozen=True, kw_only=True):
     """The engine between two steps.
 
     Attributes:
         now_s: on any clock; all times are on it.
         running: in vLLM's order.
-        waiting: in arrival's order.
+        waiting: the queue, not to be changed while a plan is made.
         free_blocks: of the KV cache.
         total_blocks: of the KV cache.
         block_tokens: tokens a block holds.
@@ -122,7 +111,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
     now_s: float
     running: Sequence[Running] = ()
-    waiting: Sequence[Waiting] = ()
+    waiting: WaitingQueue = msgspec.field(default_factory=WaitingQueue)
     free_blocks: int
     total_blocks: int
     block_tokens: int
@@ -179,8 +168,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Prompt = Running | Waiting
-# Priority, then what to sort by, the least time it takes in s, and the prompt's index.
-_Ranked = tuple[int, float, float, int]
+Tokens = TypeVar("Tokens", float, Columns)
+_DEADLINE = operator.attrgetter("deadline_s")
 _ARRIVAL = operator.attrgetter("arrival_s")
 
 
@@ -204,14 +193,18 @@ class _Planner:
 
     def __init__(self, view: View, model: StepModel, limits: Limits) -> None:
         self._view, self._model, self._limits = view, model, limits
-        running = view.running
-        self._decodes = [r for r in running if r.is_online and not r.is_prefill]
-        self._prompts = [r for r in running if r.is_online and r.is_prefill]
-        self._offline_decodes = [r for r in running if not r.is_online and not r.is_prefill]
-        self._offline_prompts = [r for r in running if not r.is_online and r.is_prefill]
-        self._waiting = [w for w in view.waiting if w.is_online]
-        self._is_online_due = bool(self._prompts or self._waiting)
+        self._decodes: list[Running] = []
+        self._prompts: list[Running] = []
+        self._offline_decodes: list[Running] = []
+        self._offline_prompts: list[Running] = []
+        for r in view.running:
+            if r.is_online:
+                (self._prompts if r.is_prefill else self._decodes).append(r)
+            else:
+                (self._offline_prompts if r.is_prefill else self._offline_decodes).append(r)
+        self._is_online_due = bool(self._prompts or view.waiting.num_online)
         self._step = StepShape()
+        self._all_decodes = StepShape()
         self._budget_ms = limits.max_step_ms
         self._bound = Bound.WORK
         self._chunks: dict[str, int] = {}
@@ -231,7 +224,7 @@ class _Planner:
         if not self._decodes:
             return
         binding_ms = self._binding_ms()
-        self._step = _with_decodes(self._step, self._decodes)
+        self._step = self._all_decodes = _with_decodes(self._step, self._decodes)
         if binding_ms is None:
             return
         budget_ms = self._limits.target * binding_ms
@@ -242,28 +235,27 @@ class _Planner:
     def _binding_ms(self) -> float | None:
         now_s = self._view.now_s
         return min(
-            (
+            [
                 slack_ms
                 for r in self._decodes
                 if (slack_ms := (r.deadline_s - now_s) * 1e3) > -LOST_TOKENS * r.tpot_ms
-            ),
+            ],
             default=None,
         )
 
     def _hold_spare(self, budget_ms: float) -> None:
         """Hold the fewest with most slack, if that lets the tightest keep its promise."""
         spare_s = self._view.now_s + 2 * self._model.bound_ms(self._step) / 1e3
-        spare = sorted(
-            (r for r in self._decodes if r.deadline_s > spare_s),
-            key=lambda r: r.deadline_s,
-            reverse=True,
-        )
-        for num in _growing(len(spare)):
-            held = {r.request_id for r in spare[:num]}
-            rest = [r for r in self._decodes if r.request_id not in held]
-            step = _with_decodes(StepShape(), rest)
-            if rest and self._model.bound_ms(step) <= budget_ms:
-                self._decodes, self._step = rest, step
+        spare = [r for r in self._decodes if r.deadline_s > spare_s]
+        spare.sort(key=_DEADLINE, reverse=True)
+        step, num_held = self._step, 0
+        for num in _growing(len(spare)):  # the tightest itself is not among them
+            step = _with_decodes(step, spare[num_held:num], sign=-1)
+            num_held = num
+            if self._model.bound_ms(step) <= budget_ms:
+                held = {r.request_id for r in spare[:num]}
+                self._decodes = [r for r in self._decodes if r.request_id not in held]
+                self._step = step
                 self._hold += spare[:num]
                 return
 
@@ -276,13 +268,13 @@ class _Planner:
         num_places = self._limits.max_sequences - len(self._view.running)
         num_places += len(self._offline_decodes) + len(self._offline_prompts)
         # As they will be once all have begun to decode.
-        rows = _with_decodes(StepShape(), [*self._decodes, *self._hold])
+        rows = self._all_decodes
         for r in self._prompts:
             rows = rows.with_decodes(1, r.computed_tokens + r.todo_tokens)
-        tpot_ms = min((r.tpot_ms for r in self._decodes), default=float("inf"))
+        decodes_ms = tpot_ms = min([r.tpot_ms for r in self._decodes], default=math.inf)
         started = {r.request_id for r in self._prompts}
         num_refused = 0
-        for prompt in self._ranked():
+        for prompt in self._ranked(decodes_ms):
             is_started = prompt.request_id in started
             must_run = prompt is self._turn or not self._step.num_tokens
             if not is_started:
@@ -309,46 +301,55 @@ class _Planner:
         allowed_ms = self._limits.target * min(tpot_ms, prompt.tpot_ms)
         return self._model.bound_ms(joined) <= allowed_ms
 
-    def _ranked(self) -> Iterator[Prompt]:
-        """Online prompts, most urgent first; at most `MAX_CONSIDERED` of each kind."""
+    def _ranked(self, tpot_ms: float) -> Iterator[Prompt]:
+        """Online prompts, most urgent first; at most `MAX_CONSIDERED` of each kind.
+
+        Args:
+            tpot_ms: the tightest of the decodes that run.
+        """
         turn = self._turn = self._overdue_turn()
         if turn is not None:
             yield turn
-        cost = _PromptCost(self._model, self._step)
         now_s = self._view.now_s
-        prompts: list[Prompt] = [*self._prompts, *self._waiting]
-        in_time: list[_Ranked] = []
-        late: list[_Ranked] = []
-        for index, p in enumerate(prompts):
+        cost = _PromptCost(self._model, self._step)
+        queued = self._view.waiting.sift(now_s, cost.least_s)
+        in_time, late = queued.in_time(MAX_CONSIDERED), list[Ranked]()
+        # Started prompts are numbered before all that wait.
+        for number, p in enumerate(self._prompts, start=-len(self._prompts)):
             least_s = cost.least_s(p.todo_tokens, p.computed_tokens)
             if now_s + least_s <= p.deadline_s:
-                in_time.append((p.priority, p.deadline_s, least_s, index))
+                in_time.append((p.priority, p.deadline_s, least_s, number))
             else:
-                late.append((p.priority, least_s, least_s, index))
-        self._num_late = len(late)
+                late.append((p.priority, least_s, least_s, number))
+        self._num_late = len(late) + queued.num_late
+
+        def prompt_of(number: int) -> Prompt:
+            return self._prompts[number] if number < 0 else queued.request(number)
+
         in_time.sort()
-        kept, dropped = _most_on_time(in_time[:MAX_CONSIDERED], now_s, self._share_of_prompts())
-        yield from (prompts[index] for index in kept if prompts[index] is not turn)
+        share = self._share_of_prompts(tpot_ms)
+        kept, dropped = _most_on_time(in_time[:MAX_CONSIDERED], now_s, share)
+        yield from (p for p in map(prompt_of, kept) if p is not turn)
         late += dropped
+        late += queued.late(MAX_CONSIDERED)
         late.sort()
-        for *_, index in late[:MAX_CONSIDERED]:
-            if prompts[index] is not turn:
-                yield prompts[index]
+        numbers = [number for *_, number in late[:MAX_CONSIDERED]]
+        yield from (p for p in map(prompt_of, numbers) if p is not turn)
 
     def _overdue_turn(self) -> Prompt | None:
         """The request that has waited longest, if it is overdue and its turn has come."""
         if self._view.admitted_since_overdue + 1 < OVERDUE_TURN:
             return None
-        prompts: list[Prompt] = [*self._prompts, *self._waiting]
+        queued = self._view.waiting.oldest_online()
+        prompts: list[Prompt] = [*self._prompts, *([queued] if queued else [])]
         oldest = min(prompts, key=_ARRIVAL)
         if oldest.arrival_s > self._view.now_s - self._limits.max_wait_s:
             return None
         return oldest
 
-    def _share_of_prompts(self) -> float:
+    def _share_of_prompts(self, tpot_ms: float) -> float:
         """Part of the time that decodes leave, if none of their credit is spent."""
-        tpot_ms = min((r.tpot_ms for r in self._decodes), default=None)
-        if tpot_ms is None:
+        if tpot_ms == math.inf:
             return 1.0
         used = self._model.bound_ms(self._step) / (self._limits.target * tpot_ms)
         return max(0.05, 1.0 - used)
@@ -387,13 +388,16 @@ class _Planner:
             self._budget_ms = min(self._budget_ms, due_ms)
 
     def _fitting(self, prompt: Prompt, most: int) -> int:
-        if not self._model.is_reliable:
-            if not self._decodes:
-                return most
-            return min(most, CAUTIOUS_CHUNK_TOKENS - self._step.prefill_tokens)
-        return self._model.prefill_tokens_within(
+        is_cautious = not self._model.is_reliable
+        if is_cautious and not self._decodes:
+            return most
+        fits = self._model.prefill_tokens_within(
             self._step, self._budget_ms, most, prompt.computed_tokens
         )
+        if is_cautious:
+            most = min(most, CAUTIOUS_CHUNK_TOKENS - self._step.prefill_tokens)
+            fits = min(most, max(fits, MIN_CHUNK_TOKENS))
+        return fits
 
     def _why_short(self, fits: int, tokens_left: int) -> Bound:
         if fits >= tokens_left:
@@ -406,7 +410,7 @@ class _Planner:
 
     def make_room(self) -> None:
         """Let offline requests give up the blocks and places that online ones lack."""
-        self._num_blocks += sum(self._growth(r, r.todo_tokens) for r in self._decodes)
+        self._num_blocks += self._growth_of_decodes(self._decodes)
         # vLLM lets a request join only if its whole prompt has room.
         needed = self._num_blocks + sum(
             self._blocks(w.todo_tokens + 1) - self._blocks(self._chunks[w.request_id])
@@ -437,6 +441,11 @@ class _Planner:
         computed = prompt.computed_tokens
         return self._blocks(computed + tokens) - self._blocks(computed)
 
+    def _growth_of_decodes(self, requests: Sequence[Running]) -> int:
+        """`_growth` of all, without a call for each: an open block has room for some tokens."""
+        size = self._view.block_tokens
+        return sum([-((-r.computed_tokens % size - r.todo_tokens) // size) for r in requests])
+
     # Offline.
 
     def run_offline_decodes(self) -> None:
@@ -451,7 +460,7 @@ class _Planner:
                 context = max(r.computed_tokens for r in decodes)
                 num = self._model.decodes_within(self._step, self._budget_ms, num, context)
         self._step = _with_decodes(self._step, decodes[:num])
-        self._num_blocks += sum(self._growth(r, r.todo_tokens) for r in decodes[:num])
+        self._num_blocks += self._growth_of_decodes(decodes[:num])
         self._offline_decodes = decodes[:num]
         self._hold += decodes[num:]
 
@@ -461,10 +470,7 @@ class _Planner:
             self._offline_prompts, key=lambda r: (r.priority, r.arrival_s)
         )
         if not self._is_online_due and (self._model.is_reliable or not self._has_online()):
-            waiting = (w for w in self._view.waiting if not w.is_online)
-            prompts += heapq.nsmallest(
-                MAX_CONSIDERED, waiting, key=lambda w: (w.priority, w.arrival_s)
-            )
+            prompts += self._view.waiting.offline(MAX_CONSIDERED)
             self._take_offline(prompts)
         self._hold += [r for r in self._offline_prompts if r.request_id not in self._chunks]
 
@@ -498,7 +504,7 @@ class _Planner:
     def finished(self) -> Plan:
         """The plan; everything is offered if blocks are short, or nothing would have run."""
         hold = self._hold
-        decodes = sorted(self._decodes, key=lambda r: r.deadline_s)
+        decodes = sorted(self._decodes, key=_DEADLINE)
         online = [r for r in self._chosen if r.is_online]
         offline = [r for r in self._chosen if not r.is_online]
         offered = [*decodes, *self._offline_decodes, *online, *offline]
@@ -540,14 +546,14 @@ class _PromptCost:
         )
         self._token_s = (model.bound_ms(chunk) - empty_ms) / CAUTIOUS_CHUNK_TOKENS / 1e3
 
-    def least_s(self, todo_tokens: int, computed_tokens: int) -> float:
+    def least_s(self, todo_tokens: Tokens, computed_tokens: Tokens) -> Tokens:
         """The least time that many tokens after so many computed ones take, in s."""
         return todo_tokens * (self._token_s + self._pair_s * (computed_tokens + todo_tokens / 2))
 
 
 def _most_on_time(
-    ranked: Sequence[_Ranked], now_s: float, share: float
-) -> tuple[list[int], list[_Ranked]]:
+    ranked: Sequence[Ranked], now_s: float, share: float
+) -> tuple[list[int], list[Ranked]]:
     """Split prompts into those that can all be on time, and the rest ranked by the least time.
 
     Whenever one would be late, the longest so far is left out (of the lowest priority): Moore's
@@ -574,11 +580,12 @@ def _most_on_time(
     return kept, [(priority, least_s, least_s, index) for priority, _, least_s, index in rest]
 
 
-def _with_decodes(step: StepShape, requests: Sequence[Running]) -> StepShape:
+def _with_decodes(step: StepShape, requests: Sequence[Running], *, sign: int = 1) -> StepShape:
+    """`step` with these rows more, or with `sign` -1 less."""
     return StepShape(
-        step.num_sequences + len(requests),
-        step.num_tokens + sum(r.todo_tokens for r in requests),
-        step.context_tokens + sum(r.computed_tokens for r in requests),
+        step.num_sequences + sign * len(requests),
+        step.num_tokens + sign * sum([r.todo_tokens for r in requests]),
+        step.context_tokens + sign * sum([r.computed_tokens for r in requests]),
         step.prefill_tokens,
         step.prefill_pairs,
     )

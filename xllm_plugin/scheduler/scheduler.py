@@ -109,6 +109,8 @@ class XllmSchedulerMixin:
         try:
             self._memory.close()
             self._telemetry.close()
+            if self._slo is not None:
+                self._slo.close()
         finally:
             super().shutdown()  # type: ignore[misc]
 

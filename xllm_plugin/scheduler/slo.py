@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,12 +23,15 @@ from vllm.v1.core.sched.interface import PauseState
 
 from xllm_plugin.errors import ConfigError, PromiseError
 from xllm_plugin.scheduler.config import SchedulerConfig
-from xllm_plugin.scheduler.plan import Limits, Plan, Running, View, Waiting, make_plan
+from xllm_plugin.scheduler.lora import not_to_hold
+from xllm_plugin.scheduler.plan import Limits, Plan, Running, View, make_plan
 from xllm_plugin.scheduler.predictor import StepModel, StepShape, StepTimeLearner
 from xllm_plugin.scheduler.prior import prior_work
 from xllm_plugin.scheduler.promise import Promise, read_promise
 from xllm_plugin.scheduler.report import SchedulerReport, StepReport, class_report
 from xllm_plugin.scheduler.slo_metrics import SloMetrics, SloSnapshot
+from xllm_plugin.scheduler.trace import StepTrace, TracedStep
+from xllm_plugin.scheduler.waiting_queue import Waiting, WaitingQueue
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -58,7 +62,6 @@ class Tracked:
         cached_tokens: of its prompt, when it came.
         first_token_s: when its first token had come.
         num_tokens: that have come.
-        queued: its last view in the queue, and the number of tokens it was made for.
     """
 
     promise: Promise
@@ -66,8 +69,6 @@ class Tracked:
     cached_tokens: int
     first_token_s: float | None = None
     num_tokens: int = 0
-    queued: Waiting | None = None
-    queued_tokens: int = 0
 
     def deadline_s(self, num_tokens: int, now_s: float) -> float:
         """When the token after `num_tokens` is due; some of those may still be in flight."""
@@ -75,6 +76,30 @@ class Tracked:
             return self.arrival_s + self.promise.ttft_ms / 1e3
         first_s = now_s if self.first_token_s is None else self.first_token_s
         return first_s + num_tokens * self.promise.tpot_ms / 1e3
+
+
+@dataclass(frozen=True, slots=True)
+class OpenStep:
+    """A step under way.
+
+    Attributes:
+        shape: what it is made of.
+        predicted_ms: how long it is to take.
+        began_s: when it was planned.
+        plan: that it was scheduled under; None if vLLM was left alone.
+        num_waiting: requests in the queue then.
+    """
+
+    shape: StepShape
+    predicted_ms: float
+    began_s: float
+    plan: Plan | None
+    num_waiting: int
+
+    @property
+    def bound(self) -> str:
+        """What kept it from being larger; empty if it was not planned."""
+        return "" if self.plan is None else self.plan.bound.value
 
 
 class SloPolicy:
@@ -116,14 +141,18 @@ class SloPolicy:
         self._learner = StepTimeLearner(prior_work(scheduler.vllm_config))
         self._metrics = SloMetrics()
         self._requests: dict[str, Tracked] = {}
-        # Of steps under way: what they are made of, the predicted duration in ms, their begin, and
-        # what bounded them.
-        self._steps: dict[int, tuple[StepShape, float, float, str]] = {}
-        self._held: frozenset[str] = frozenset()
-        self._bound = ""
+        self._queue = WaitingQueue()
+        self._queued: list[Request] = []  # what vLLM had in its queue when ours was made
+        self._steps: dict[int, OpenStep] = {}
+        self._plan: Plan | None = None
+        self._trace = None
+        if config.step_trace is not None:
+            rank = scheduler.vllm_config.parallel_config.data_parallel_index
+            self._trace = StepTrace(config.step_trace, rank)
         self._last_step = StepReport()
         self._began_s = 0.0
         self._ended_s = 0.0
+        self._is_next_due = False
         self._admitted_since_overdue = 0
         self._num_empty_steps = 0
 
@@ -135,7 +164,8 @@ class SloPolicy:
         arrival_s = self._clock() - waited_s
         tracked = self._requests.get(request.request_id)
         if tracked is not None:  # the next turn of a streaming session
-            tracked.arrival_s, tracked.queued = arrival_s, None
+            tracked.arrival_s = arrival_s
+            self._renew(request.request_id)
             return
         self._requests[request.request_id] = Tracked(
             self._promise_of(request), arrival_s, self._cached_tokens(request)
@@ -170,16 +200,13 @@ class SloPolicy:
         """Plan, and keep the plan in force while vLLM schedules."""
         began_s = self._began_s = self._clock()
         if self._may_not_plan():
-            self._held, self._bound = frozenset(), ""
+            self._plan = None
             yield
             return
-        plan = make_plan(self._view(began_s), self._learner.model, self._limits)
+        plan = self._plan = make_plan(self._view(began_s), self._learner.model, self._limits)
         held = self._take_out(plan)
-        self._held, self._bound = frozenset(plan.hold), plan.bound.value
-        num_held_online = sum(
-            1 for request in held if self._requests[request.request_id].promise.is_online
-        )
-        self._metrics.record_plan(plan, num_held_online, (self._clock() - began_s) * 1e3)
+        classes = Counter(self._requests[r.request_id].promise.service_class.value for r in held)
+        self._metrics.record_plan(plan, classes, (self._clock() - began_s) * 1e3)
         num_running = len(self._scheduler.running)
         try:
             with self._limited(plan, len(held)):
@@ -204,7 +231,7 @@ class SloPolicy:
         return View(
             now_s=now_s,
             running=[view for view in running if view.todo_tokens > 0],
-            waiting=[self._as_waiting(request, now_s) for request in scheduler.waiting],
+            waiting=self._queue_of(scheduler.waiting, now_s),
             free_blocks=pool.get_num_free_blocks(),
             total_blocks=pool.num_gpu_blocks,
             block_tokens=max(1, scheduler.block_size // max(1, num_groups)),
@@ -229,23 +256,42 @@ class SloPolicy:
             todo > 1 + len(request.spec_token_ids),
         )
 
+    def _queue_of(self, waiting: Iterable[Request], now_s: float) -> WaitingQueue:
+        """The queue as vLLM has it now; made from the last one, for few come and go in a step."""
+        requests = list(waiting)
+        if requests != self._queued:
+            for request in set(self._queued).difference(requests):
+                if request.request_id in self._queue:
+                    self._queue.remove(request.request_id)
+            for request in requests:
+                if request.request_id not in self._queue:
+                    self._queue.add(self._as_waiting(request, now_s))
+            self._queued = requests
+        return self._queue
+
+    def _renew(self, request_id: str) -> None:
+        """Let a request that waits be looked at again: what is known of it has changed."""
+        if request_id in self._queue:
+            self._queue.remove(request_id)
+            self._queued = [r for r in self._queued if r.request_id != request_id]
+
     def _as_waiting(self, request: Request, now_s: float) -> Waiting:
         tracked = self._requests[request.request_id]
-        if tracked.queued is None or tracked.queued_tokens != request.num_tokens:
-            promise = tracked.promise
-            todo = max(1, request.num_tokens - tracked.cached_tokens)
-            tracked.queued_tokens = request.num_tokens
-            tracked.queued = Waiting(
-                request.request_id,
-                promise.is_online,
-                tracked.deadline_s(request.num_output_tokens, now_s),
-                promise.tpot_ms,
-                tracked.arrival_s,
-                promise.priority,
-                todo,
-                request.num_tokens - todo,
-            )
-        return tracked.queued
+        promise = tracked.promise
+        todo = self._todo_tokens(request)
+        return Waiting(
+            request.request_id,
+            promise.is_online,
+            tracked.deadline_s(request.num_output_tokens, now_s),
+            promise.tpot_ms,
+            tracked.arrival_s,
+            promise.priority,
+            todo,
+            request.num_tokens - todo,
+        )
+
+    def _todo_tokens(self, request: Request) -> int:
+        return max(1, request.num_tokens - self._requests[request.request_id].cached_tokens)
 
     def _take_out(self, plan: Plan) -> list[Request]:
         """Put running and waiting requests into the plan's order; those held are returned."""
@@ -266,6 +312,10 @@ class SloPolicy:
             scheduler.prev_step_scheduled_req_ids.discard(request_id)
         offered = [requests[request_id] for request_id in plan.order]
         held = [*stay, *(requests[request_id] for request_id in plan.hold)]
+        if held and scheduler.lora_config:
+            max_loras = scheduler.lora_config.max_loras
+            offered += not_to_hold(held, offered, requests.values(), max_loras)
+            held = [request for request in held if request not in offered]
         known = {request.request_id for request in (*offered, *held)}
         rest = [r for r in scheduler.running if r.request_id not in known]
         scheduler.running = [*offered, *rest]
@@ -281,6 +331,7 @@ class SloPolicy:
         scheduler, config = self._scheduler, self._scheduler.scheduler_config
         num_loaded = len(scheduler.kv_holding_waiting)
         tokens = plan.token_budget + LOADED_CHUNK_TOKENS * bool(num_loaded)
+        tokens += self._rows_for_drafts(plan)
         chunk = max(plan.chunk_tokens, 1 + scheduler.num_spec_tokens) if plan.chunk_tokens else 0
         before = (
             scheduler.max_num_active_reqs,
@@ -308,6 +359,14 @@ class SloPolicy:
                 config.long_prefill_token_threshold,
             ) = before
 
+    def _rows_for_drafts(self, plan: Plan) -> int:
+        """vLLM gives a prompt with one token to compute rows for drafts, or lets it not join."""
+        num_drafts = self._scheduler.num_spec_tokens
+        if not num_drafts:
+            return 0
+        asked = [self._scheduler.requests[request_id] for request_id in plan.admit]
+        return num_drafts * sum(self._todo_tokens(request) <= num_drafts for request in asked)
+
     def _count_admissions(self, plan: Plan, num_joined: int) -> None:
         if num_joined <= 0:
             return
@@ -321,53 +380,89 @@ class SloPolicy:
         """Remember what step number `step` is made of; 0 if nothing was scheduled."""
         if not step:
             self._num_empty_steps += self._scheduler.has_unfinished_requests()
+            self._is_next_due = False
             return
         self._num_empty_steps = 0
-        shape = StepShape()
-        num_decode_tokens = 1 + self._scheduler.num_spec_tokens
-        for request_id, num in output.num_scheduled_tokens.items():
-            request = self._scheduler.requests[request_id]
-            before = request.num_computed_tokens - num
-            if num <= num_decode_tokens:
-                shape = shape.with_decodes(1, before, num)
-            else:
-                shape = shape.with_prefill(num, before)
-            if not self._requests[request_id].promise.is_online:
-                self._metrics.offline_tokens += num
+        shape = self._shape_of(output.num_scheduled_tokens)
         if not output.scheduled_encoder_inputs:  # their time is in no term of the model
             predicted_ms = self._learner.model.predict_ms(shape)
-            self._steps[step] = (shape, predicted_ms, self._began_s, self._bound)
+            num_waiting = len(self._scheduler.waiting)
+            self._steps[step] = OpenStep(
+                shape, predicted_ms, self._began_s, self._plan, num_waiting
+            )
+
+    def _shape_of(self, scheduled: Mapping[str, int]) -> StepShape:
+        """What a step is made of; tokens of offline requests are counted."""
+        num_decode_tokens = 1 + self._scheduler.num_spec_tokens
+        context_tokens = prefill_tokens = prefill_pairs = 0
+        for request_id, num in scheduled.items():
+            before = self._scheduler.requests[request_id].num_computed_tokens - num
+            if num <= num_decode_tokens:
+                context_tokens += before
+            else:
+                prefill_tokens += num
+                prefill_pairs += num * before + num * (num + 1) // 2
+            if not self._requests[request_id].promise.is_online:
+                self._metrics.offline_tokens += num
+        num_tokens = sum(scheduled.values())
+        return StepShape(len(scheduled), num_tokens, context_tokens, prefill_tokens, prefill_pairs)
 
     def record_step(
         self, message: StepMessage | None, outputs: dict[int, Any], stamp: StepStamp | None
     ) -> None:
         """Learn from a finished step, and count its tokens.
 
-        A step is as long as a request waits for it: from its planning, or the end of the one before
-        it if that came later, to here.  That is the worker's time and what surrounds it.
+        A step is as long as a request waits for it: to here from the end of the one before, or from
+        its own planning if the engine had nothing to do meanwhile.  That is the worker's time and
+        what surrounds it.
         """
         now_s = self._clock()
         step = self._steps.pop(message.step, None) if message is not None else None
-        if step is not None and stamp is not None:
-            shape, predicted_ms, began_s, bound = step
-            elapsed_ms = (now_s - max(began_s, self._ended_s)) * 1e3
-            duration_ms = max(stamp.duration_ms, elapsed_ms)
-            self._learner.observe(shape, duration_ms)
-            self._metrics.predicted_ms += predicted_ms
-            self._metrics.measured_ms += duration_ms
-            self._last_step = StepReport(
-                num_sequences=shape.num_sequences,
-                decode_tokens=shape.num_tokens - shape.prefill_tokens,
-                prefill_tokens=shape.prefill_tokens,
-                context_tokens=shape.context_tokens,
-                predicted_ms=predicted_ms,
-                measured_ms=duration_ms,
-                bound=bound,
-            )
+        if message is not None and step is not None and stamp is not None:
+            self._learn(message.step, step, stamp, now_s)
         self._ended_s = now_s
+        self._is_next_due = bool(self._scheduler.running)
         for client in outputs.values():
             for output in client.outputs:
                 self._record_output(output, now_s)
+
+    def _learn(self, number: int, step: OpenStep, stamp: StepStamp, now_s: float) -> None:
+        shape = step.shape
+        gap_ms = max(0.0, step.began_s - self._ended_s) * 1e3 if self._is_next_due else 0.0
+        elapsed_ms = (now_s - max(step.began_s, self._ended_s)) * 1e3 + gap_ms
+        duration_ms = max(stamp.duration_ms, elapsed_ms)
+        error = self._learner.model.error
+        self._learner.observe(shape, duration_ms)
+        self._metrics.predicted_ms += step.predicted_ms
+        self._metrics.measured_ms += duration_ms
+        self._last_step = StepReport(
+            num_sequences=shape.num_sequences,
+            decode_tokens=shape.num_tokens - shape.prefill_tokens,
+            prefill_tokens=shape.prefill_tokens,
+            context_tokens=shape.context_tokens,
+            predicted_ms=step.predicted_ms,
+            measured_ms=duration_ms,
+            bound=step.bound,
+        )
+        if self._trace is not None:
+            self._trace.write(
+                TracedStep(
+                    step=number,
+                    rank=self._trace.rank,
+                    began_s=step.began_s,
+                    shape=shape,
+                    predicted_ms=step.predicted_ms,
+                    error=error,
+                    measured_ms=duration_ms,
+                    worker_ms=stamp.duration_ms,
+                    gap_ms=gap_ms,
+                    bound=step.bound,
+                    num_running=len(step.plan.order) + len(step.plan.hold) if step.plan else 0,
+                    num_held=len(step.plan.hold) if step.plan else 0,
+                    num_waiting=step.num_waiting,
+                    num_late=step.plan.num_late if step.plan else 0,
+                )
+            )
 
     def _record_output(self, output: Any, now_s: float) -> None:
         tracked = self._requests.get(output.request_id)
@@ -375,6 +470,7 @@ class SloPolicy:
             return
         num_new = len(output.new_token_ids)
         if num_new:
+            self._renew(output.request_id)  # of a preempted request, from a step in flight
             if tracked.promise.is_online:
                 due_s = tracked.deadline_s(tracked.num_tokens + num_new - 1, now_s)
                 self._metrics.record_slack((due_s - now_s) * 1e3, num_new)
@@ -394,7 +490,13 @@ class SloPolicy:
         if request is None or request.is_finished():
             del self._requests[request_id]
         else:  # a streaming session, whose next turn may come
-            tracked.first_token_s, tracked.num_tokens, tracked.queued = None, 0, None
+            tracked.first_token_s, tracked.num_tokens = None, 0
+            self._renew(request_id)
+
+    def close(self) -> None:
+        """Close the trace, if there is one."""
+        if self._trace is not None:
+            self._trace.close()
 
     # For the snapshot.
 
@@ -410,11 +512,12 @@ class SloPolicy:
     def report(self) -> SchedulerReport:
         """The requests of now and the last step."""
         view = self._view(self._clock())
+        held = frozenset(self._plan.hold if self._plan else ())
         model = self._learner.model
         return SchedulerReport(
             policy="slo",
-            online=class_report(view, self._held, is_online=True),
-            offline=class_report(view, self._held, is_online=False),
+            online=class_report(view, held, is_online=True),
+            offline=class_report(view, held, is_online=False),
             step=self._last_step,
             error=model.error,
             is_cautious=not model.is_reliable,

@@ -124,13 +124,12 @@ class SloMetrics:
         self._num_preempted = 0
         self._num_late = 0
 
-    def record_plan(self, plan: Plan, num_held_online: int, duration_ms: float) -> None:
-        """Count one planned step, of whose held requests so many are online."""
+    def record_plan(self, plan: Plan, held: Counter[str], duration_ms: float) -> None:
+        """Count one planned step and the requests that it left out, by class."""
         self._num_planned += 1
         self._planning_ms += duration_ms
         self._bounds[plan.bound.value] += 1
-        self._num_held[ServiceClass.ONLINE.value] += num_held_online
-        self._num_held[ServiceClass.OFFLINE.value] += len(plan.hold) - num_held_online
+        self._num_held.update(held)
         self._num_preempted += len(plan.preempt)
         self._num_late = plan.num_late
 

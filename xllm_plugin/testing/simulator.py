@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from xllm_plugin.scheduler.plan import Limits, Plan, Running, View, Waiting, make_plan
 from xllm_plugin.scheduler.predictor import StepModel, StepShape, StepTimeLearner, Work
+from xllm_plugin.scheduler.waiting_queue import WaitingQueue
 
 __all__ = ["SimulatedEngine", "SimulatedRequest", "plan_fcfs"]
 
@@ -116,7 +117,7 @@ class SimulatedEngine:
         return View(
             now_s=self.now_s,
             running=[_as_running(r) for r in self.running],
-            waiting=[_as_waiting(r) for r in self.waiting],
+            waiting=WaitingQueue(_as_waiting(r) for r in self.waiting),
             free_blocks=self.free_blocks,
             total_blocks=self.num_blocks,
             block_tokens=self.block_tokens,
