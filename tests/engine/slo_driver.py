@@ -47,21 +47,20 @@ SETTINGS = {"scheduler": {"policy": "slo"}, "channel": {"enabled": False}}
 class Driver:
     """The scenarios; every method that does not start with an underscore is one."""
 
-    def __init__(self, model: str, *, is_async: bool) -> None:
-        self._llm = LLM(
-            model,
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=512,
-            max_num_seqs=8,
-            max_num_batched_tokens=128,
-            block_size=32,
-            num_gpu_blocks_override=33,
-            kv_cache_memory_bytes=2**27,
-            async_scheduling=is_async,
-            disable_log_stats=False,
-            additional_config={"xllm": SETTINGS},
-        )
+    def __init__(self, model: str, **changes: Any) -> None:
+        values = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 512,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 128,
+            "block_size": 32,
+            "num_gpu_blocks_override": 33,
+            "kv_cache_memory_bytes": 2**27,
+            "disable_log_stats": False,
+            "additional_config": {"xllm": SETTINGS},
+        }
+        self._llm = LLM(model, **{**values, **changes})
         self.scheduler: Any = self._llm.llm_engine.engine_core.engine_core.scheduler
         self.policy = self.scheduler._slo
         ticks = itertools.count()
@@ -77,18 +76,20 @@ class Driver:
 
     def _run(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Any],
         params: Sequence[SamplingParams],
         between: Callable[[int], None] = lambda step: None,
         each_step: int = 2,
+        adapters: Sequence[Any] = (),
     ) -> list[Any]:
         """Add some requests at each step, as traffic comes, and drain; tokens in order."""
         engine = self._llm.llm_engine
-        asked = list(zip(prompts, params, strict=True))
+        asked = list(zip(prompts, params, adapters or [None] * len(prompts), strict=True))
         finished: dict[str, Any] = {}
         for step in range(5000):
             for i in range(step * each_step, min(len(asked), (step + 1) * each_step)):
-                engine.add_request(f"{i:03}", *asked[i])
+                prompt, wanted, adapter = asked[i]
+                engine.add_request(f"{i:03}", prompt, wanted, lora_request=adapter)
             between(step)
             if step * each_step >= len(asked) and not engine.has_unfinished_requests():
                 break
@@ -157,11 +158,10 @@ def leftovers(driver: Driver) -> dict[str, int]:
     }
 
 
-def main() -> None:
-    model, mode = sys.argv[1:]
-    driver = Driver(model, is_async=mode == "async")
+def compare(driver: Driver) -> None:
+    """Run every scenario of the driver's class on both sides, and print what was found."""
     found: dict[str, Any] = {"scheduler": type(driver.scheduler).__name__}
-    for name in [name for name in vars(Driver) if not name.startswith("_")]:
+    for name in [name for name in vars(type(driver)) if not name.startswith("_")]:
         found[name] = {}
         for side, policy in (("theirs", None), ("ours", driver.policy)):
             driver.scheduler._slo = policy
@@ -187,6 +187,11 @@ def main() -> None:
     ]
     driver._llm.llm_engine.engine_core.shutdown()
     sys.stdout.write(f"FOUND {json.dumps(found)}\n")
+
+
+def main() -> None:
+    model, mode = sys.argv[1:]
+    compare(Driver(model, async_scheduling=mode == "async"))
 
 
 if __name__ == "__main__":
