@@ -285,7 +285,7 @@ def command(
     Sends bursty online traffic at shares of the rate that stock's scheduler sustains, keeps an
     offline backlog beside it, and searches the largest backlog at which at most 3 % of the online
     requests miss their promise: under vLLM's priority scheduling and under xllm's.  Writes FILE
-    (JSON) and a picture beside it (PNG), and prints the tables.  Takes at most 40 minutes
+    (JSON) and a picture beside it (PNG), and prints the tables.  Takes at most 35 minutes
     (--minutes); with --quick two.
     """
     judged = parse_promises(promise)[:1]

@@ -30,11 +30,11 @@ else:
 NAME = "slo_goodput"
 DATA = FOLDER.parent / "serving" / "data"
 
-SIDES = "stock,stock-best,fcfs,fcfs-512,fcfs-256,fcfs-128,priority,slo"
+SIDES = "stock,stock-best,fcfs,fcfs-256,fcfs-64,priority,slo"
 QUICK_SIDES = "fcfs,slo"
 PROMISES, QUICK_PROMISES = "1000/50,500/35,4000/100", "1000/50"
-RATIO = 1.19
-"""Four rungs double the rate; between two neighbours the crossing is interpolated."""
+RATIO = 1.41
+"""Two rungs double the rate; between two neighbours the crossing is interpolated."""
 SECONDS, QUICK_SECONDS = 16.0, 8.0
 BEFORE_BURST_S, AFTER_BURST_S = 1.0, 5.0
 
@@ -237,12 +237,12 @@ NOT_SHOWN = (
 @click.option(
     "--start-rate",
     type=click.FloatRange(min=0.05),
-    default=2.0,
+    default=1.0,
     show_default=True,
     help="Where the first search begins, requests a second.",
 )
 @click.option("--repeats", type=click.IntRange(min=1), help="[default: 3]")
-@click.option("--most", type=click.IntRange(min=1), help="Trials of one search.  [default: 6]")
+@click.option("--most", type=click.IntRange(min=1), help="Trials of one search.  [default: 5]")
 def command(
     *,
     quick: bool,
@@ -262,7 +262,7 @@ def command(
     Sends bursty traffic of recorded lengths, open loop, to one engine under vLLM's own scheduler in
     several settings and under xllm's, and searches the rate at which 90 % of all requests keep the
     promise.  Writes FILE (JSON) and two pictures beside it (PNG), and prints the tables.  Takes at
-    most 40 minutes (--minutes); with --quick two.
+    most 35 minutes (--minutes); with --quick two.
     """
     ladder = Ladder.between(lowest_rate, highest_rate, RATIO)
     folder = model_folder(options.model)
@@ -296,7 +296,7 @@ def command(
             promises=judged,
             repeats=repeats,
             goal=goal,
-            most=most or (2 if quick else 6),
+            most=most or (2 if quick else 5),
             start_rate=start_rate,
         )
         search.run()

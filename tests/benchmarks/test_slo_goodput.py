@@ -146,12 +146,14 @@ def searched(bench: ModuleType, tmp_path: Path) -> Callable[..., Any]:
     return make
 
 
-def test_every_side_is_found_and_the_best_is_named(searched: Callable[..., Any]) -> None:
+def test_every_side_is_found_and_the_best_is_named(
+    searched: Callable[..., Any], bench: ModuleType
+) -> None:
     search = searched()
     assert not search.skipped
     for name, capacity in SIDES.items():
         for value in search.goodput(name, LOOSE):
-            assert capacity / 1.2 < value < capacity * 1.2
+            assert capacity / bench.RATIO < value < capacity * bench.RATIO
     assert search.best_static(LOOSE) == search.best_static(TIGHT) == "fcfs-256"
     assert max(search.goodput("slo", TIGHT)) < min(search.goodput("slo", LOOSE)) / 3
 

@@ -103,7 +103,7 @@ _TRAFFIC_OPTIONS = (
     click.option(
         "--minutes",
         type=click.FloatRange(min=0.1),
-        default=37.0,
+        default=32.0,
         show_default=True,
         help="After that no trial begins; what is missing is left out and named.",
     ),
