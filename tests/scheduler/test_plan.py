@@ -209,6 +209,15 @@ def test_offline_decodes_fill_what_is_left_and_no_more() -> None:
     assert planned(decode("d", due_ms=5), *offline).order == ("d",), "nothing is left"
 
 
+def test_offline_work_keeps_a_second_margin() -> None:
+    doubtful = msgspec.structs.replace(MODEL, error=0.1)
+    offline = [decode(f"o{i}", is_online=False, arrival_s=i) for i in range(12)]
+    plan = planned(decode("d", due_ms=30), *offline, model=doubtful)
+    # 29.4 ms less two margins of a fifth, 10 ms and 1.2 ms a row; with one margin there were 11.
+    assert len(plan.order) == 1 + 8
+    assert planned(*offline, model=doubtful).hold == (), "alone it has all the time"
+
+
 def test_offline_prompts_wait_until_no_online_one_is_due() -> None:
     offline = [prompt("op", is_online=False), waiting("ow", is_online=False)]
     plan = planned(*offline, waiting("w"))

@@ -449,7 +449,12 @@ class _Planner:
     # Offline.
 
     def run_offline_decodes(self) -> None:
-        """As many, oldest first, as keep the step within its budget."""
+        """As many, oldest first, as keep the step well within its budget.
+
+        Offline work fills nearly every step to the edge, and any may bring an online request's
+        last token; so here the margin is doubled.
+        """
+        self._budget_ms *= self._model.caution
         decodes = sorted(self._offline_decodes, key=lambda r: (r.priority, r.arrival_s))
         num_left = self._limits.max_tokens - self._step.num_tokens
         num = min(len(decodes), num_left // max((r.todo_tokens for r in decodes), default=1))
