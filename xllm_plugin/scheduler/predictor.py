@@ -47,8 +47,8 @@ PRIOR_INFORMATION: Final = 1e-3
 ERROR_WEIGHT: Final = 0.05
 OUTLIER_ERRORS: Final = 3.0
 MARGIN_ERRORS: Final = 2.0
-"""Mean errors on top of a prediction that is planned with.  With one, a fifth of the steps that fill
-their budget end too late, and each may bring a request's last token."""
+"""Mean errors on top of a prediction that is planned with.  With one, a fifth of the steps that
+fill their budget end too late, and each may bring a request's last token."""
 LEAST_ERROR: Final = 0.05
 MIN_SAMPLES: Final = 32
 RELIABLE_ERROR: Final = 0.25
