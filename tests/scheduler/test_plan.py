@@ -187,6 +187,24 @@ def test_nobody_joins_who_would_slow_the_batch_below_its_promises() -> None:
     assert planned(waiting("w", tpot_ms=1)).admit == ("w",), "alone it may"
 
 
+def test_a_promise_that_is_missed_even_alone_stops_nobody() -> None:
+    batch = [decode(f"d{i}", due_ms=-50, tpot_ms=5) for i in range(8)]
+    plan = planned(*batch, waiting("w", tpot_ms=5))
+    assert plan.admit == ("w",)
+    kept = decode("kept", due_ms=60)
+    assert planned(*batch, kept, waiting("w", todo_tokens=900)).predicted_ms <= 0.98 * 60
+
+
+def test_prompts_go_on_where_decodes_alone_take_longer_than_a_step_may() -> None:
+    limits = msgspec.structs.replace(LIMITS, max_step_ms=15)
+    batch = [decode(f"d{i}", due_ms=500) for i in range(10)]
+    plan = planned(*batch, waiting("w", todo_tokens=900), limits=limits)
+    # 22 ms of decodes, and as much again.
+    assert plan.chunk_tokens == 105
+    assert plan.predicted_ms == pytest.approx(44)
+    assert plan.bound is Bound.STEP_LIMIT
+
+
 def test_a_model_that_is_not_relied_on_makes_small_chunks() -> None:
     plan = planned(decode("d", due_ms=5), waiting("w", todo_tokens=900), model=DOUBTED)
     assert (plan.chunk_tokens, plan.bound) == (16, Bound.CAUTION), "what fits, doubted as it is"

@@ -70,7 +70,7 @@ class Reference(planning._Planner):
                 late.append((p.priority, least_s, least_s, index))
         self._num_late = len(late)
         in_time.sort()
-        share = self._share_of_prompts(min((r.tpot_ms for r in self._decodes), default=tpot_ms))
+        share = self._share_of_prompts(tpot_ms)
         kept, dropped = planning._most_on_time(in_time[: planning.MAX_CONSIDERED], now_s, share)
         yield from (prompts[index] for index in kept if prompts[index] is not turn)
         late += dropped

@@ -4,7 +4,8 @@ In this order (paper, section 3.1 and 3.2; ProServe's slide batching, arXiv 2512
 
 1. Decodes of online requests run.  The n-th token after the first is due n times TPOT after it, so
    steps that were faster than promised have earned credit.  The tightest of these deadlines is the
-   step's budget.  If all together would break it, those that can spare a whole step are held.
+   step's budget.  If all together would break it, those that can spare a whole step are held.  Who
+   would miss its TPOT even alone on this device binds nobody.
 2. Prompts of online requests share what is left of the budget: those that can still meet their
    TTFT by deadline, as many as can (J. M. Moore, "An n job, one machine sequencing algorithm for
    minimizing the number of late jobs", 1968); the others after them, least work first, and those
@@ -47,6 +48,9 @@ MAX_REFUSED: Final = 8
 """Of these, that would slow the batch too much, before no more are tried."""
 OVERDUE_TURN: Final = 4
 """One admission in this many goes to the longest-waiting overdue request."""
+LEAST_GROWTH: Final = 2.0
+"""A step may grow to this many times its decodes where nothing else bounds it: on a device too slow
+for its promises, prompts would otherwise wait until no request decodes."""
 FREE_FOR_ONLINE: Final = 0.1
 """Part of all KV blocks that offline requests leave free."""
 
@@ -205,7 +209,9 @@ class _Planner:
         self._is_online_due = bool(self._prompts or view.waiting.num_online)
         self._step = StepShape()
         self._all_decodes = StepShape()
-        self._budget_ms = limits.max_step_ms
+        self._most_ms = self._budget_ms = limits.max_step_ms
+        # What no promise can be kept below: a row alone.
+        self._lone_ms = model.predict_ms(StepShape().with_decodes(1, 0))
         self._bound = Bound.WORK
         self._chunks: dict[str, int] = {}
         self._chosen: list[Running] = []
@@ -223,22 +229,26 @@ class _Planner:
         """All of them, unless some can spare a step that others cannot."""
         if not self._decodes:
             return
-        binding_ms = self._binding_ms()
         self._step = self._all_decodes = _with_decodes(self._step, self._decodes)
+        decodes_ms = self._model.bound_ms(self._step)
+        self._most_ms = self._budget_ms = max(self._limits.max_step_ms, LEAST_GROWTH * decodes_ms)
+        binding_ms = self._binding_ms()
         if binding_ms is None:
             return
         budget_ms = self._limits.target * binding_ms
-        if self._model.is_reliable and self._model.bound_ms(self._step) > budget_ms:
+        if self._model.is_reliable and decodes_ms > budget_ms:
             self._hold_spare(budget_ms)
-        self._budget_ms = min(budget_ms, self._limits.max_step_ms)
+        self._budget_ms = min(budget_ms, self._most_ms)
 
     def _binding_ms(self) -> float | None:
-        now_s = self._view.now_s
+        """The least slack of those who can still be served as promised, or soon again."""
+        now_s, lone_ms = self._view.now_s, self._lone_ms
         return min(
             [
                 slack_ms
                 for r in self._decodes
                 if (slack_ms := (r.deadline_s - now_s) * 1e3) > -LOST_TOKENS * r.tpot_ms
+                and r.tpot_ms >= lone_ms
             ],
             default=None,
         )
@@ -271,7 +281,8 @@ class _Planner:
         rows = self._all_decodes
         for r in self._prompts:
             rows = rows.with_decodes(1, r.computed_tokens + r.todo_tokens)
-        decodes_ms = tpot_ms = min([r.tpot_ms for r in self._decodes], default=math.inf)
+        kept_ms = [r.tpot_ms for r in self._decodes if r.tpot_ms >= self._lone_ms]
+        decodes_ms = tpot_ms = min(kept_ms, default=math.inf)
         started = {r.request_id for r in self._prompts}
         num_refused = 0
         for prompt in self._ranked(decodes_ms):
@@ -291,15 +302,19 @@ class _Planner:
                 break
             if not is_started:
                 rows = rows.with_decodes(1, prompt.computed_tokens + prompt.todo_tokens)
-            tpot_ms = min(tpot_ms, prompt.tpot_ms)
+            tpot_ms = min(tpot_ms, self._keepable_ms(prompt))
         self._hold += [r for r in self._prompts if r.request_id not in self._chunks]
 
     def _may_join(self, rows: StepShape, prompt: Prompt, tpot_ms: float) -> bool:
         if not self._model.is_reliable:
             return True
         joined = rows.with_decodes(1, prompt.computed_tokens + prompt.todo_tokens)
-        allowed_ms = self._limits.target * min(tpot_ms, prompt.tpot_ms)
+        allowed_ms = self._limits.target * min(tpot_ms, self._keepable_ms(prompt))
         return self._model.bound_ms(joined) <= allowed_ms
+
+    def _keepable_ms(self, prompt: Prompt) -> float:
+        """Its TPOT; infinite if it would be missed even alone: then nobody is to wait for it."""
+        return prompt.tpot_ms if prompt.tpot_ms >= self._lone_ms else math.inf
 
     def _ranked(self, tpot_ms: float) -> Iterator[Prompt]:
         """Online prompts, most urgent first; at most `MAX_CONSIDERED` of each kind.
@@ -404,7 +419,7 @@ class _Planner:
             return Bound.TOKENS
         if not self._model.is_reliable:
             return Bound.CAUTION
-        return Bound.TPOT if self._budget_ms < self._limits.max_step_ms else Bound.STEP_LIMIT
+        return Bound.TPOT if self._budget_ms < self._most_ms else Bound.STEP_LIMIT
 
     # Memory.
 
