@@ -53,7 +53,6 @@ def request(name: str, prompt: int = 100, computed: int = 0, output: int = 0, **
         num_tokens_with_spec=prompt + output,
         num_output_tokens=output,
         num_output_placeholders=0,
-        lora_request=None,
         spec_token_ids=[],
         is_finished=lambda: False,
     )
@@ -78,7 +77,6 @@ class Scheduler:
         self.num_spec_tokens = 0
         self.num_waiting_for_streaming_input = 0
         self.requires_kv_delivery = False
-        self.lora_config: Any = None
         self.pause_state = vllm.interface.PauseState.UNPAUSED
         self.prev_step_scheduled_req_ids: set[str] = set()
         self.kv_holding_waiting: list[Any] = []
@@ -337,20 +335,6 @@ def test_the_queue_is_followed(rig: Rig) -> None:
     rig.scheduler.waiting.remove_requests(made)
     rig.policy.forget(made)
     assert seen() == {"d": 7}
-
-
-def test_an_adapter_that_is_held_keeps_its_place(rig: Rig) -> None:
-    """vLLM counts the adapters of a step over what it schedules."""
-    rig.run(decoding("d"), first_token_s=49.0).lora_request = SimpleNamespace(lora_int_id=1)
-    offline = rig.run(decoding("o", xllm_class="offline"), first_token_s=50.0)
-    offline.lora_request = SimpleNamespace(lora_int_id=2)
-    rig.policy._learner.model = msgspec.structs.replace(MODEL, error=0.9)  # nothing is merged
-    assert rig.plan()["running"] == ["d"]
-    rig.scheduler.lora_config = SimpleNamespace(max_loras=2)
-    assert rig.plan()["running"] == ["d"], "both have a place"
-    rig.scheduler.lora_config = SimpleNamespace(max_loras=1)
-    assert rig.plan()["running"] == ["d", "o"]
-    assert rig.policy.snapshot().num_held == {"online": 0, "offline": 2}
 
 
 def test_a_prompt_of_one_token_has_room_for_drafts(rig: Rig) -> None:

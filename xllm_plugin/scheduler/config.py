@@ -67,8 +67,8 @@ class SchedulerConfig(BaseModel):
 def slo_refusal(vllm_config: Any) -> str | None:
     """Why the policy `slo` cannot serve under this vLLM configuration, or None.
 
-    Asynchronous scheduling, prefix caching, structured output, LoRA, multimodal inputs, speculative
-    decoding and KV connectors are no reason.
+    Asynchronous scheduling, prefix caching, structured output, multimodal inputs, speculative decoding
+    and KV connectors are no reason.
     """
     scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
     if not scheduler.enable_chunked_prefill:
@@ -81,6 +81,11 @@ def slo_refusal(vllm_config: Any) -> str | None:
         return (
             "--disable-chunked-mm-input is on, or the model needs it; an image then has to fit the "
             "time that decodes leave"
+        )
+    if vllm_config.lora_config is not None:
+        return (
+            "--enable-lora is on; vLLM counts the adapters of a step without held requests, and would "
+            "admit more than may run"
         )
     if vllm_config.model_config.runner_type != "generate":
         return "the model generates no tokens"

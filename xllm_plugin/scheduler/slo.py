@@ -23,7 +23,6 @@ from vllm.v1.core.sched.interface import PauseState
 
 from xllm_plugin.errors import ConfigError, PromiseError
 from xllm_plugin.scheduler.config import SchedulerConfig
-from xllm_plugin.scheduler.lora import not_to_hold
 from xllm_plugin.scheduler.plan import Limits, Plan, Running, View, make_plan
 from xllm_plugin.scheduler.predictor import StepModel, StepShape, StepTimeLearner
 from xllm_plugin.scheduler.prior import prior_work
@@ -312,10 +311,6 @@ class SloPolicy:
             scheduler.prev_step_scheduled_req_ids.discard(request_id)
         offered = [requests[request_id] for request_id in plan.order]
         held = [*stay, *(requests[request_id] for request_id in plan.hold)]
-        if held and scheduler.lora_config:
-            max_loras = scheduler.lora_config.max_loras
-            offered += not_to_hold(held, offered, requests.values(), max_loras)
-            held = [request for request in held if request not in offered]
         known = {request.request_id for request in (*offered, *held)}
         rest = [r for r in scheduler.running if r.request_id not in known]
         scheduler.running = [*offered, *rest]
