@@ -67,26 +67,33 @@ class SchedulerConfig(BaseModel):
 def slo_refusal(vllm_config: Any) -> str | None:
     """Why the policy `slo` cannot serve under this vLLM configuration, or None.
 
-    Asynchronous scheduling, prefix caching, structured output, multimodal inputs, speculative decoding
-    and KV connectors are no reason.
+    Asynchronous scheduling, prefix caching, structured output, multimodal inputs, speculative
+    decoding and KV connectors are no reason.
     """
-    scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
-    if not scheduler.enable_chunked_prefill:
-        return "chunked prefill is off; a prompt has to fit the time that decodes leave"
-    if scheduler.policy != "fcfs":
-        return f"--scheduling-policy is {scheduler.policy}; give priorities as xllm_priority"
-    if parallel.pipeline_parallel_size > 1:
-        return "--pipeline-parallel-size is over 1; steps then overlap, and their times with them"
-    if scheduler.disable_chunked_mm_input and vllm_config.model_config.is_multimodal_model:
-        return (
+    scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
+    reasons = (
+        (
+            not scheduler.enable_chunked_prefill,
+            "chunked prefill is off; a prompt has to fit the time that decodes leave",
+        ),
+        (
+            scheduler.policy != "fcfs",
+            f"--scheduling-policy is {scheduler.policy}; give priorities as xllm_priority",
+        ),
+        (
+            vllm_config.parallel_config.pipeline_parallel_size > 1,
+            "--pipeline-parallel-size is over 1; steps then overlap, and their times with them",
+        ),
+        (
+            vllm_config.lora_config is not None,
+            "--enable-lora is on; vLLM counts the adapters of a step without held requests, and "
+            "would admit more than may run",
+        ),
+        (
+            scheduler.disable_chunked_mm_input and model.is_multimodal_model,
             "--disable-chunked-mm-input is on, or the model needs it; an image then has to fit the "
-            "time that decodes leave"
-        )
-    if vllm_config.lora_config is not None:
-        return (
-            "--enable-lora is on; vLLM counts the adapters of a step without held requests, and would "
-            "admit more than may run"
-        )
-    if vllm_config.model_config.runner_type != "generate":
-        return "the model generates no tokens"
-    return None
+            "time that decodes leave",
+        ),
+        (model.runner_type != "generate", "the model generates no tokens"),
+    )
+    return next((reason for is_met, reason in reasons if is_met), None)
