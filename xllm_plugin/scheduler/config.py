@@ -86,13 +86,11 @@ def slo_refusal(vllm_config: Any) -> str | None:
         ),
         (
             vllm_config.lora_config is not None,
-            "--enable-lora is on; vLLM counts the adapters of a step without held requests, and "
-            "would admit more than may run",
+            "--enable-lora is on; vLLM does not count the adapters of requests that are held",
         ),
         (
             scheduler.disable_chunked_mm_input and model.is_multimodal_model,
-            "--disable-chunked-mm-input is on, or the model needs it; an image then has to fit the "
-            "time that decodes leave",
+            "--disable-chunked-mm-input is on; an image has to fit the time that decodes leave",
         ),
         (model.runner_type != "generate", "the model generates no tokens"),
     )
