@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from xllm_plugin.service.router import Decision, Sent
     from xllm_plugin.service.upstream import UpstreamConnection
 
-__all__ = ["Exchange", "Peek", "peek"]
+__all__ = ["Exchange", "Peek", "cost_tokens_of", "peek"]
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ class Exchange:
                 self.session_key = key if isinstance(key, str) else ""
             if isinstance(seen.previous_response_id, str):
                 self.response_id = seen.previous_response_id
-            self.cost_tokens = _cost_tokens(len(body), seen)
+            self.cost_tokens = cost_tokens_of(len(body), seen)
             if seen.stream is True and self.proxy.config.continuation.enabled:
                 self._arm(seen)
         elif b"?" in self.route.target and b"model=" in self.route.target:
@@ -628,7 +628,8 @@ def _is_chunked_stream(lower: bytes) -> bool:
     )
 
 
-def _cost_tokens(num_body_bytes: int, seen: Peek) -> int:
+def cost_tokens_of(num_body_bytes: int, seen: Peek) -> int:
+    """Estimated work of a request: tokens of its body and those that it is likely to get."""
     wanted = seen.max_completion_tokens or seen.max_tokens or seen.max_output_tokens
     if not isinstance(wanted, int) or wanted < 0:
         wanted = _DEFAULT_OUTPUT_TOKENS
