@@ -19,7 +19,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm_plugin.service.policies import Cost, cost_in_seconds, cost_of, least_loaded, round_robin
+from xllm_plugin.service.policies import (
+    Cost,
+    cost_in_seconds,
+    cost_of,
+    costs_of,
+    least_loaded,
+    round_robin,
+)
 from xllm_plugin.service.policy import Choice
 from xllm_plugin.service.router import Asked
 from xllm_plugin.service.speed import Speed, SpeedMeter
@@ -50,14 +57,16 @@ def asked(prompt: int = 1000, output: int = 100, sequence: int = 0, **cached: fl
 
 def test_the_cost_is_seconds_of_each_part() -> None:
     one = View("a", in_flight=4, prefill_tokens=500)
-    cost = cost_of(asked(a=600), one)
-    own = (0.1, 0.09, 100 * (TPOT_S + 5 * TPOT_MORE_S))
-    # Four stand still for 0.08 s; at 4 / sum(own) arrivals a second, five busy periods' wait for it.
-    delay_s = 4 * 0.08 + 5 * 4 / sum(own) * (0.1 * 0.08 + 0.08**2 / 2)
-    assert cost == pytest.approx(Cost(*own, delay_s))
-    assert cost.total_s == pytest.approx(sum(own) + delay_s)
+    own = Cost(0.1, 0.01 + 400 * PREFILL_S, 100 * (TPOT_S + 5 * TPOT_MORE_S))
+    assert cost_of(asked(a=600), one) == pytest.approx(own)
+    # Four streams stand still, at 0.3; four arrivals in its stay wait, five times over.
+    delay_s = 0.3 * 4 * 0.09 + 5 * 4 / own.total_s * (0.1 * 0.09 + 0.09**2 / 2)
+    (cost,) = costs_of(asked(a=600), [one])
+    assert cost == pytest.approx(own._replace(delay_s=delay_s))
+    assert cost.total_s == pytest.approx(own.total_s + delay_s)
     choice = cost_in_seconds(asked(a=600), [one])
     assert "queue 0.100 + prefill 0.090 (600 of 1000 tokens cached)" in choice.reason
+    assert f"delay of others {delay_s:.3f}" in choice.reason
 
 
 def test_a_cache_is_worth_its_prefill_and_no_more() -> None:
@@ -79,15 +88,21 @@ def test_a_cache_is_worth_more_where_computing_delays_others() -> None:
 
 
 @given(
-    st.integers(0, 500), st.floats(0, 1e6), st.integers(1, 100_000), st.floats(0, 1), st.floats(0, 1)
+    st.integers(0, 500),
+    st.floats(0, 1e6),
+    st.integers(1, 100_000),
+    st.floats(0, 1),
+    st.floats(0, 1),
 )
 def test_more_to_compute_never_costs_less(
     in_flight: int, queue: float, prompt: int, held: float, less: float
 ) -> None:
-    one = View("a", in_flight=in_flight, prefill_tokens=queue)
-    more, fewer = (asked(prompt, a=share * held * prompt) for share in (less, 1.0))
-    assert cost_of(more, one).total_s >= cost_of(fewer, one).total_s - 1e-9
-    assert cost_of(more, View("a", in_flight=in_flight + 1, prefill_tokens=queue)).delay_s >= 0
+    """Whatever the queues: of two equal instances, the one that holds more of the prompt."""
+    views = [View(name, in_flight=in_flight, prefill_tokens=queue) for name in "ab"]
+    request = asked(prompt, a=less * held * prompt, b=held * prompt)
+    little, much = costs_of(request, views)
+    assert little.total_s >= much.total_s - 1e-9 * (1 + much.total_s)
+    assert min(*little, *much) >= 0
 
 
 def test_equals_take_turns_and_the_faster_wins() -> None:

@@ -19,7 +19,7 @@ from xllm_plugin.registration import KvEventSource, Load
 from xllm_plugin.service import lifecycle
 from xllm_plugin.service.config import InstanceEntry
 from xllm_plugin.service.lifecycle import Life, State, Timings
-from xllm_plugin.service.speed import Speed, SpeedMeter
+from xllm_plugin.service.speed import Paces, Speed, SpeedMeter
 from xllm_plugin.service.upstream import Pool
 
 __all__ = ["TTFT_BOUNDS_S", "Fleet", "Instance", "Stats"]
@@ -83,7 +83,7 @@ class Instance:
         """Where it says that it publishes its prefix cache, if its entry does not."""
         self.prefill_tokens = 0.0
         """Prompt tokens sent there that it has not computed yet, as far as we know."""
-        self.meter = SpeedMeter()
+        self.paces = Paces()
         self.speed = Speed()
         self.stats = Stats()
 
@@ -184,13 +184,13 @@ class Fleet:
         num_requests = load.num_running + load.num_waiting
         instance.foreign_requests = max(0, num_requests - instance.in_flight)
         if load.tpot_s is not None:
-            instance.meter.observe_tpot(load.num_running, load.tpot_s)
+            instance.paces.tpot.observe(max(1, load.num_running), load.tpot_s)
             self._meter.observe_tpot(load.num_running, load.tpot_s * instance.capacity)
             self._reckon(instance)
 
     def observe_ttft(self, instance: Instance, num_tokens: float, seconds: float) -> None:
         """A first token came `seconds` after its request, `num_tokens` computed before it."""
-        instance.meter.observe_ttft(num_tokens, seconds)
+        instance.paces.ttft.observe(num_tokens, seconds)
         self._meter.observe_ttft(num_tokens, seconds * instance.capacity)
         self._measured.add(instance)  # the lines are fitted by `tick`: not in the way of a stream
 
@@ -202,7 +202,7 @@ class Fleet:
             fleet.tpot_base_s / capacity,
             fleet.tpot_s_per_request / capacity,
         )
-        instance.speed = instance.meter.speed(prior)
+        instance.speed = instance.paces.speed(prior)
 
     def candidates(self, model: str | None) -> Sequence[Instance]:
         """Who can take a request for `model` (None: for any): the ready, or else the suspect."""
@@ -257,7 +257,7 @@ class Fleet:
         instance.reported = {}
         instance.load = None
         instance.kv_events = ()
-        instance.meter = SpeedMeter()
+        instance.paces = Paces()
         self._reckon(instance)
         instance.foreign_requests = 0
         self._candidates.clear()

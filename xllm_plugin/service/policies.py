@@ -15,6 +15,7 @@ __all__ = [
     "Cost",
     "cost_in_seconds",
     "cost_of",
+    "costs_of",
     "least_loaded",
     "power_of_two",
     "round_robin",
@@ -28,7 +29,11 @@ FOREIGN_REQUEST_TOKENS = 512
 _MASK = 2**64 - 1
 _BUSY_PERIOD = 5.0
 """A second of work delays those who come before the instance is next without any: 1 / (1 - load),
-at a load of 0.8.  From 3 to 30 the simulated fleet hardly cares (benchmarks/fleet)."""
+at a load of 0.8.  From 3 to 20 the simulated fleet hardly cares (benchmarks/fleet)."""
+
+_STALL_WEIGHT = 0.3
+"""Of a second in which a stream stands still, beside one of waiting for the first token.  At 1 long
+prompts gather where few streams run, and wait there (Azure's conversations, simulated)."""
 
 
 def work_tokens(instance: InstanceView) -> float:
@@ -89,28 +94,41 @@ class Cost(NamedTuple):
 
 
 def cost_of(request: RequestView, instance: InstanceView) -> Cost:
-    """Predict a request's cost at `instance`, to itself and to others.
-
-    Two kinds of others are delayed.  Those that run there get no token while its prompt is computed,
-    or later ones.  And those who will come wait for it: with work u there, rate r of arrivals and
-    load p, work x more costs them r / (1 - p) * (u x + x^2 / 2) in all, the value function of an
-    M/G/1 queue (E. Hyytia, A. Penttinen, S. Aalto, "Size- and state-aware dispatching problem with
-    queue-specific job sizes", EJOR 217, 2012).  The rate follows from what is there by Little's law.
-    """
+    """Predict what `instance` would cost the request itself; what it costs others is left at 0."""
     speed = instance.speed
     uncached = max(1.0, request.prompt_tokens - request.cached_tokens.get(instance.name, 0.0))
-    num_others = instance.in_flight + instance.foreign_requests
-    tpot_s = speed.tpot_base_s + speed.tpot_s_per_request * (num_others + 1)
-    work_s = speed.prefill_s_per_token * uncached
-    queue_s = speed.prefill_s_per_token * instance.prefill_tokens
-    prefill_s = speed.ttft_base_s + work_s
-    decode_s = tpot_s * request.output_tokens
-    delay_s = 0.0
-    stay_s = queue_s + prefill_s + decode_s
-    if num_others and stay_s > 0:
-        waiting = _BUSY_PERIOD / stay_s * (queue_s + work_s / 2)
-        delay_s = num_others * work_s * (1 + waiting)
-    return Cost(queue_s, prefill_s, decode_s, delay_s)
+    num_running = instance.in_flight + instance.foreign_requests + 1
+    tpot_s = speed.tpot_base_s + speed.tpot_s_per_request * num_running
+    return Cost(
+        queue_s=speed.prefill_s_per_token * instance.prefill_tokens,
+        prefill_s=speed.ttft_base_s + speed.prefill_s_per_token * uncached,
+        decode_s=tpot_s * request.output_tokens,
+    )
+
+
+def costs_of(request: RequestView, candidates: Sequence[InstanceView]) -> list[Cost]:
+    """Predict what each of `candidates` would cost the request and others.
+
+    Two kinds of others are delayed by x seconds of prefill.  Those that run there get no token
+    meanwhile.  And those who will come wait: with u seconds of work there, r arrivals a second and
+    load p, x more cost them r / (1 - p) * (u x + x^2 / 2) in all (the value function of an M/G/1
+    queue: E. Hyytia, A. Penttinen, S. Aalto, "Size- and state-aware dispatching problem with
+    queue-specific job sizes", EJOR 217, 2012).  The rate is that of a mean instance, by Little's
+    law: requests there over the time that they are predicted to stay.
+    """
+    own = [cost_of(request, candidate) for candidate in candidates]
+    others = [candidate.in_flight + candidate.foreign_requests for candidate in candidates]
+    stay_s = sum(cost.queue_s + cost.prefill_s + cost.decode_s for cost in own)
+    crowding = _BUSY_PERIOD * sum(others) / stay_s if stay_s > 0 else 0.0
+    return [
+        Cost(
+            queue_s,
+            prefill_s,
+            decode_s,
+            prefill_s * (_STALL_WEIGHT * num_others + crowding * (queue_s + prefill_s / 2)),
+        )
+        for (queue_s, prefill_s, decode_s, *_), num_others in zip(own, others, strict=True)
+    ]
 
 
 def cost_in_seconds(request: RequestView, candidates: Sequence[InstanceView]) -> Choice:
@@ -120,18 +138,14 @@ def cost_in_seconds(request: RequestView, candidates: Sequence[InstanceView]) ->
     threshold switches: a hot prefix moves as soon as its queue costs more than computing it
     elsewhere, and what computing costs grows with those whom it delays.  Equals take turns.
     """
-    count = len(candidates)
-    best = request.sequence % count
-    least = cost_of(request, candidates[best])
-    next_s = float("inf")
-    for index, candidate in enumerate(candidates):
-        if index == best:
-            continue
-        cost = cost_of(request, candidate)
-        if cost.total_s < least.total_s:
-            best, least, next_s = index, cost, least.total_s
-        else:
-            next_s = min(next_s, cost.total_s)
+    costs = costs_of(request, candidates)
+    totals = [cost.total_s for cost in costs]
+    # Begin at another one each time, so that equals take turns.
+    begin = request.sequence % len(totals)
+    least_s = min(totals)
+    best = totals.index(least_s, begin) if least_s in totals[begin:] else totals.index(least_s)
+    least = costs[best]
+    next_s = min(totals[:best] + totals[best + 1 :], default=float("inf"))
     cached = request.cached_tokens.get(candidates[best].name, 0.0)
     return Choice(
         best,

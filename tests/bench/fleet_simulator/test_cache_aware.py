@@ -8,6 +8,8 @@ from xllm_plugin.bench.fleet_simulator.cache_aware import CacheAware, CacheAware
 from xllm_plugin.service.router import Asked
 from xllm_plugin.service.speed import Speed
 
+SPEED, DEFAULTS = Speed(), CacheAwareSettings()
+
 
 @dataclass
 class There:
@@ -18,11 +20,11 @@ class There:
     outstanding_tokens: int = 0
     foreign_requests: int = 0
     prefill_tokens: float = 0.0
-    speed: Speed = Speed()
+    speed: Speed = SPEED
 
 
 def chooser(
-    *prompts: tuple[int, ...], settings: CacheAwareSettings = CacheAwareSettings()
+    *prompts: tuple[int, ...], settings: CacheAwareSettings = DEFAULTS
 ) -> tuple[CacheAware, list[Asked]]:
     """A policy, and the requests with these prompts of blocks of 10 tokens."""
     asked = [Asked(n, 0, "", 0, 10 * len(one), 1, {}) for n, one in enumerate(prompts)]

@@ -26,6 +26,7 @@ from xllm_plugin.service.policy import Choice, InstanceView, RequestView, Routin
 
 MakeProfile = Callable[..., StepProfile]
 BLOCK = 10
+USUAL = Delays()
 AT_ONCE = Delays(network_s=0.0, kv_event_s=0.0)
 POLICIES = routing_policies(build_manager(""))
 COST = POLICIES["cost"]
@@ -63,7 +64,7 @@ def go(
     traffic: Sequence[Arrival],
     profile: StepProfile,
     instances: Sequence[InstanceSpec] = (InstanceSpec(),) * 4,
-    delays: Delays = Delays(),
+    delays: Delays = USUAL,
 ) -> Run:
     return simulate(policy, traffic, profile, instances, block_tokens=BLOCK, delays=delays)
 
@@ -81,9 +82,7 @@ def test_one_request_on_one_instance(make_profile: MakeProfile) -> None:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.8])
-def test_one_instance_is_the_queue_of_the_textbook(
-    make_profile: MakeProfile, share: float
-) -> None:
+def test_one_instance_is_the_queue_of_the_textbook(make_profile: MakeProfile, share: float) -> None:
     """M/D/1: the mean wait is share / (2 (1 - share)) services (Pollaczek and Khinchine)."""
     service_s = 0.1
     profile = make_profile(base_ms=0.0, max_requests=1)
@@ -184,7 +183,7 @@ def _traffic(draw: st.DrawFn) -> list[Arrival]:
     kv_tokens=st.integers(100, 500),
     late_s=st.floats(0, 3),
 )
-def test_every_request_ends_once(
+def test_every_request_ends_once(  # noqa: PLR0917 - hypothesis names them
     make_profile: MakeProfile,
     traffic: list[Arrival],
     name: str,
@@ -238,7 +237,7 @@ def test_a_hot_prefix_makes_no_hot_instance(make_profile: MakeProfile) -> None:
 def test_conversations_stay_where_they_are_cached(make_profile: MakeProfile) -> None:
     """At half load turns return to their instance: no flapping between equals."""
     draw = random.Random(3)
-    turns = {session: 10 for session in range(24)}
+    turns = dict.fromkeys(range(24), 10)
     traffic = []
     for at_s in poisson(8, 60, seed=3):
         session = draw.randrange(24)

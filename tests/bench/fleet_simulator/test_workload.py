@@ -30,10 +30,10 @@ def test_a_hash_has_one_parent_in_the_trace() -> None:
 
 
 def test_lengths_and_blocks_are_shortened_together() -> None:
-    trace = read_trace(MOONCAKE, shorten=32, at_most=3)
+    trace = read_trace(MOONCAKE, shorten=32, shorten_outputs=4, at_most=3)
     assert trace.block_tokens == 16
     first = trace.requests[0]
-    assert (first.prompt_tokens, first.output_tokens) == (6758 // 32, 500 // 32)
+    assert (first.prompt_tokens, first.output_tokens) == (6758 // 32, 500 // 4)
     assert len(first.blocks) == -(-first.prompt_tokens // 16)
 
 

@@ -1,13 +1,13 @@
 """The policy that sglang's and vLLM's routers call cache_aware, to compare with.
 
 Written from its description: the head comment of `src/policies/cache_aware.rs` in
-github.com/vllm-project/router (commit 16917f4), which says the same as sglang's.  It remembers which
-prompts it sent where, in a radix tree, and asks no instance what it holds.
+github.com/vllm-project/router (commit 16917f4), which says the same as sglang's.  It remembers
+which prompts it sent where, in a radix tree, and asks no instance what it holds.
 
-1. If (max - min) > `balance_abs_threshold` and max > `balance_rel_threshold` * min, both of requests
-   in flight, the request goes to the instance with the fewest.
-2. Else, if the longest remembered prefix is more than `cache_threshold` of the prompt, it goes where
-   that was sent last.
+1. If (max - min) > `balance_abs_threshold` and max > `balance_rel_threshold` * min, both of
+   requests in flight, the request goes to the instance with the fewest.
+2. Else, if the longest remembered prefix is more than `cache_threshold` of the prompt, it goes
+   where that was sent last.
 3. Else it goes to the instance with the fewest requests in flight.
 
 The real one compares characters, this one the trace's blocks: a match ends at most a block early.

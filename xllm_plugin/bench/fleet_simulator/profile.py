@@ -121,8 +121,8 @@ def load_profile(path: Path) -> StepProfile:
 def fit(points: tuple[Point, ...]) -> dict[str, float]:
     """Coefficients of least squared relative error, none negative.
 
-    Points that are only to be compared are left out. A negative coefficient is dropped and the rest fitted again, the most negative first: five columns need
-    no better method.
+    Points that are only to be compared are left out.  A negative coefficient is dropped and the
+    rest fitted again, the most negative first: five columns need no better method.
     """
     import numpy as np
 

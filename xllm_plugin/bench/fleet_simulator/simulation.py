@@ -1,10 +1,10 @@
 """Discrete events: requests come, the service chooses, instances compute, news travels with delay.
 
-What decides is the code that runs in production, unchanged: `service.router.Router` with the policy
-under test, `service.fleet.Fleet` with its counters, fitted speeds and states, and
-`service.kv_index.PrefixIndex`.  They learn of an instance only what would have reached them by then:
-first bytes and ends of answers, heartbeats and KV events, each after its delay.  Only the engines
-know their own state.  Time stands still while the service decides.
+What decides is the code that runs in production, unchanged: `service.router.Router` with the
+policy under test, `service.fleet.Fleet` with its counters, fitted speeds and states, and
+`service.kv_index.PrefixIndex`.  They learn of an instance only what would have reached them by
+then: first bytes and ends of answers, heartbeats and KV events, each after its delay.  Only the
+engines know their own state.  Time stands still while the service decides.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class _Directory:
 
 
 class _Simulation:
-    def __init__(
+    def __init__(  # noqa: PLR0917 - those of `simulate`
         self,
         policy: RoutingPolicy,
         arrivals: Sequence[Arrival],
@@ -258,9 +258,7 @@ class _Simulation:
         for number, spec in enumerate(instances):
             name = f"i{number:0{width}}"
             entry = InstanceEntry(url=f"http://{name}:80", name=name, capacity=spec.capacity)
-            instance = self._fleet.register(
-                entry, source="simulator", incarnation="1", leased=True
-            )
+            instance = self._fleet.register(entry, source="simulator", incarnation="1", leased=True)
             self._fleet.set_models(instance, {_MODEL: {"id": _MODEL}})
             self._fleet.report(instance, Alive("1"))
             self._directory.add(name)

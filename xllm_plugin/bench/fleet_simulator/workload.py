@@ -33,7 +33,7 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Requests in the order in which they were recorded.  `block_tokens`: that one hash stands for."""
+    """Requests in the order in which they were recorded; a hash stands for `block_tokens`."""
 
     name: str
     block_tokens: int
@@ -56,14 +56,20 @@ class Arrival:
 
 
 def read_trace(
-    path: Path, *, block_tokens: int = 512, shorten: int = 1, at_most: int | None = None
+    path: Path,
+    *,
+    block_tokens: int = 512,
+    shorten: int = 1,
+    shorten_outputs: int = 1,
+    at_most: int | None = None,
 ) -> Trace:
     """Read JSON lines with timestamp (ms), input_length, output_length and, if known, hash_ids.
 
     Args:
         path: of the file.
         block_tokens: tokens a hash stands for in the file.
-        shorten: divides every length, and the block with them, for slow instances.
+        shorten: divides prompts, and the block with them, for slow instances.
+        shorten_outputs: divides outputs.
         at_most: so many requests from the start.
 
     Raises:
@@ -79,7 +85,7 @@ def read_trace(
         try:
             row = json.loads(line)
             prompt = max(1, row["input_length"] // shorten)
-            output = max(1, row["output_length"] // shorten)
+            output = max(1, row["output_length"] // shorten_outputs)
             num_blocks = -(-prompt // size)
             blocks = tuple(row["hash_ids"][:num_blocks]) if "hash_ids" in row else None
             at_s = row["timestamp"] / 1e3
