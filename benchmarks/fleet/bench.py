@@ -310,7 +310,7 @@ def checks(bench: Bench, cases: Sequence[Case], policies: Sequence[str]) -> list
 def plot(bench: Bench, cases: Sequence[Case], policies: Sequence[str], path: Path) -> None:
     """TTFT p90 over load, a panel a case.  Raises `ImportError` without matplotlib."""
     panels = {
-        case.name.partition(",")[0] + f" ({case.profile})": {
+        case.name.replace(", ", "\n"): {
             name: [
                 (load, _median(bench.found[case.name, load, name], "goodput") * 100)
                 for load in case.loads

@@ -12,7 +12,7 @@ from xllm_plugin.registration import Load
 from xllm_plugin.service.config import InstanceEntry
 from xllm_plugin.service.fleet import Fleet
 from xllm_plugin.service.lifecycle import Registered, Timings
-from xllm_plugin.service.speed import Line, Pace, Speed, SpeedMeter
+from xllm_plugin.service.speed import Line, Pace, Paces, Speed, SpeedMeter
 from xllm_plugin.service.upstream import Pool
 
 PRIOR = Speed(0.02, 1e-4, 0.02, 5e-4)
@@ -49,7 +49,7 @@ def test_what_was_long_ago_is_forgotten() -> None:
 
 
 def test_a_pace_begins_at_one_is_found_and_forgets() -> None:
-    pace = Pace()
+    pace = Pace(prior_weight=2.0)
     assert pace.factor(0.1, 0.01) == 1.0
     pace.observe(10, 4 * 0.2)
     assert 1.5 < pace.factor(0.1, 0.01) < 2.5  # one measurement is not believed alone
@@ -57,6 +57,18 @@ def test_a_pace_begins_at_one_is_found_and_forgets() -> None:
         for tokens in range(1, 400):
             pace.observe(tokens, factor * (0.1 + 0.01 * tokens))
         assert pace.factor(0.1, 0.01) == pytest.approx(factor, rel=0.1)
+
+
+def test_a_slow_one_that_gets_nothing_is_tried_again() -> None:
+    paces = Paces()
+    for _ in range(50):
+        paces.ttft.observe(100, 5.0)
+        paces.tpot.observe(10, 5.0)
+    slow = paces.speed(PRIOR)
+    assert slow.prefill_s_per_token > 20 * PRIOR.prefill_s_per_token
+    for _ in range(1500):
+        paces.fade(1.0)
+    assert vars_of(paces.speed(PRIOR)) == pytest.approx(vars_of(PRIOR), rel=0.01)
 
 
 def test_no_queue_seems_to_cost_nothing_however_noisy_it_was() -> None:
@@ -118,4 +130,5 @@ def test_a_heartbeat_without_output_says_nothing_of_speed() -> None:
     it.set_load(one, Load(num_running=3, num_waiting=2))
     assert (one.foreign_requests, one.speed) == (5, before)
     it.set_load(one, Load(num_running=1, tpot_s=0.5))
+    it.tick()
     assert one.speed.tpot_base_s > before.tpot_base_s

@@ -110,7 +110,7 @@ class Fleet:
         self._candidates: dict[str | None, list[Instance]] = {}
         self._meter = SpeedMeter()
         """Of all instances together, as if each had capacity 1: where a new one begins."""
-        self._measured: set[Instance] = set()
+        self._ticked_s = clock()
 
     def __iter__(self) -> Any:
         return iter(tuple(self._instances.values()))
@@ -168,9 +168,12 @@ class Fleet:
 
     def tick(self) -> None:
         """Let time pass for every instance, and learn from what was measured in it."""
-        while self._measured:
-            self._reckon(self._measured.pop())
+        now_s = self.clock()
+        passed_s, self._ticked_s = now_s - self._ticked_s, now_s
+        fleet = self._meter.speed(Speed())
         for instance in self:
+            instance.paces.fade(passed_s)
+            self._reckon(instance, fleet)
             self.report(instance, lifecycle.Tick(instance.in_flight))
 
     def set_models(self, instance: Instance, models: Mapping[str, dict[str, Any]]) -> None:
@@ -186,16 +189,14 @@ class Fleet:
         if load.tpot_s is not None:
             instance.paces.tpot.observe(max(1, load.num_running), load.tpot_s)
             self._meter.observe_tpot(load.num_running, load.tpot_s * instance.capacity)
-            self._reckon(instance)
 
     def observe_ttft(self, instance: Instance, num_tokens: float, seconds: float) -> None:
         """A first token came `seconds` after its request, `num_tokens` computed before it."""
         instance.paces.ttft.observe(num_tokens, seconds)
         self._meter.observe_ttft(num_tokens, seconds * instance.capacity)
-        self._measured.add(instance)  # the lines are fitted by `tick`: not in the way of a stream
 
-    def _reckon(self, instance: Instance) -> None:
-        fleet, capacity = self._meter.speed(Speed()), instance.capacity
+    def _reckon(self, instance: Instance, fleet: Speed | None = None) -> None:
+        fleet, capacity = fleet or self._meter.speed(Speed()), instance.capacity
         prior = Speed(
             fleet.ttft_base_s / capacity,
             fleet.prefill_s_per_token / capacity,
