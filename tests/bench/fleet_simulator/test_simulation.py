@@ -86,7 +86,7 @@ def test_one_instance_is_the_queue_of_the_textbook(make_profile: MakeProfile, sh
     """M/D/1: the mean wait is share / (2 (1 - share)) services (Pollaczek and Khinchine)."""
     service_s = 0.1
     profile = make_profile(base_ms=0.0, max_requests=1)
-    traffic = alone(poisson(share / service_s, 3000, seed=1), 10)
+    traffic = alone(poisson(share / service_s, 1500, seed=1), 10)
     run = go(POLICIES["round-robin"], traffic, profile, [InstanceSpec()], AT_ONCE)
     wait_s = statistics.mean(one.ttft_s for one in run.served) - service_s
     assert wait_s == pytest.approx(service_s * share / (2 * (1 - share)), rel=0.1)
