@@ -333,7 +333,7 @@ NOTES = (
         "draws, and, where a trace is taken several times, when each copy begins."
     ),
     "Imbalance: busy time of the busiest instance over the mean. Busy: until the last arrival.",
-    "A decision's time is real, of this machine, with the lookup of the prompt; all else is not.",
+    "A decision's time is processor time of this machine, with the lookup of the prompt.",
 )
 NOT_SHOWN = (
     (
