@@ -16,8 +16,17 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from xllm_plugin.service.policies import Cost, cost_in_seconds, cost_of, least_loaded, round_robin
+from xllm_plugin.service.policies import (
+    Cost,
+    cost_in_seconds,
+    cost_of,
+    costs_of,
+    least_loaded,
+    round_robin,
+)
 from xllm_plugin.service.policy import Choice
 from xllm_plugin.service.router import Asked
 from xllm_plugin.service.speed import Speed, SpeedMeter
@@ -48,12 +57,16 @@ def asked(prompt: int = 1000, output: int = 100, sequence: int = 0, **cached: fl
 
 def test_the_cost_is_seconds_of_each_part() -> None:
     one = View("a", in_flight=4, prefill_tokens=500)
-    cost = cost_of(asked(a=600), one)
-    assert cost == pytest.approx(
-        Cost(0.1, 0.01 + 400 * PREFILL_S, 100 * (TPOT_S + 5 * TPOT_MORE_S))
-    )
+    own = Cost(0.1, 0.01 + 400 * PREFILL_S, 100 * (TPOT_S + 5 * TPOT_MORE_S))
+    assert cost_of(asked(a=600), one) == pytest.approx(own)
+    # Four streams stand still, at 0.3; four arrivals in its stay wait, five times over.
+    delay_s = 0.3 * 4 * 0.09 + 5 * 4 / own.total_s * (0.1 * 0.09 + 0.09**2 / 2)
+    (cost,) = costs_of(asked(a=600), [one])
+    assert cost == pytest.approx(own._replace(delay_s=delay_s))
+    assert cost.total_s == pytest.approx(own.total_s + delay_s)
     choice = cost_in_seconds(asked(a=600), [one])
     assert "queue 0.100 + prefill 0.090 (600 of 1000 tokens cached)" in choice.reason
+    assert f"delay of others {delay_s:.3f}" in choice.reason
 
 
 def test_a_cache_is_worth_its_prefill_and_no_more() -> None:
@@ -61,6 +74,35 @@ def test_a_cache_is_worth_its_prefill_and_no_more() -> None:
     for queue, expected in ((0, 0), (799, 0), (801, 1), (5000, 1)):
         views = [View("a", prefill_tokens=queue), View("b")]
         assert cost_in_seconds(asked(a=800), views).index == expected
+
+
+def test_a_cache_is_worth_more_where_computing_delays_others() -> None:
+    """The same queue that an idle fleet would leave is worth waiting for in a crowded one."""
+    views = [View("a", prefill_tokens=2000), View("b")]
+    assert cost_in_seconds(asked(a=800), views).index == 1
+    for view in views:
+        view.in_flight = 20
+    assert cost_in_seconds(asked(a=800), views).index == 0
+    views[0].prefill_tokens = 100_000
+    assert cost_in_seconds(asked(a=800), views).index == 1
+
+
+@given(
+    st.integers(0, 500),
+    st.floats(0, 1e6),
+    st.integers(1, 100_000),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_more_to_compute_never_costs_less(
+    in_flight: int, queue: float, prompt: int, held: float, less: float
+) -> None:
+    """Whatever the queues: of two equal instances, the one that holds more of the prompt."""
+    views = [View(name, in_flight=in_flight, prefill_tokens=queue) for name in "ab"]
+    request = asked(prompt, a=less * held * prompt, b=held * prompt)
+    little, much = costs_of(request, views)
+    assert little.total_s >= much.total_s - 1e-9 * (1 + much.total_s)
+    assert min(*little, *much) >= 0
 
 
 def test_equals_take_turns_and_the_faster_wins() -> None:

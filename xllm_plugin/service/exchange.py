@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from xllm_plugin.service.router import Decision, Sent
     from xllm_plugin.service.upstream import UpstreamConnection
 
-__all__ = ["Exchange", "Peek", "peek", "prompt_tokens_of"]
+__all__ = ["Exchange", "Peek", "cost_tokens_of", "peek", "prompt_tokens_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ class Exchange:
                 self.session_key = key if isinstance(key, str) else ""
             if isinstance(seen.previous_response_id, str):
                 self.response_id = seen.previous_response_id
-            self.cost_tokens = _cost_tokens(len(body), seen)
+            self.cost_tokens = cost_tokens_of(len(body), seen)
             self.wants_stream = seen.stream is True
             if self.wants_stream and self.proxy.config.continuation.enabled:
                 self._arm(seen)
@@ -734,7 +734,8 @@ def prompt_tokens_of(num_body_bytes: int) -> int:
     return min(num_body_bytes // _BYTES_PER_TOKEN, _MAX_PROMPT_TOKENS)
 
 
-def _cost_tokens(num_body_bytes: int, seen: Peek) -> int:
+def cost_tokens_of(num_body_bytes: int, seen: Peek) -> int:
+    """Estimated work of a request: tokens of its body and those that it is likely to get."""
     wanted = seen.max_completion_tokens or seen.max_tokens or seen.max_output_tokens
     if not isinstance(wanted, int) or wanted < 0:
         wanted = _DEFAULT_OUTPUT_TOKENS

@@ -19,7 +19,7 @@ from xllm_plugin.service import lifecycle
 from xllm_plugin.service.config import InstanceEntry
 from xllm_plugin.service.histogram import Histogram
 from xllm_plugin.service.lifecycle import Life, State, Timings
-from xllm_plugin.service.speed import Speed, SpeedMeter
+from xllm_plugin.service.speed import Paces, Speed, SpeedMeter
 from xllm_plugin.service.upstream import Pool
 
 __all__ = ["Fleet", "Instance", "Queue", "Stats"]
@@ -92,7 +92,7 @@ class Instance:
         """Where it says that it publishes its prefix cache, if its entry does not."""
         self.prefill_tokens = 0.0
         """Prompt tokens sent there that it has not computed yet, as far as we know."""
-        self.meter = SpeedMeter()
+        self.paces = Paces()
         self.speed = Speed()
         self.stats = Stats()
 
@@ -133,7 +133,7 @@ class Fleet:
         self._candidates: dict[str | None, list[Instance]] = {}
         self._meter = SpeedMeter()
         """Of all instances together, as if each had capacity 1: where a new one begins."""
-        self._measured: set[Instance] = set()
+        self._ticked_s = clock()
         self.troubles: dict[str, str] = {}
         """What the service goes on without: a part, such as a registry -> what is wrong with it."""
 
@@ -193,9 +193,12 @@ class Fleet:
 
     def tick(self) -> None:
         """Let time pass for every instance, and learn from what was measured in it."""
-        while self._measured:
-            self._reckon(self._measured.pop())
+        now_s = self.clock()
+        passed_s, self._ticked_s = now_s - self._ticked_s, now_s
+        fleet = self._meter.speed(Speed())
         for instance in self:
+            instance.paces.fade(passed_s)
+            self._reckon(instance, fleet)
             self.report(instance, lifecycle.Tick(instance.in_flight))
 
     def set_models(self, instance: Instance, models: Mapping[str, dict[str, Any]]) -> None:
@@ -210,25 +213,23 @@ class Fleet:
         instance.foreign_requests = max(0, num_requests - instance.in_flight)
         instance.num_waiting = load.num_waiting
         if load.tpot_s is not None:
-            instance.meter.observe_tpot(load.num_running, load.tpot_s)
+            instance.paces.tpot.observe(max(1, load.num_running), load.tpot_s)
             self._meter.observe_tpot(load.num_running, load.tpot_s * instance.capacity)
-            self._reckon(instance)
 
     def observe_ttft(self, instance: Instance, num_tokens: float, seconds: float) -> None:
         """A first token came `seconds` after its request, `num_tokens` computed before it."""
-        instance.meter.observe_ttft(num_tokens, seconds)
+        instance.paces.ttft.observe(num_tokens, seconds)
         self._meter.observe_ttft(num_tokens, seconds * instance.capacity)
-        self._measured.add(instance)  # the lines are fitted by `tick`: not in the way of a stream
 
-    def _reckon(self, instance: Instance) -> None:
-        fleet, capacity = self._meter.speed(Speed()), instance.capacity
+    def _reckon(self, instance: Instance, fleet: Speed | None = None) -> None:
+        fleet, capacity = fleet or self._meter.speed(Speed()), instance.capacity
         prior = Speed(
             fleet.ttft_base_s / capacity,
             fleet.prefill_s_per_token / capacity,
             fleet.tpot_base_s / capacity,
             fleet.tpot_s_per_request / capacity,
         )
-        instance.speed = instance.meter.speed(prior)
+        instance.speed = instance.paces.speed(prior)
 
     def candidates(self, model: str | None) -> Sequence[Instance]:
         """Who can take a request for `model` (None: for any): the ready, or else the suspect."""
@@ -284,7 +285,7 @@ class Fleet:
         instance.reported = {}
         instance.load = None
         instance.kv_events = ()
-        instance.meter = SpeedMeter()
+        instance.paces = Paces()
         self._reckon(instance)
         instance.foreign_requests = 0
         instance.num_waiting = 0

@@ -1,22 +1,32 @@
-"""How fast an instance is, fitted online from what was measured: two straight lines.
+"""How fast an instance is, fitted online from what was measured: two straight lines and a factor.
 
 * Time to first token over the prompt tokens that have to be computed before it: the request's own
   and those of requests in front of it.
 * Time per output token over the requests that run.
 
-The lines forget (an instance that was slow an hour ago is not slow now) and begin as those of the
-whole fleet, so that a new instance is neither shunned nor flooded.
+The lines are the fleet's; an instance has one factor for each, so a new one is neither shunned nor
+flooded.  Lines of its own were tried: fitted to some fifty noisy times their slope is now and then
+near 0, the queue there seems to cost nothing, and everybody is sent to it (benchmarks/fleet).  All
+forget: an instance that was slow an hour ago is not slow now.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["Line", "Speed", "SpeedMeter"]
+__all__ = ["Line", "Pace", "Paces", "Speed", "SpeedMeter"]
 
 _FORGETTING = 0.98
-"""An observation weighs half after 34 more."""
+"""An observation of an instance weighs half after 34 more."""
+_FLEET_FORGETTING = 0.998
+"""One of the fleet after 346 more."""
 _PRIOR_WEIGHT = 2.0
+_TTFT_PRIOR_WEIGHT = 10.0
+_TPOT_PRIOR_WEIGHT = 30.0
+"""So many measurements like the fleet's are assumed of each instance.  What was computed meanwhile
+bears on a time more than the device does: weights of 2 and 10 cost a fifth of TTFT's p90 in the
+simulated fleet of equals."""
+_HALF_LIFE_S = 60.0
 _MIN_TTFT_SPREAD_TOKENS = 256.0
 _MIN_TPOT_SPREAD = 2.0
 
@@ -37,9 +47,11 @@ class Line:
 
     Args:
         spread: a typical distance of x; a prior weighs as observations that far apart.
+        forgetting: weight of an observation when the next has come.
     """
 
     spread: float
+    forgetting: float = _FLEET_FORGETTING
     weight: float = 0.0
     x: float = 0.0
     y: float = 0.0
@@ -48,11 +60,11 @@ class Line:
 
     def observe(self, x: float, y: float) -> None:
         """Take one measurement."""
-        self.weight = _FORGETTING * self.weight + 1.0
-        self.x = _FORGETTING * self.x + x
-        self.y = _FORGETTING * self.y + y
-        self.xx = _FORGETTING * self.xx + x * x
-        self.xy = _FORGETTING * self.xy + x * y
+        self.weight = self.forgetting * self.weight + 1.0
+        self.x = self.forgetting * self.x + x
+        self.y = self.forgetting * self.y + y
+        self.xx = self.forgetting * self.xx + x * x
+        self.xy = self.forgetting * self.xy + x * y
 
     def fit(self, base: float, slope: float) -> tuple[float, float]:
         """Base and slope, given what they are believed to be."""
@@ -77,7 +89,7 @@ class Line:
 
 @dataclass(slots=True)
 class SpeedMeter:
-    """Measurements of one instance, or of all together, and the speed that follows from them."""
+    """Measurements of all instances together, and the speed that follows from them."""
 
     ttft: Line = field(default_factory=lambda: Line(_MIN_TTFT_SPREAD_TOKENS))
     tpot: Line = field(default_factory=lambda: Line(_MIN_TPOT_SPREAD))
@@ -95,3 +107,57 @@ class SpeedMeter:
         ttft = self.ttft.fit(prior.ttft_base_s, prior.prefill_s_per_token)
         tpot = self.tpot.fit(prior.tpot_base_s, prior.tpot_s_per_request)
         return Speed(*ttft, *tpot)
+
+
+@dataclass(slots=True)
+class Pace:
+    """How many times as long as the fleet's line says an instance takes: sums that forget.
+
+    They fade with time too: who was slow once gets nothing, is not measured and would stay slow.
+    """
+
+    prior_weight: float
+    weight: float = 0.0
+    x: float = 0.0
+    y: float = 0.0
+
+    def observe(self, x: float, y: float) -> None:
+        """Take one measurement."""
+        self.weight = _FORGETTING * self.weight + 1.0
+        self.x = _FORGETTING * self.x + x
+        self.y = _FORGETTING * self.y + y
+
+    def factor(self, base: float, slope: float) -> float:
+        """What was measured over what the line gives for it; near 1 while little is known."""
+        predicted = base * self.weight + slope * self.x
+        if predicted <= 0:
+            return 1.0
+        prior = self.prior_weight * predicted / self.weight
+        return (self.y + prior) / (predicted + prior)
+
+
+@dataclass(slots=True)
+class Paces:
+    """Of one instance: both factors."""
+
+    ttft: Pace = field(default_factory=lambda: Pace(_TTFT_PRIOR_WEIGHT))
+    tpot: Pace = field(default_factory=lambda: Pace(_TPOT_PRIOR_WEIGHT))
+
+    def fade(self, seconds: float) -> None:
+        """So long a time has passed."""
+        kept = 0.5 ** (seconds / _HALF_LIFE_S)
+        for pace in (self.ttft, self.tpot):
+            pace.weight *= kept
+            pace.x *= kept
+            pace.y *= kept
+
+    def speed(self, prior: Speed) -> Speed:
+        """The speed of now, where `prior` is the fleet's for its capacity."""
+        ttft = self.ttft.factor(prior.ttft_base_s, prior.prefill_s_per_token)
+        tpot = self.tpot.factor(prior.tpot_base_s, prior.tpot_s_per_request)
+        return Speed(
+            prior.ttft_base_s * ttft,
+            prior.prefill_s_per_token * ttft,
+            prior.tpot_base_s * tpot,
+            prior.tpot_s_per_request * tpot,
+        )

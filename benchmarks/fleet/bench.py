@@ -1,0 +1,447 @@
+"""How well does the service choose among many instances?  See README.md beside this file."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from rich.console import Console
+
+from xllm_plugin.bench import plots, schema
+from xllm_plugin.bench.commands import conclude, names_in
+from xllm_plugin.bench.fleet_simulator.cache_aware import CacheAware, CacheAwareSettings
+from xllm_plugin.bench.fleet_simulator.profile import load_profile
+from xllm_plugin.bench.fleet_simulator.simulation import InstanceSpec, Run, simulate
+from xllm_plugin.bench.fleet_simulator.summary import Promise, Summary, quantile, summarise
+from xllm_plugin.bench.fleet_simulator.workload import Arrival, Trace, arrivals, read_trace
+from xllm_plugin.bench.options import command_line, common_options
+from xllm_plugin.bench.schema import Check, Figure, Peer, Row
+from xllm_plugin.errors import ConfigError
+from xllm_plugin.plugins import build_manager, routing_policies
+from xllm_plugin.service.policy import RoutingPolicy
+
+FOLDER = Path(__file__).resolve().parent
+NAME = "fleet"
+QUESTION = "How soon do requests get their first token, and how many keep their promise, by policy?"
+DEFAULT: Final = "cost"
+PEERS: Final = {
+    "cache-aware": (
+        CacheAwareSettings(),
+        "approximate prefixes with thresholds, as sglang's gateway and vllm-router start",
+    ),
+    "cache-aware-tight": (
+        CacheAwareSettings(cache_threshold=0.5, balance_abs_threshold=8, balance_rel_threshold=1.1),
+        "the same with thresholds for few requests an instance",
+    ),
+}
+OURS: Final = (DEFAULT, "round-robin", "least-loaded")
+AIM_RATIO: Final = 2.0
+NEARLY_ALL: Final = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A trace before a fleet.  Loads are requests a second and instance."""
+
+    name: str
+    trace: Path
+    profile: str
+    loads: tuple[float, ...]
+    promise: Promise
+    shorten: int = 1
+    shorten_outputs: int = 1
+    copies: int = 1
+    has_prefixes: bool = True
+
+    @property
+    def block_tokens(self) -> int:
+        """That one hash stands for."""
+        return 512 // self.shorten
+
+    def read(self, at_most: int | None = None) -> Trace:
+        """Its trace, or so many requests from the start."""
+        return read_trace(
+            self.trace,
+            shorten=self.shorten,
+            shorten_outputs=self.shorten_outputs,
+            at_most=at_most,
+        )
+
+
+MOONCAKE: Final = FOLDER / "data" / "mooncake-conversation.jsonl"
+AZURE: Final = FOLDER.parent / "serving" / "data" / "azure-conv.jsonl"
+CASES: Final = (
+    Case(
+        "Mooncake conversation, Llama 2 70B on DGX-H100",
+        MOONCAKE,
+        "llama2-70b-dgx-h100",
+        (0.12, 0.2, 0.28, 0.36, 0.44),
+        Promise(ttft_s=10.0, tpot_s=0.25),
+    ),
+    Case(
+        "Mooncake conversation shortened, SmolLM2 on two CPU cores",
+        MOONCAKE,
+        "smollm2-2-cores",
+        (0.8, 1.6, 2.2, 2.8),
+        Promise(ttft_s=2.0, tpot_s=0.25),
+        shorten=32,
+        shorten_outputs=4,
+    ),
+    Case(
+        "Azure conversation, Llama 2 70B on DGX-H100",
+        AZURE,
+        "llama2-70b-dgx-h100",
+        (2.0, 3.0, 4.0, 5.0),
+        Promise(ttft_s=2.0, tpot_s=0.25),
+        copies=4,
+        has_prefixes=False,
+    ),
+)
+SIZES: Final = (4, 16, 64, 256, 1000)
+
+
+def policy_named(name: str, traffic: Sequence[Arrival], block_tokens: int) -> RoutingPolicy:
+    """One that the service registers, or a peer's with an empty memory."""
+    if name in PEERS:
+        peer = CacheAware(lambda number: traffic[number].blocks, block_tokens, PEERS[name][0])
+        return peer.policy(name)
+    return routing_policies(build_manager(""))[name]
+
+
+def known_policies() -> tuple[str, ...]:
+    """All that can be compared."""
+    return (*routing_policies(build_manager("")), *PEERS)
+
+
+@dataclass(slots=True)
+class Bench:
+    """Runs cases and keeps what came out."""
+
+    instances: int
+    repeats: int
+    console: Console
+    found: dict[tuple[str, float, str], list[Summary]]
+
+    def run_case(self, case: Case, policies: Sequence[str], at_most: int | None) -> None:
+        """Every load, every policy, every repeat."""
+        trace = case.read(at_most)
+        for load in case.loads:
+            for repeat in range(self.repeats):
+                for name in policies:
+                    began = time.perf_counter()
+                    summary = self.one(case, trace, load, name, seed=repeat)
+                    self.found.setdefault((case.name, load, name), []).append(summary)
+                    self.console.print(
+                        f"{case.name}, {load:g}/s, {name}: TTFT p90 {summary.ttft_p90_s:.2f} s, "
+                        f"goodput {summary.goodput:.1%}, hits {summary.hit_share:.1%}, "
+                        f"busy {summary.busy_share:.0%} ({time.perf_counter() - began:.1f} s)",
+                        highlight=False,
+                    )
+
+    def one(self, case: Case, trace: Trace, load: float, name: str, *, seed: int) -> Summary:
+        """One run."""
+        traffic = arrivals(trace, load * self.instances, copies=case.copies, seed=seed)
+        run = run_fleet(case, name, traffic, self.instances, seed=seed)
+        span_s = traffic[-1].at_s - traffic[0].at_s
+        return summarise(run.served, run.busy_s, case.promise, span_s)
+
+
+def run_fleet(
+    case: Case, name: str, traffic: Sequence[Arrival], num_instances: int, *, seed: int
+) -> Run:
+    """Equal instances under one policy."""
+    return simulate(
+        policy_named(name, traffic, case.block_tokens),
+        traffic,
+        load_profile(FOLDER / "profiles" / f"{case.profile}.json"),
+        [InstanceSpec()] * num_instances,
+        block_tokens=case.block_tokens,
+        seed=seed,
+    )
+
+
+def rows(bench: Bench, cases: Sequence[Case], policies: Sequence[str]) -> list[Row]:
+    """One table a case, its ratios, and the aims."""
+    found = []
+    for case in cases:
+        for load in case.loads:
+            for name in policies:
+                runs = bench.found[case.name, load, name]
+                labels = {"load, requests/s an instance": f"{load:g}", "policy": name}
+                found.append(Row(table=case.name, labels=labels, figures=tuple(_figures(runs))))
+    for case in cases:
+        others = [name for name in policies if name != DEFAULT]
+        if DEFAULT not in policies or not others:
+            continue
+        for load in case.loads:
+            ratios = tuple(
+                Figure.of(f"{name} / {DEFAULT}", "", _ratios(bench, case, load, name))
+                for name in others
+            )
+            labels = {"load, requests/s an instance": f"{load:g}"}
+            title = f"{case.name}: TTFT p90 of a policy over that of `{DEFAULT}`"
+            found.append(Row(table=title, labels=labels, figures=ratios))
+    return found
+
+
+def _figures(runs: Sequence[Summary]) -> Iterable[Figure]:
+    def of(name: str, unit: str, values: Iterable[float], digits: int) -> Figure:
+        return Figure.of(name, unit, [round(value, digits) for value in values])
+
+    yield of("TTFT p50", "s", (run.ttft_p50_s for run in runs), 3)
+    yield of("TTFT p90", "s", (run.ttft_p90_s for run in runs), 3)
+    yield of("TTFT p99", "s", (run.ttft_p99_s for run in runs), 3)
+    yield of("TPOT p90", "ms", (run.tpot_p90_s * 1e3 for run in runs), 1)
+    yield of("goodput", "%", (run.goodput * 100 for run in runs), 2)
+    yield of("prompt tokens cached", "%", (run.hit_share * 100 for run in runs), 1)
+    yield of("imbalance", "", (run.imbalance for run in runs), 3)
+    yield of("busy", "%", (run.busy_share * 100 for run in runs), 1)
+
+
+def _ratios(bench: Bench, case: Case, load: float, name: str) -> list[float]:
+    ours, theirs = (bench.found[case.name, load, each] for each in (DEFAULT, name))
+    return [
+        round(their.ttft_p90_s / our.ttft_p90_s, 3) for our, their in zip(ours, theirs, strict=True)
+    ]
+
+
+def saturation(bench: Bench, case: Case) -> float | None:
+    """The highest load at which nine in ten still keep their promise under the default policy."""
+    kept = [
+        load
+        for load in case.loads
+        if _median(bench.found[case.name, load, DEFAULT], "goodput") >= NEARLY_ALL
+    ]
+    return max(kept, default=None)
+
+
+def _median(runs: Sequence[Summary], name: str) -> float:
+    return float(statistics.median(getattr(run, name) for run in runs))
+
+
+def aims(bench: Bench, cases: Sequence[Case], policies: Sequence[str]) -> list[Row]:
+    """What was wanted, and what was found; reported whether reached or not."""
+    found = []
+    others = [name for name in policies if name != DEFAULT]
+    if DEFAULT not in policies or not others:
+        return []
+    for case in cases:
+        worst_ttft = min(
+            statistics.median(_ratios(bench, case, load, name))
+            for load in case.loads
+            for name in others
+        )
+        behind = max(
+            _median(bench.found[case.name, load, name], "goodput")
+            - _median(bench.found[case.name, load, DEFAULT], "goodput")
+            for load in case.loads
+            for name in others
+        )
+        found += [
+            _aim(case, "worst ratio of TTFT p90, any load and policy", "at least 1", worst_ttft),
+            _aim(case, "most that another keeps more, any load, points", "at most 0", behind * 100),
+        ]
+        peers = [name for name in others if name in PEERS]
+        load = saturation(bench, case)
+        if case.has_prefixes and peers and load is not None:
+            ratio = min(statistics.median(_ratios(bench, case, load, name)) for name in peers)
+            what = f"TTFT p90 of the better cache-aware, times ours, at {load:g}/s"
+            found.append(_aim(case, what, f"at least {AIM_RATIO:g}", ratio))
+    return found
+
+
+def _aim(case: Case, what: str, aim: str, value: float) -> Row:
+    labels = {"case": case.name, "what": what, "aim": aim}
+    return Row(
+        table="What was aimed at",
+        labels=labels,
+        figures=(Figure.of("found", "", [round(value, 3)]),),
+    )
+
+
+def sizes(
+    case: Case, load: float, counts: Sequence[int], console: Console, at_most: int | None = None
+) -> list[Row]:
+    """The default policy before fleets of several sizes, at the same load an instance."""
+    found = []
+    trace = case.read()
+    for count in counts:
+        copies = max(1, round(count / 64))
+        traffic = arrivals(trace, load * count, copies=copies)[: at_most or max(2000, 10 * count)]
+        began = time.perf_counter()
+        run = run_fleet(case, DEFAULT, traffic, count, seed=0)
+        spent_s = time.perf_counter() - began
+        decisions_us = [seconds * 1e6 for seconds in run.decision_s]
+        ttfts = [one.ttft_s for one in run.served]
+        figures = (
+            Figure.of("requests", "", [len(run.served)]),
+            Figure.of("a decision, p50", "us", [round(quantile(decisions_us, 0.5), 1)]),
+            Figure.of("a decision, p99", "us", [round(quantile(decisions_us, 0.99), 1)]),
+            Figure.of("TTFT p90", "s", [round(quantile(ttfts, 0.9), 3)]),
+            Figure.of("simulated", "s", [round(run.end_s, 1)]),
+            Figure.of("in", "s", [round(spent_s, 1)]),
+        )
+        found.append(Row(table="Size", labels={"instances": str(count)}, figures=figures))
+        console.print(f"{count} instances: {spent_s:.1f} s", highlight=False)
+    return found
+
+
+def checks(bench: Bench, cases: Sequence[Case], policies: Sequence[str]) -> list[Check]:
+    """Nothing is lost (a run raises if it is), and a run can be repeated."""
+    case, load = cases[0], cases[0].loads[0]
+    trace = case.read(200)
+    once, again = (bench.one(case, trace, load, policies[0], seed=0) for _ in range(2))
+    num_requests = sum(run.num_requests for runs in bench.found.values() for run in runs)
+    return [
+        Check(
+            name="every request ended once, none was rejected",
+            passed=True,
+            detail=f"{num_requests} requests; a run that loses one raises",
+        ),
+        Check(name="a run gives the same again", passed=once == again, detail=policies[0]),
+    ]
+
+
+def plot(bench: Bench, cases: Sequence[Case], policies: Sequence[str], path: Path) -> None:
+    """TTFT p90 over load, a panel a case.  Raises `ImportError` without matplotlib."""
+    panels = {
+        case.name.replace(", ", "\n"): {
+            name: [
+                (load, _median(bench.found[case.name, load, name], "goodput") * 100)
+                for load in case.loads
+            ]
+            for name in policies
+        }
+        for case in cases
+    }
+    labels = plots.Labels("requests/s an instance", "goodput, %", "nine in ten", NEARLY_ALL * 100)
+    plots.plot_curves(panels, labels=labels, title="Requests that keep their promise", path=path)
+
+
+NOTES = (
+    (
+        "Time is simulated; what decides is the service's router, fleet, prefix index and "
+        "policies, unchanged. Every request is served, however late, and counts."
+    ),
+    (
+        "A load compresses the trace's own time. Repeats differ in the seed: beats of heartbeats, "
+        "draws, and, where a trace is taken several times, when each copy begins."
+    ),
+    "Imbalance: busy time of the busiest instance over the mean. Busy: until the last arrival.",
+    "A decision's time is processor time of this machine, with the lookup of the prompt.",
+)
+NOT_SHOWN = (
+    (
+        "The coefficients of a step are a sum of five terms; details has how far each measured "
+        "point is from it."
+    ),
+    "Output tokens found in a cache by the next turn: the trace has hashes of prompts only.",
+    "Instances that fail, several services before one fleet, instances of several models.",
+)
+
+
+@click.command(NAME)
+@common_options(NAME)
+@click.option(
+    "--policies", help="In this order.  [default: cost, round-robin, least-loaded, peers]"
+)
+@click.option("--instances", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--cases", "case_numbers", help="Of 1, 2, 3: Mooncake, Mooncake on CPU, Azure.")
+@click.option("--loads", help="Requests a second and instance, for all cases.")
+@click.option("--repeats", type=click.IntRange(min=1), help="[default: 1]")
+@click.option("--sizes/--no-sizes", "with_sizes", default=True, help="Fleets of several sizes too.")
+def command(
+    *,
+    quick: bool,
+    json_path: Path,
+    policies: str | None,
+    instances: int,
+    case_numbers: str | None,
+    loads: str | None,
+    repeats: int | None,
+    with_sizes: bool,
+) -> None:
+    """Simulate a fleet under recorded traffic, with the service's own routing code.
+
+    No server is started; a run of 5,700 requests takes seconds.
+    """
+    names = names_in(policies) if policies is not None else (*OURS, *PEERS)
+    unknown = [name for name in names if name not in known_policies()]
+    if unknown or not names:
+        raise ConfigError(
+            f"policies {', '.join(unknown) or '(none)'} are not here; there are "
+            f"{', '.join(known_policies())}."
+        )
+    cases = chosen_cases(case_numbers, loads, quick=quick)
+    run = schema.begin(NAME, question=QUESTION, command=command_line())
+    console = Console()
+    few = 200 if quick else None
+    bench = Bench(instances, repeats or 1, console, {})
+    for case in cases:
+        bench.run_case(case, names, few)
+    table = [*aims(bench, cases, names), *rows(bench, cases, names)]
+    if with_sizes:
+        table += sizes(cases[0], cases[0].loads[0], SIZES[:1] if quick else SIZES, console, few)
+    profiles = {case.profile for case in cases}
+    result = run.finish(
+        peers=[_record(name) for name in names],
+        rows=table,
+        checks=checks(bench, cases, names),
+        notes=NOTES,
+        not_shown=NOT_SHOWN,
+        details=_details(bench, profiles),
+    )
+    picture = json_path.with_suffix(".png")
+    try:
+        plot(bench, cases, names, picture)
+    except ImportError:
+        console.print("no picture: matplotlib is missing")
+    conclude(result, json_path, console)
+
+
+def chosen_cases(numbers: str | None, loads: str | None, *, quick: bool) -> tuple[Case, ...]:
+    """The cases asked for.  Raises `ConfigError` for what is none."""
+    wanted: list[int] = []
+    try:
+        wanted = [int(number) for number in names_in(numbers or "1,2,3")]
+        asked = tuple(float(load) for load in names_in(loads)) if loads else ()
+        cases = [CASES[number - 1] for number in wanted if number >= 1]
+    except (ValueError, IndexError):
+        cases, asked = [], ()
+    if not cases or len(cases) != len(wanted) or any(load <= 0 for load in asked):
+        raise ConfigError(
+            f"--cases {numbers} --loads {loads}: give cases of 1 to {len(CASES)} and rates "
+            "above 0, each list with commas"
+        )
+    if quick:
+        cases = cases[:1]
+    return tuple(
+        replace(case, loads=asked or (case.loads[:1] if quick else case.loads)) for case in cases
+    )
+
+
+def _record(name: str) -> Peer:
+    what = PEERS[name][1] if name in PEERS else routing_policies(build_manager(""))[name].what
+    return Peer(name=name, what=what)
+
+
+def _details(bench: Bench, profiles: Iterable[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        f"{case}: {load:g}/s, {name}": [asdict(run) for run in runs]
+        for (case, load, name), runs in bench.found.items()
+    }
+    for name in sorted(profiles):
+        profile = load_profile(FOLDER / "profiles" / f"{name}.json")
+        fitted: Mapping[str, Any] = profile.model_dump(exclude={"points"})
+        errors = [round(error, 3) for error in profile.errors()]
+        found[f"profile {name}"] = {**fitted, "relative errors": errors}
+    return found
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,49 @@
+"""The fleet benchmark: a quick run of all policies, its tables, and what it refuses."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from click.testing import CliRunner
+
+from xllm_plugin.bench import readme, schema
+from xllm_plugin.cli.bench import _load
+from xllm_plugin.errors import ConfigError
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "fleet"
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    command = _load(FOLDER / "bench.py")
+    return sys.modules[str(command.callback.__module__)]
+
+
+def test_a_quick_run_compares_all_policies(bench: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    arguments = ["--quick", "--instances", "4", "--json", str(path)]
+    done = CliRunner().invoke(bench.command, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    result = schema.load(path)
+    assert result.passed
+    tables = {row.table for row in result.rows}
+    assert {"What was aimed at", "Size", bench.CASES[0].name} <= tables
+    first = [row for row in result.rows if row.table == bench.CASES[0].name]
+    assert [row.labels["policy"] for row in first] == [*bench.OURS, *bench.PEERS]
+    assert all(row.figure("TTFT p90").median > 0 for row in first)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--policies", "magic"), ("--cases", "9"), ("--cases", "0"), ("--loads", "-1")]
+)
+def test_what_is_not_there_is_named(bench: ModuleType, arguments: tuple[str, str]) -> None:
+    done = CliRunner().invoke(bench.command, arguments)
+    assert isinstance(done.exception, ConfigError), done.output
+    assert arguments[1] in str(done.exception)
+
+
+def test_the_readme_has_the_markers() -> None:
+    assert readme.section((FOLDER / "README.md").read_text(), "fleet")

@@ -1,0 +1,5 @@
+"""A fleet without servers: the service's own routing code before simulated engines, in their time.
+
+`profile` (how long a step takes) -> `engine` (one instance) -> `simulation` (arrivals, the service,
+delays) -> `summary` (figures).  `workload` reads traces, `cache_aware` is a peer's policy.
+"""
