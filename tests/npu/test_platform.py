@@ -1,0 +1,70 @@
+"""What the NPU platform refuses, and what it turns off, without a device."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from xllm_plugin.errors import PlatformError
+from xllm_plugin.npu.platform import XllmNpuPlatform, refusal, run_eagerly
+
+
+def config(**model: Any) -> Any:
+    settings = {"enable_sleep_mode": False, "quantization": None, "use_mla": False}
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(world_size=1, data_parallel_size=1),
+        model_config=SimpleNamespace(**{**settings, **model}),
+        speculative_config=None,
+        lora_config=None,
+    )
+
+
+def test_a_dense_model_on_one_device_is_accepted() -> None:
+    assert refusal(config()) is None
+
+
+def test_each_thing_that_is_not_there_is_named() -> None:
+    several, drafts, lora = config(), config(), config()
+    several.parallel_config.world_size = 2
+    drafts.speculative_config = object()
+    lora.lora_config = object()
+    found = [
+        refusal(asked)
+        for asked in (
+            several,
+            drafts,
+            lora,
+            config(enable_sleep_mode=True),
+            config(quantization="awq"),
+            config(use_mla=True),
+        )
+    ]
+    assert found == [
+        "2 ranks (HCCL)",
+        "speculative decoding",
+        "LoRA",
+        "sleep mode",
+        "quantization (awq)",
+        "multi-head latent attention (DeepSeek)",
+    ]
+
+
+def test_other_types_are_refused_with_the_option() -> None:
+    XllmNpuPlatform.check_if_supports_dtype(torch.bfloat16)
+    with pytest.raises(PlatformError, match=r"--dtype float32: .*Leave --dtype out"):
+        XllmNpuPlatform.check_if_supports_dtype(torch.float32)
+
+
+def test_models_run_eagerly() -> None:
+    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+
+    asked = config(enforce_eager=False)
+    asked.compilation_config = CompilationConfig()
+    run_eagerly(asked)
+    assert asked.model_config.enforce_eager
+    assert asked.compilation_config.mode == CompilationMode.NONE
+    assert asked.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+    assert asked.compilation_config.custom_ops == ["all"]
