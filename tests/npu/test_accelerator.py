@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from xllm_plugin.npu.accelerator import FAMILY, SUPPORTED_TORCH_NPU
+from xllm_plugin.npu.socs import soc_named
 from xllm_plugin.testing.cann import Emulator
 
 PROBE = "import json; from xllm_plugin.npu.accelerator import probe; p = probe()\n"
@@ -52,8 +53,38 @@ def test_no_device_and_a_device(site: Any, emulator: Emulator) -> None:
     add_torch_npu(site, SUPPORTED_TORCH_NPU)
     libraries = str(emulator.libraries)
     found = probed(site.folder, LD_LIBRARY_PATH=libraries, XLLM_CANN_DEVICES="0")
-    assert "but no device; look at `npu-smi info`" in found
-    assert probed(site.folder, LD_LIBRARY_PATH=libraries).startswith("[true")
+    assert "CANN 8.5.0, but no device; look at `npu-smi info`" in found
+    found = probed(site.folder, LD_LIBRARY_PATH=libraries)
+    assert found.startswith("[true")
+    assert "CANN 8.5.0, 1 device(s) Ascend910B3" in found
+
+
+@pytest.mark.npu
+def test_another_chip_and_an_older_cann(site: Any, emulator: Emulator) -> None:
+    add_torch_npu(site, SUPPORTED_TORCH_NPU)
+    libraries = str(emulator.libraries)
+    found = probed(site.folder, LD_LIBRARY_PATH=libraries, XLLM_CANN_SOC="Ascend310P3")
+    assert found.startswith("[false")
+    assert "Ascend310P3; supported are Atlas A2 and Atlas A3" in found
+    found = probed(site.folder, LD_LIBRARY_PATH=libraries, XLLM_CANN_VERSION="8.3.RC1")
+    assert found.startswith("[false")
+    assert "CANN 8.3.RC1, which is older than 8.5; install that one" in found
+
+
+@pytest.mark.parametrize(
+    ("name", "product"),
+    [
+        ("Ascend910B1", "Atlas A2"),
+        ("Ascend910B4-1", "Atlas A2"),
+        ("Ascend910_9382", "Atlas A3"),
+        ("Ascend910B", None),
+        ("Ascend910A", None),
+        ("Ascend310P3", None),
+    ],
+)
+def test_chips_by_name(name: str, product: str | None) -> None:
+    soc = soc_named(name)
+    assert (soc and soc.product) == product
 
 
 def test_an_accelerator_goes_before_the_cpu() -> None:

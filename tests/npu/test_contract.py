@@ -108,6 +108,10 @@ def test_every_call_fits_the_wheels_schema(on_device: Callable[..., Any]) -> Non
     assert {call.operator for call in calls} >= {
         "npu_add_rms_norm",
         "npu_fused_infer_attention_score_v2",
+        "npu_grouped_matmul",
+        "npu_moe_gating_top_k",
+        "npu_moe_init_routing_v2",
+        "npu_moe_token_unpermute",
         "npu_mrope",
         "npu_rms_norm",
         "npu_scatter_pa_kv_cache",

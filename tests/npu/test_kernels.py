@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -22,6 +24,7 @@ def test_every_token_gets_its_slot_and_padding_gets_none(lengths: list[int]) -> 
         query_start_loc_ptr=starts,
         positions_ptr=torch.tensor([*positions, 5, 5]),
         block_table_ptr=table,
+        block_table_stride=table.stride(0),
         slot_mapping_ptr=slots,
         KV_CACHE_BLOCK_SIZE=block,
         TOTAL_CP_WORLD_SIZE=1,
@@ -38,12 +41,11 @@ def test_every_token_gets_its_slot_and_padding_gets_none(lengths: list[int]) -> 
     assert slots.tolist() == expected + [-1] * (16 - len(expected))
 
 
-def test_vllm_has_the_kernels_that_are_replaced() -> None:
+def test_replacements_have_the_parameters_of_vllms_kernels() -> None:
+    """With others vLLM would call them by position."""
     from vllm.triton_utils.dispatcher import _kernel_arg_names, _resolve_kernel
 
     for name, function in KERNELS.items():
         host, attribute = _resolve_kernel(name)
-        needed = set(function.__kwdefaults__ or {}) | set(
-            function.__code__.co_varnames[: function.__code__.co_kwonlyargcount]
-        )
-        assert needed <= set(_kernel_arg_names(getattr(host, attribute)))
+        ours = tuple(inspect.signature(function).parameters)
+        assert ours == _kernel_arg_names(getattr(host, attribute))

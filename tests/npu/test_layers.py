@@ -41,8 +41,10 @@ def step(starts, ends, states):
     slots = torch.empty(512, dtype=torch.int64, device="npu")
     compute_slot_mapping(
         num_tokens=len(positions), max_num_tokens=512, query_start_loc_ptr=query_start.npu(),
-        positions_ptr=positions.npu(), block_table_ptr=table.npu(), slot_mapping_ptr=slots,
-        KV_CACHE_BLOCK_SIZE=128, TOTAL_CP_WORLD_SIZE=1, PAD_ID=-1, BLOCK_SIZE=1024)
+        positions_ptr=positions.npu(), block_table_ptr=table.npu(),
+        block_table_stride=table.stride(0), slot_mapping_ptr=slots,
+        KV_CACHE_BLOCK_SIZE=128, TOTAL_CP_WORLD_SIZE=1, TOTAL_CP_RANK=0,
+        CP_KV_CACHE_INTERLEAVE_SIZE=1, PAD_ID=-1, BLOCK_SIZE=1024)
     common = SimpleNamespace(
         num_reqs=3, num_actual_tokens=len(positions), query_start_loc_cpu=query_start,
         seq_lens_cpu_upper_bound=torch.tensor(ends), block_table_tensor=table.npu(),

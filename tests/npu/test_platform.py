@@ -13,7 +13,7 @@ from xllm_plugin.npu.platform import XllmNpuPlatform, refusal, run_eagerly
 
 
 def config(**model: Any) -> Any:
-    settings = {"enable_sleep_mode": False, "quantization": None, "use_mla": False}
+    settings = {"enable_sleep_mode": False, "quantization": None}
     return SimpleNamespace(
         parallel_config=SimpleNamespace(world_size=1, data_parallel_size=1),
         model_config=SimpleNamespace(**{**settings, **model}),
@@ -39,7 +39,6 @@ def test_each_thing_that_is_not_there_is_named() -> None:
             lora,
             config(enable_sleep_mode=True),
             config(quantization="awq"),
-            config(use_mla=True),
         )
     ]
     assert found == [
@@ -48,7 +47,6 @@ def test_each_thing_that_is_not_there_is_named() -> None:
         "LoRA",
         "sleep mode",
         "quantization (awq)",
-        "multi-head latent attention (DeepSeek)",
     ]
 
 

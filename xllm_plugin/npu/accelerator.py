@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Callable
 
 from xllm_plugin.accelerator.family import Capabilities, DeviceFamily, Probe
 from xllm_plugin.errors import PlatformError
 from xllm_plugin.hookspecs import hookimpl
+from xllm_plugin.npu.acl import Acl
+from xllm_plugin.npu.socs import SOCS, soc_named
 
 __all__ = ["FAMILY", "SUPPORTED_TORCH_NPU", "register_device_families"]
 
 SUPPORTED_TORCH_NPU = "2.13.0"
+MIN_CANN = (8, 5)
+"""Of torch_npu 2.12 by its own table, which does not name 2.13 yet."""
 
 
 def probe() -> Probe:
@@ -25,20 +30,39 @@ def probe() -> Probe:
         return Probe(
             False, looked_for, f"torch_npu {version} (pip install torch_npu=={SUPPORTED_TORCH_NPU})"
         )
-    from xllm_plugin.npu.acl import Acl
-
     try:
-        num_devices = Acl().num_devices()
+        acl = Acl()
     except PlatformError as error:
         return Probe(False, looked_for, f"torch_npu {version}, and {error}")
+    return probe_cann(acl, looked_for, f"torch_npu {version}")
+
+
+def probe_cann(acl: Acl, looked_for: str, so_far: str) -> Probe:
+    """Look at what the loaded CANN says about itself and its devices."""
+    cann = acl.cann_version()
+    so_far += f", CANN {cann or 'of unknown version'}"
+    if cann is not None and is_older(cann, MIN_CANN):
+        needed = ".".join(map(str, MIN_CANN))
+        return Probe(False, looked_for, f"{so_far}, which is older than {needed}; install that one")
+    num_devices = acl.num_devices()
     if not num_devices:
         return Probe(
             False,
             looked_for,
-            f"torch_npu {version} and CANN, but no device; look at `npu-smi info`, at "
-            "ASCEND_RT_VISIBLE_DEVICES and at the rights on /dev/davinci*",
+            f"{so_far}, but no device; look at `npu-smi info`, at ASCEND_RT_VISIBLE_DEVICES and at "
+            "the rights on /dev/davinci*",
         )
-    return Probe(True, looked_for, f"torch_npu {version}, {num_devices} Ascend device(s)")
+    name = acl.soc_name()
+    if name is not None and soc_named(name) is None:
+        known = " and ".join(soc.product for soc in SOCS)
+        return Probe(False, looked_for, f"{so_far} and {name}; supported are {known}")
+    return Probe(True, looked_for, f"{so_far}, {num_devices} device(s) {name or 'without a name'}")
+
+
+def is_older(version: str, than: tuple[int, ...]) -> bool:
+    """Compare a version such as 8.3.RC1 by its leading numbers."""
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    return numbers is not None and tuple(map(int, numbers[0].split("."))) < than
 
 
 def torch_npu_version() -> str:

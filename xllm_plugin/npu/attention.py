@@ -55,8 +55,8 @@ class NpuAttentionBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        """As in logs."""
-        return "XLLM_NPU"
+        """The name in vLLM's table for backends from elsewhere."""
+        return "CUSTOM"
 
     @staticmethod
     def get_impl_cls() -> type[NpuAttention]:
@@ -118,7 +118,7 @@ class NpuMetadataBuilder(AttentionMetadataBuilder[NpuAttentionMetadata]):
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.mask = torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.int8, device=device).triu_(1)
+        self.mask = causal_mask(device)
 
     def build(
         self,
@@ -140,6 +140,11 @@ class NpuMetadataBuilder(AttentionMetadataBuilder[NpuAttentionMetadata]):
             slots=slots_of_keys(common.slot_mapping[:num_tokens]),
             mask=self.mask,
         )
+
+
+def causal_mask(device: torch.device) -> torch.Tensor:
+    """What the operator takes for any lengths: [2048, 2048] int8, one above the diagonal."""
+    return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.int8, device=device).triu_(1)
 
 
 def slots_of_keys(slots: torch.Tensor) -> torch.Tensor:

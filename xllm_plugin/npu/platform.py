@@ -14,14 +14,16 @@ from xllm_plugin.errors import PlatformError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import AttentionBackend
+    from vllm.v1.attention.backends.mla.prefill.selector import MLAPrefillSelectorConfig
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
 __all__ = ["XllmNpuPlatform"]
 
 logger = logging.getLogger("vllm.xllm_plugin")
 
-ATTENTION = "xllm_plugin.npu.attention.NpuAttentionBackend"
 V2_RUNNER_ENV = "VLLM_USE_V2_MODEL_RUNNER"
+START_METHOD_ENV = "VLLM_WORKER_MULTIPROC_METHOD"
 
 
 class XllmNpuPlatform(XllmPlatformMixin, Platform):
@@ -39,6 +41,21 @@ class XllmNpuPlatform(XllmPlatformMixin, Platform):
 
     xllm_worker_cls = "xllm_plugin.npu.worker.XllmNpuWorker"
 
+    def __init__(self) -> None:
+        """Load torch_npu, which torch has done already unless it was told not to.
+
+        Raises:
+            PlatformError: it cannot be loaded.
+        """
+        try:
+            import torch_npu  # noqa: F401  registers torch.npu
+        except (ImportError, OSError) as error:
+            raise PlatformError(
+                f"torch_npu cannot be loaded: {error}. It has to be of torch {torch.__version__} "
+                "and CANN of its own version; `xllm doctor` says which are here."
+            ) from error
+        super().__init__()
+
     @property
     def supported_dtypes(self) -> list[torch.dtype]:
         """The only one that attention takes in the layout used (`npu/attention.py`)."""
@@ -46,9 +63,13 @@ class XllmNpuPlatform(XllmPlatformMixin, Platform):
 
     @classmethod
     def pre_register_and_update(cls, parser: Any = None) -> None:
-        """Show our options; extend vLLM's V1 runner, as V2 is written in Triton."""
+        """Show our options; extend vLLM's V1 runner, as V2 is written in Triton; never fork.
+
+        A process that has asked CANN for a device's memory cannot be forked.
+        """
         super().pre_register_and_update(parser)
         os.environ.setdefault(V2_RUNNER_ENV, "0")
+        os.environ.setdefault(START_METHOD_ENV, "spawn")
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
@@ -81,15 +102,14 @@ class XllmNpuPlatform(XllmPlatformMixin, Platform):
         attn_selector_config: AttentionSelectorConfig,
         num_heads: int | None = None,
     ) -> str:
-        """The one attention backend, if it can do what the layer needs.
+        """The backend for latent attention or for any other, if it can do what the layer needs.
 
         Raises:
             PlatformError: it cannot, or another one was asked for.
         """
         del num_heads
-        from xllm_plugin.npu.attention import NpuAttentionBackend
-
-        reasons = NpuAttentionBackend.validate_configuration(
+        backend = attention_backend(use_mla=attn_selector_config.use_mla)
+        reasons = backend.validate_configuration(
             device_capability=None, **attn_selector_config._asdict()
         )
         if selected_backend is not None:
@@ -97,9 +117,18 @@ class XllmNpuPlatform(XllmPlatformMixin, Platform):
         if reasons:
             raise PlatformError(
                 f"attention on the NPU family: {'; '.join(reasons)}. It takes decoder attention "
-                "in bfloat16 with a head size of at most 128."
+                "in bfloat16 with a head size of at most 128, or DeepSeek's latent attention of "
+                "512 and 64."
             )
-        return ATTENTION
+        return f"{backend.__module__}.{backend.__qualname__}"
+
+    @classmethod
+    def get_mla_prefill_backend_cls(cls, mla_selector_config: MLAPrefillSelectorConfig) -> type[Any]:
+        """What stands where vLLM's layer wants one; see the class."""
+        del mla_selector_config
+        from xllm_plugin.npu.mla import NpuLatentPrefill
+
+        return NpuLatentPrefill
 
     @classmethod
     def get_device_name(cls, device_id: int = 0) -> str:
@@ -123,8 +152,8 @@ class XllmNpuPlatform(XllmPlatformMixin, Platform):
 
     @classmethod
     def get_current_memory_usage(cls, device: Any = None) -> float:
-        """The most bytes that torch has held at once."""
-        return float(torch.npu.max_memory_allocated(device))
+        """The bytes that tensors hold."""
+        return float(torch.npu.memory_allocated(device))
 
     @classmethod
     def check_if_supports_dtype(cls, dtype: torch.dtype) -> None:
@@ -157,6 +186,17 @@ class XllmNpuPlatform(XllmPlatformMixin, Platform):
         register_kernels(KERNELS)
 
 
+def attention_backend(*, use_mla: bool) -> type[AttentionBackend]:
+    """The class for one of the two kinds of attention."""
+    if use_mla:
+        from xllm_plugin.npu.mla import NpuLatentBackend
+
+        return NpuLatentBackend
+    from xllm_plugin.npu.attention import NpuAttentionBackend
+
+    return NpuAttentionBackend
+
+
 def refusal(vllm_config: VllmConfig) -> str | None:
     """What is asked for that this family does not do, or None."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
@@ -170,7 +210,6 @@ def refusal(vllm_config: VllmConfig) -> str | None:
         asked |= {
             "sleep mode": model.enable_sleep_mode,
             f"quantization ({model.quantization})": model.quantization is not None,
-            "multi-head latent attention (DeepSeek)": model.use_mla,
         }
     return next((what for what, is_asked in asked.items() if is_asked), None)
 

@@ -1,4 +1,4 @@
-"""How the NPU's memory driver is checked; see `xllm_plugin.testing.conformance`."""
+"""How the NPU family is checked: see `xllm_plugin.testing.conformance` and `.selftest`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 from xllm_plugin.npu.acl import MEMCPY_DEVICE_TO_HOST, MEMCPY_HOST_TO_DEVICE
 from xllm_plugin.npu.memory import NpuMemoryDriver
-from xllm_plugin.testing.conformance import MemoryKit, MemoryProbe
+from xllm_plugin.testing.conformance import MemoryKit, MemoryProbe, check_memory_driver
+from xllm_plugin.testing.selftest import Check
 
-__all__ = ["MEMORY_KIT", "probe_memory"]
+__all__ = ["MEMORY_KIT", "SELFTEST", "probe_memory", "selftest"]
 
 MAX_PAGES = 1000
 """A device with room for more is not filled to see how it refuses."""
@@ -66,3 +67,19 @@ def num_free_bytes(driver: NpuMemoryDriver) -> int:
 
 
 MEMORY_KIT = MemoryKit(NpuMemoryDriver, probe_memory)
+
+
+def selftest() -> Iterator[Check]:
+    """Operators first, then the memory driver; see `xllm_plugin.npu.selftest`."""
+    from xllm_plugin.npu.selftest import check_operators
+
+    yield from check_operators()
+    try:
+        unchecked = check_memory_driver(NpuMemoryDriver, probe_memory)
+    except AssertionError as broken:
+        yield Check("memory driver", "contract", problem=str(broken))
+        return
+    yield Check("memory driver", f"contract but for {len(unchecked)} clauses", 0.0)
+
+
+SELFTEST = selftest

@@ -7,7 +7,8 @@
  * Work is done when it is given to a stream.  `emulator_hold` makes the device busy: events
  * recorded from then on, and every wait for a stream, are not done before `emulator_release`.
  *
- * Environment: XLLM_CANN_DEVICES (1), XLLM_CANN_MEMORY_BYTES (4 GiB a device), XLLM_CANN_SOC.
+ * Environment: XLLM_CANN_DEVICES (1), XLLM_CANN_MEMORY_BYTES (4 GiB a device), XLLM_CANN_SOC
+ * (Ascend910B3), XLLM_CANN_VERSION (8.5.0).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -104,6 +105,16 @@ const char *aclrtGetSocName(void)
 {
     const char *name = getenv("XLLM_CANN_SOC");
     return name && *name ? name : "Ascend910B3";
+}
+
+/* Declared deprecated in the header, and the only one that every CANN has. */
+aclError aclsysGetCANNVersion(aclCANNPackageName name, aclCANNPackageVersion *version)
+{
+    const char *text = getenv("XLLM_CANN_VERSION");
+    memset(version, 0, sizeof *version);
+    if (name != ACL_PKG_NAME_CANN) return fail(ACL_ERROR_INVALID_FILE, "package %d", (int)name);
+    snprintf(version->version, sizeof version->version, "%s", text && *text ? text : "8.5.0");
+    return ACL_SUCCESS;
 }
 void aclAppLog(aclLogLevel level, const char *function, const char *file, uint32_t line,
                const char *format, ...)

@@ -9,30 +9,38 @@ import torch
 from torch.utils._pytree import tree_map
 
 # Each enters its operators when it is imported.
-from xllm_plugin.testing.cann.device import attention, dense  # noqa: F401
+from xllm_plugin.testing.cann.device import attention, dense, experts  # noqa: F401
 from xllm_plugin.testing.cann.device.contract import EMULATED
 from xllm_plugin.testing.cann.device.fallback import refuse_host_tensors
 from xllm_plugin.testing.cann.device.host import host_view, to_device
 
 __all__ = ["register"]
 
-_library: Any = None
+DEVICE, AUTOGRAD = "PrivateUse1", "AutogradPrivateUse1"
+
+_libraries: list[Any] = []
+"""Torch drops the kernels with these objects."""
 
 
 def register() -> None:
-    """Register the emulated operators, and a refusal for every other; safe to repeat."""
-    global _library  # noqa: PLW0603  torch drops the kernels with the object
-    if _library is not None:
+    """Register the emulated operators, and a refusal for every other; safe to repeat.
+
+    Gradients are not emulated: that key lets every call through.
+    """
+    if _libraries:
         return
-    _library = torch.library.Library("npu", "IMPL", "PrivateUse1")
+    kernels, gradients = (torch.library.Library("npu", "IMPL", key) for key in (DEVICE, AUTOGRAD))
+    _libraries.extend((kernels, gradients))
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # noqa: SLF001  no public name
     for full_name in torch._C._dispatch_get_all_op_names():  # noqa: SLF001
         name = full_name.removeprefix("npu::")
         is_operator = full_name.startswith("npu::npu_")
-        if is_operator and has_kernel(full_name, "PrivateUse1"):
+        if is_operator and has_kernel(full_name, DEVICE):
             function = EMULATED.get(name)
             kernel = _refusal(name) if function is None else _kernel(name, function)
-            _library.impl(name, kernel, allow_override=True)
+            kernels.impl(name, kernel, allow_override=True)
+            if has_kernel(full_name, AUTOGRAD):  # some of these compute by themselves
+                gradients.impl(name, torch.library.fallthrough_kernel, allow_override=True)
 
 
 def _kernel(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
