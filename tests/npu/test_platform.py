@@ -61,8 +61,10 @@ def test_models_run_eagerly() -> None:
 
     asked = config(enforce_eager=False)
     asked.compilation_config = CompilationConfig()
+    asked.kernel_config = SimpleNamespace(enable_jit_warmup=True)
     run_eagerly(asked)
     assert asked.model_config.enforce_eager
+    assert not asked.kernel_config.enable_jit_warmup
     assert asked.compilation_config.mode == CompilationMode.NONE
     assert asked.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
     assert asked.compilation_config.custom_ops == ["all"]

@@ -226,5 +226,6 @@ def run_eagerly(vllm_config: VllmConfig) -> None:
     compilation.cudagraph_mode = CUDAGraphMode.NONE
     compilation.cudagraph_capture_sizes = []
     compilation.max_cudagraph_capture_size = 0
+    vllm_config.kernel_config.enable_jit_warmup = False  # there is no Triton kernel to warm up
     if "all" not in compilation.custom_ops and "none" not in compilation.custom_ops:
         compilation.custom_ops.append("all")
