@@ -50,7 +50,6 @@ def test_tokens_are_the_cpus_but_for_near_ties(emulator: Emulator, model: str) -
     alone_on_cpu = collect_in_child(alone, PROMPTS, platform="xllm", environment=ON_CPU)
     yardstick = measure(cpu.completions, alone_on_cpu.completions)
     report = check_near_ties(cpu.completions, npu.completions, yardstick)
-    print(report.summary())
     assert report.equal, report.summary()
     texts = {completion.token_ids for completion in npu.completions}
     assert len(texts) > 4, "the model says the same whatever it is asked: equality shows nothing"

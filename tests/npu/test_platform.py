@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from xllm_plugin.errors import PlatformError
-from xllm_plugin.npu.platform import XllmNpuPlatform, refusal, run_eagerly
+from xllm_plugin.npu.platform import XllmNpuPlatform, refusal, capture_nothing_of_vllms
 
 
 def config(**model: Any) -> Any:
@@ -56,14 +56,14 @@ def test_other_types_are_refused_with_the_option() -> None:
         XllmNpuPlatform.check_if_supports_dtype(torch.float32)
 
 
-def test_models_run_eagerly() -> None:
+def test_models_capture_nothing_of_vllms() -> None:
     from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 
     asked = config(enforce_eager=False)
     asked.compilation_config = CompilationConfig()
     asked.kernel_config = SimpleNamespace(enable_jit_warmup=True)
-    run_eagerly(asked)
-    assert asked.model_config.enforce_eager
+    capture_nothing_of_vllms(asked)
+    assert not asked.model_config.enforce_eager
     assert not asked.kernel_config.enable_jit_warmup
     assert asked.compilation_config.mode == CompilationMode.NONE
     assert asked.compilation_config.cudagraph_mode == CUDAGraphMode.NONE

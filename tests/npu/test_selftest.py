@@ -1,4 +1,4 @@
-"""The NPU family's self-test on the emulated device, where a device's mistakes are made on purpose."""
+"""The NPU family's self-test on the emulated device; mistakes of a device are made on purpose."""
 
 from __future__ import annotations
 

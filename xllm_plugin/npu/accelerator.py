@@ -78,7 +78,11 @@ FAMILY = DeviceFamily(
     preference=20,
     platform_class="xllm_plugin.npu.platform.XllmNpuPlatform",
     probe=probe,
-    capabilities=Capabilities(memory_driver="xllm_plugin.npu.memory.NpuMemoryDriver"),
+    capabilities=Capabilities(
+        graph_modes=("eager", "full"),
+        memory_driver="xllm_plugin.npu.memory.NpuMemoryDriver",
+        graph_backend="xllm_plugin.npu.graphs.NpuGraphBackend",
+    ),
 )
 
 

@@ -110,6 +110,11 @@ class NpuAttentionMetadata:
     slots: torch.Tensor
     mask: torch.Tensor
 
+    def lengths_of_decodes(self) -> list[int] | None:
+        """Keys of each request if each has one new token, else None."""
+        is_decode = self.query_ends == list(range(1, self.num_tokens + 1))
+        return self.num_keys if is_decode else None
+
 
 class NpuMetadataBuilder(AttentionMetadataBuilder[NpuAttentionMetadata]):
     """Makes a step's metadata from vLLM's."""

@@ -127,9 +127,7 @@ def choose_experts(layer: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torc
     return weights * layer.routed_scaling_factor, experts
 
 
-def grouped_product(
-    rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor
-) -> torch.Tensor:
+def grouped_product(rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Rows, sorted by expert, times their expert's weight.
 
     Args:

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek): what is cached is one latent vector a token, and its rope.
+"""Multi-head latent attention (DeepSeek): one latent vector a token is cached, and its rope.
 
 Requests with one new token attend in the space of latents, in one call over all of them; the others
 turn the latents of all their keys into keys and values first.  The operators want latents and ropes
@@ -146,6 +146,10 @@ class NpuLatentMetadata:
     decode: Decodes | None
     prefill: Prefills | None
 
+    def lengths_of_decodes(self) -> list[int] | None:
+        """Keys of each request if each has one new token, else None."""
+        return self.decode.num_keys if self.decode is not None and self.prefill is None else None
+
 
 class NpuLatentMetadataBuilder(AttentionMetadataBuilder[NpuLatentMetadata]):
     """Makes a step's metadata from vLLM's; lengths come from the host."""
@@ -264,7 +268,7 @@ class NpuLatentAttention(MLAAttentionImpl[Any]):
         self.value_size = v_head_dim
         self.kv_b_proj = kv_b_proj
 
-    def do_kv_cache_update(
+    def do_kv_cache_update(  # noqa: PLR0917  as vLLM's
         self,
         kv_c_normed: torch.Tensor,
         k_pe: torch.Tensor,
@@ -321,7 +325,7 @@ class NpuLatentAttention(MLAAttentionImpl[Any]):
         )
         return attended, None
 
-    def forward_mha(
+    def forward_mha(  # noqa: PLR0917  as vLLM's
         self,
         q: torch.Tensor,
         kv_c_normed: torch.Tensor,
@@ -399,10 +403,10 @@ class NpuLatentPrefill(MLAPrefillBackend):
         """As in logs."""
         return "XLLM_NPU_LATENT"
 
-    def run_prefill_new_tokens(self, *args: Any, **kwargs: Any) -> Any:
+    def run_prefill_new_tokens(self, *_: Any, **__: Any) -> Any:
         """Never called: see the class."""
         raise InternalError("NpuLatentAttention attends by itself; please report this")
 
-    def run_prefill_context_chunk(self, *args: Any, **kwargs: Any) -> Any:
+    def run_prefill_context_chunk(self, *_: Any, **__: Any) -> Any:
         """Never called: see the class."""
         raise InternalError("NpuLatentAttention attends by itself; please report this")

@@ -1,4 +1,4 @@
-"""The NPU family's vLLM platform: out of tree, one device, eager."""
+"""The NPU family's vLLM platform: out of tree, one device."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class XllmNpuPlatform(XllmPlatformMixin, Platform):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Choose classes; refuse what is not there yet; run eagerly.
+        """Choose classes; refuse what is not there yet; turn vLLM's graphs off.
 
         Raises:
             PlatformError: what is asked for is not supported on this family.
@@ -87,7 +87,7 @@ class XllmNpuPlatform(XllmPlatformMixin, Platform):
             )
         if vllm_config.model_config is not None:
             cls.check_if_supports_dtype(vllm_config.model_config.dtype)
-        run_eagerly(vllm_config)
+        capture_nothing_of_vllms(vllm_config)
 
     @classmethod
     def choose_async_scheduling(cls, vllm_config: VllmConfig, asked: bool | None) -> None:
@@ -123,7 +123,9 @@ class XllmNpuPlatform(XllmPlatformMixin, Platform):
         return f"{backend.__module__}.{backend.__qualname__}"
 
     @classmethod
-    def get_mla_prefill_backend_cls(cls, mla_selector_config: MLAPrefillSelectorConfig) -> type[Any]:
+    def get_mla_prefill_backend_cls(
+        cls, mla_selector_config: MLAPrefillSelectorConfig
+    ) -> type[Any]:
         """What stands where vLLM's layer wants one; see the class."""
         del mla_selector_config
         from xllm_plugin.npu.mla import NpuLatentPrefill
@@ -214,14 +216,11 @@ def refusal(vllm_config: VllmConfig) -> str | None:
     return next((what for what, is_asked in asked.items() if is_asked), None)
 
 
-def run_eagerly(vllm_config: VllmConfig) -> None:
-    """Neither compile nor capture; say so where the user did not ask for it."""
+def capture_nothing_of_vllms(vllm_config: VllmConfig) -> None:
+    """Neither compile nor capture CUDA graphs; `npu/graphs.py` captures what is worth it."""
     from vllm.config import CompilationMode, CUDAGraphMode
 
-    model, compilation = vllm_config.model_config, vllm_config.compilation_config
-    if model is not None and not model.enforce_eager:
-        logger.info("xllm-plugin: the NPU family runs models eagerly; graph mode is not there yet.")
-        model.enforce_eager = True
+    compilation = vllm_config.compilation_config
     compilation.mode = CompilationMode.NONE
     compilation.cudagraph_mode = CUDAGraphMode.NONE
     compilation.cudagraph_capture_sizes = []

@@ -140,7 +140,9 @@ def prefill_arguments(generator: torch.Generator) -> Arguments:
 
 def gating_arguments(generator: torch.Generator) -> Arguments:
     """Of choosing experts by grouped sigmoid."""
-    logits, bias = (torch.randn(shape, generator=generator) for shape in ((33, EXPERTS), (EXPERTS,)))
+    logits, bias = (
+        torch.randn(shape, generator=generator) for shape in ((33, EXPERTS), (EXPERTS,))
+    )
     return (logits,), {
         "k": CHOSEN,
         "bias": bias,
@@ -209,7 +211,7 @@ def check_operators(cases: Sequence[Case] = CASES) -> Iterator[Check]:
         operator = getattr(torch.ops.npu, case.operator)
         try:
             results = operator(*here[0], **here[1])
-            time_us = timed_us(lambda here=here, call=operator: call(*here[0], **here[1]))
+            time_us = timed_us(operator, *here)
         except (RuntimeError, NotImplementedError) as refusal:  # what the device says to a call
             yield Check(case.operator, case.what, problem=str(refusal).partition("\n")[0])
             continue
@@ -244,12 +246,14 @@ def largest(errors: Sequence[float]) -> float:
     return max(errors, key=lambda error: (math.isnan(error), error))
 
 
-def timed_us(call: Callable[[], Any]) -> float:
+def timed_us(
+    operator: Callable[..., Any], positional: tuple[Any, ...], named: dict[str, Any]
+) -> float:
     """One of `NUM_TIMED` calls behind one another, by the device's clock."""
     start, end = (torch.npu.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(NUM_TIMED):
-        call()
+        operator(*positional, **named)
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) * 1e3 / NUM_TIMED

@@ -5,13 +5,24 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from xllm_plugin.npu.acl import MEMCPY_DEVICE_TO_HOST, MEMCPY_HOST_TO_DEVICE
 from xllm_plugin.npu.memory import NpuMemoryDriver
-from xllm_plugin.testing.conformance import MemoryKit, MemoryProbe, check_memory_driver
+from xllm_plugin.testing.conformance import (
+    GraphKit,
+    GraphProbe,
+    MemoryKit,
+    MemoryProbe,
+    check_memory_driver,
+)
+from xllm_plugin.testing.conformance.graphs import GraphWork
 from xllm_plugin.testing.selftest import Check
 
-__all__ = ["MEMORY_KIT", "SELFTEST", "probe_memory", "selftest"]
+if TYPE_CHECKING:
+    from xllm_plugin.npu.graphs import NpuGraphBackend
+
+__all__ = ["GRAPH_KIT", "MEMORY_KIT", "SELFTEST", "probe_memory", "selftest"]
 
 MAX_PAGES = 1000
 """A device with room for more is not filled to see how it refuses."""
@@ -83,3 +94,30 @@ def selftest() -> Iterator[Check]:
 
 
 SELFTEST = selftest
+
+
+def probe_graphs(backend: NpuGraphBackend) -> GraphProbe:
+    """Work on the current device; how it runs out of memory is not shown."""
+    import torch
+
+    del backend
+
+    def make_work() -> GraphWork:
+        source = torch.zeros(1, dtype=torch.int32, device="npu")
+        return GraphWork(
+            write=lambda value: source.fill_(value),
+            run=lambda: source + 1,
+            read=lambda output: int(output.item()),
+        )
+
+    return GraphProbe(make_work=make_work)
+
+
+def make_graph_backend() -> NpuGraphBackend:
+    """One without graphs; its module is imported only here, as it imports torch_npu."""
+    from xllm_plugin.npu.graphs import NpuGraphBackend
+
+    return NpuGraphBackend()
+
+
+GRAPH_KIT = GraphKit(make_graph_backend, probe_graphs)

@@ -371,7 +371,8 @@ back = torch_npu.npu_moe_token_unpermute(out, places, probs=probs)
 summed = (by_choice.float() * probs.cpu().float().unsqueeze(-1)).sum(1)
 result["summed"] = close(back, summed, 2e-2)
 result["refused"] = {
-    "small groups": refused(lambda: torch_npu.npu_moe_gating_top_k(logits.npu(), k=1, group_count=4)),
+    "small groups": refused(lambda: torch_npu.npu_moe_gating_top_k(
+        logits.npu(), k=1, group_count=4)),
     "bias": refused(lambda: torch_npu.npu_moe_gating_top_k(
         logits.npu(), k=1, bias=bias.bfloat16().npu())),
     "int64": refused(lambda: route(chosen.long())),

@@ -103,6 +103,12 @@ def fused_infer_attention_score_v2(
     return out, lse
 
 
+@emulates("_npu_fused_infer_attention_score_v2_get_max_workspace")
+def max_workspace(query: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """Memory for the operator to work in; this one needs none."""
+    return query.new_empty(1)
+
+
 def _paged(
     block_table: torch.Tensor, num_keys: Sequence[int], block_size: int, num_kv_heads: int
 ) -> Reader:
@@ -151,8 +157,7 @@ def _check_queries(query: torch.Tensor, num_heads: int, num_kv_heads: int) -> No
     )
     require(query.shape[1] == num_heads <= 256, f"{query.shape[1]} heads, {num_heads} named")
     require(
-        num_heads % num_kv_heads == 0
-        and (dim == LATENT_DIM or num_heads // num_kv_heads <= 64),
+        num_heads % num_kv_heads == 0 and (dim == LATENT_DIM or num_heads // num_kv_heads <= 64),
         f"{num_heads} heads over {num_kv_heads} key heads",
     )
 

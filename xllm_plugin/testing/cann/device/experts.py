@@ -93,11 +93,11 @@ def moe_init_routing_v2(
     expert_tokens_num_type: int = 0,
     expert_tokens_num_flag: bool = False,
     quant_mode: int = -1,
-    active_expert_range: Sequence[int] = [],  # noqa: B006  as in the schema
+    active_expert_range: Sequence[int] = [],
     row_idx_type: int = 0,
     **not_emulated: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows [tokens * k, hidden] sorted by expert, each choice's row, and the rows of each expert."""
+    """Rows [tokens * k, hidden] sorted by expert, the row of each choice, and rows an expert."""
     require(not not_emulated, f"not emulated: {', '.join(not_emulated)}")
     require(quant_mode == -1 and drop_pad_mode == 0, "quantising and dropping are not emulated")
     require(expert_tokens_num_type == 1, f"expert_tokens_num_type {expert_tokens_num_type}")
