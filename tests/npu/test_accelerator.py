@@ -93,6 +93,7 @@ def test_an_accelerator_goes_before_the_cpu() -> None:
 
 
 @pytest.mark.npu
+@pytest.mark.full
 def test_without_a_device_a_command_ends_with_one_message(
     emulator: Emulator, run_python: Callable[..., subprocess.CompletedProcess[str]], site: Any
 ) -> None:

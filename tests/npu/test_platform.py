@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from xllm_plugin.errors import PlatformError
-from xllm_plugin.npu.platform import XllmNpuPlatform, refusal, capture_nothing_of_vllms
+from xllm_plugin.npu.platform import XllmNpuPlatform, capture_nothing_of_vllms, refusal
 
 
 def config(**model: Any) -> Any:
@@ -19,6 +19,7 @@ def config(**model: Any) -> Any:
         model_config=SimpleNamespace(**{**settings, **model}),
         speculative_config=None,
         lora_config=None,
+        additional_config={},
     )
 
 
@@ -27,16 +28,18 @@ def test_a_dense_model_on_one_device_is_accepted() -> None:
 
 
 def test_each_thing_that_is_not_there_is_named() -> None:
-    several, drafts, lora = config(), config(), config()
+    several, drafts, lora, elastic = config(), config(), config(), config()
     several.parallel_config.world_size = 2
     drafts.speculative_config = object()
     lora.lora_config = object()
+    elastic.additional_config = {"xllm": {"xtensor": {"enabled": True}}}
     found = [
         refusal(asked)
         for asked in (
             several,
             drafts,
             lora,
+            elastic,
             config(enable_sleep_mode=True),
             config(quantization="awq"),
         )
@@ -45,6 +48,7 @@ def test_each_thing_that_is_not_there_is_named() -> None:
         "2 ranks (HCCL)",
         "speculative decoding",
         "LoRA",
+        "xtensor.enabled",
         "sleep mode",
         "quantization (awq)",
     ]

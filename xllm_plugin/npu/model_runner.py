@@ -49,9 +49,7 @@ class XllmNpuModelRunner(XllmModelRunnerMixin, GPUModelRunner):
         eager = super()._model_forward
 
         def run() -> Any:
-            return eager(
-                input_ids, positions, intermediate_tensors, inputs_embeds, **model_kwargs
-            )
+            return eager(input_ids, positions, intermediate_tensors, inputs_embeds, **model_kwargs)
 
         if self.graphs is None or input_ids is None or positions is None or model_kwargs:
             return run()

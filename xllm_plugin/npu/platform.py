@@ -10,6 +10,7 @@ import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from xllm_plugin.accelerator.platform import XllmPlatformMixin
+from xllm_plugin.config import load_config
 from xllm_plugin.errors import PlatformError
 
 if TYPE_CHECKING:
@@ -207,6 +208,7 @@ def refusal(vllm_config: VllmConfig) -> str | None:
         f"{num_ranks} ranks (HCCL)": num_ranks > 1,
         "speculative decoding": vllm_config.speculative_config is not None,
         "LoRA": vllm_config.lora_config is not None,
+        "xtensor.enabled": load_config(vllm_config.additional_config).xtensor.enabled,
     }
     if model is not None:
         asked |= {

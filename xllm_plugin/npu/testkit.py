@@ -105,7 +105,7 @@ def probe_graphs(backend: NpuGraphBackend) -> GraphProbe:
     def make_work() -> GraphWork:
         source = torch.zeros(1, dtype=torch.int32, device="npu")
         return GraphWork(
-            write=lambda value: source.fill_(value),
+            write=source.fill_,
             run=lambda: source + 1,
             read=lambda output: int(output.item()),
         )

@@ -311,6 +311,7 @@ result["refused"] = {
 """
 
 
+@pytest.mark.full
 def test_latent_attention_against_plain_torch(on_device: Callable[..., Any]) -> None:
     found = on_device(PREAMBLE + LATENT, operators=True)
     refused = found.pop("refused")
@@ -386,6 +387,7 @@ result["refused"] = {
 """
 
 
+@pytest.mark.full
 def test_experts_against_plain_torch(on_device: Callable[..., Any]) -> None:
     found = on_device(PREAMBLE + EXPERTS, operators=True)
     refused = found.pop("refused")
