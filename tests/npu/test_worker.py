@@ -96,7 +96,11 @@ for name, prompt in prompts.items():
 def test_tokens_are_those_of_transformers_but_for_near_ties(
     on_device: Callable[..., Any], model: str
 ) -> None:
-    """bfloat16 against float32: a token may be second where the two differ by rounding."""
+    """bfloat16 against float32: a token may be second where the two differ by rounding.
+
+    So may an expert, which moves a log-probability further: tiny-deepseek-v3 has a token whose
+    second and third expert are 0.0016 apart, where steps of bfloat16 are 0.0078.
+    """
     found = on_device(
         f"MODEL = {str(prepare(model))!r}\n{SOURCE}",
         operators=True,
@@ -112,4 +116,5 @@ def test_tokens_are_those_of_transformers_but_for_near_ties(
     assert found["replays"] >= 5
     assert sum(margin > 0 for margin in found["margins"]) <= 2, found["margins"]
     assert max(found["margins"]) < 0.2
-    assert max(found["differences"]) < 0.3
+    num_far = sum(difference > 0.3 for difference in found["differences"])
+    assert num_far <= (model in {"tiny-qwen3-moe", "tiny-deepseek-v3"}), found["differences"]
