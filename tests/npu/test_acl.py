@@ -31,6 +31,8 @@ int main(void)
            ACL_RT_MEM_ALLOC_GRANULARITY_RECOMMENDED, ACL_MEMCPY_HOST_TO_DEVICE,
            ACL_MEMCPY_DEVICE_TO_HOST, ACL_ERROR_RT_MEMORY_ALLOCATION, ACL_ERROR_RT_DEVICE_OOM,
            ACL_ERROR_BAD_ALLOC);
+    printf("%zu %zu %d\\n", sizeof(aclCANNPackageVersion),
+           offsetof(aclCANNPackageVersion, majorVersion), ACL_PKG_NAME_CANN);
     return 0;
 }
 """
@@ -45,7 +47,11 @@ def test_layouts_and_numbers_are_those_of_the_headers(emulator: Emulator, tmp_pa
     command = [compiler, "-w", f"-I{headers}", "-o", str(tmp_path / "print")]
     subprocess.run([*command, str(tmp_path / "print.c")], check=True)
     done = subprocess.run([tmp_path / "print"], check=True, capture_output=True, text=True)
-    layout, numbers = ([int(word) for word in line.split()] for line in done.stdout.splitlines())
+    layout, numbers, package = (
+        [int(word) for word in line.split()] for line in done.stdout.splitlines()
+    )
+    version: Any = acl.PackageVersion
+    assert package == [ctypes.sizeof(version), version.parts.offset, acl.PACKAGE_CANN]
     prop: Any = acl.PhysicalMemProp
     location: Any = acl.MemLocation
     assert layout == [

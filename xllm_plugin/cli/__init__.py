@@ -17,6 +17,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Put one OpenAI endpoint in front of many servers.",
     ),
     "doctor": ("xllm_plugin.cli.doctor:doctor", "Explain what runs here, and what does not."),
+    "selftest": (
+        "xllm_plugin.cli.selftest:selftest",
+        "Try a device against the host.",
+    ),
     "model": ("xllm_plugin.cli.model:model", "Prepare a model without a model hub."),
     "top": ("xllm_plugin.cli.top:top", "Watch running engines."),
     "bench": ("xllm_plugin.cli.bench:bench", "Run a benchmark and write its result."),

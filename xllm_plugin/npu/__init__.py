@@ -1,5 +1,4 @@
-"""Ascend devices: so far their memory driver alone, which nothing uses yet.
+"""Ascend devices, through torch_npu; run on the emulator only so far, on no hardware.
 
-There is no `accelerator.py` here, so this is no device family: `xllm doctor` does not list it and
-no server can choose it.  It has met the emulator (`xllm_plugin.testing.cann`) and no device.
+See docs/npu.md, and `xllm_plugin.testing.cann` for the emulator.
 """

@@ -12,7 +12,7 @@ from typing import Any
 
 from xllm_plugin.errors import PlatformError
 
-__all__ = ["Acl", "PhysicalMemProp", "huge_pages_of"]
+__all__ = ["Acl", "PackageVersion", "PhysicalMemProp", "huge_pages_of"]
 
 LIBRARY = "libascendcl.so"
 
@@ -24,6 +24,8 @@ LOCATION_DEVICE = 1
 GRANULARITY_RECOMMENDED = 1
 # aclrtReserveMemAddress: addresses for huge pages.
 RESERVE_HUGE = 1
+# aclCANNPackageName
+PACKAGE_CANN = 0
 # ACL_ERROR_RT_MEMORY_ALLOCATION, ACL_ERROR_RT_DEVICE_OOM, ACL_ERROR_BAD_ALLOC
 OUT_OF_MEMORY = frozenset({207001, 207018, 200000})
 
@@ -52,6 +54,16 @@ def huge_pages_of(device_index: int) -> PhysicalMemProp:
     return PhysicalMemProp(0, 0, HBM_MEM_HUGE, location, 0)
 
 
+class PackageVersion(ctypes.Structure):
+    """`aclCANNPackageVersion`."""
+
+    _fields_ = (
+        ("version", ctypes.c_char * 128),
+        ("parts", ctypes.c_char * 64 * 4),
+        ("reserved", ctypes.c_char * 128),
+    )
+
+
 class Acl:
     """The library, its functions called by name.
 
@@ -72,6 +84,7 @@ class Acl:
                 f"{os.environ.get('LD_LIBRARY_PATH') or 'empty'})."
             ) from error
         self.library.aclGetRecentErrMsg.restype = ctypes.c_char_p
+        self.library.aclrtGetSocName.restype = ctypes.c_char_p
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function that returns an `aclError`.
@@ -85,3 +98,26 @@ class Acl:
             detail = (self.library.aclGetRecentErrMsg() or b"").decode(errors="replace")
             error = MemoryError if code in OUT_OF_MEMORY else RuntimeError
             raise error(f"{name}: error {code}: {detail.strip() or 'no message'}")
+
+    def num_devices(self) -> int:
+        """How many devices this process may use; initialises none."""
+        count = ctypes.c_uint32()
+        try:
+            self.call("aclrtGetDeviceCount", ctypes.byref(count))
+        except RuntimeError:
+            return 0
+        return count.value
+
+    def soc_name(self) -> str | None:
+        """CANN's name of the chip, such as Ascend910B3; None where it does not say."""
+        name: bytes | None = self.library.aclrtGetSocName()
+        return name.decode() if name else None
+
+    def cann_version(self) -> str | None:
+        """CANN's own version, such as 8.5.0; None where it does not say."""
+        version = PackageVersion()
+        try:
+            self.call("aclsysGetCANNVersion", PACKAGE_CANN, ctypes.byref(version))
+        except (AttributeError, RuntimeError):  # the function is younger than CANN 7
+            return None
+        return version.version.decode(errors="replace") or None

@@ -1,16 +1,28 @@
-"""How the NPU's memory driver is checked; see `xllm_plugin.testing.conformance`."""
+"""How the NPU family is checked: see `xllm_plugin.testing.conformance` and `.selftest`."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from xllm_plugin.npu.acl import MEMCPY_DEVICE_TO_HOST, MEMCPY_HOST_TO_DEVICE
 from xllm_plugin.npu.memory import NpuMemoryDriver
-from xllm_plugin.testing.conformance import MemoryKit, MemoryProbe
+from xllm_plugin.testing.conformance import (
+    GraphKit,
+    GraphProbe,
+    MemoryKit,
+    MemoryProbe,
+    check_memory_driver,
+)
+from xllm_plugin.testing.conformance.graphs import GraphWork
+from xllm_plugin.testing.selftest import Check
 
-__all__ = ["MEMORY_KIT", "probe_memory"]
+if TYPE_CHECKING:
+    from xllm_plugin.npu.graphs import NpuGraphBackend
+
+__all__ = ["GRAPH_KIT", "MEMORY_KIT", "SELFTEST", "probe_memory", "selftest"]
 
 MAX_PAGES = 1000
 """A device with room for more is not filled to see how it refuses."""
@@ -66,3 +78,46 @@ def num_free_bytes(driver: NpuMemoryDriver) -> int:
 
 
 MEMORY_KIT = MemoryKit(NpuMemoryDriver, probe_memory)
+
+
+def selftest() -> Iterator[Check]:
+    """Operators first, then the memory driver; see `xllm_plugin.npu.selftest`."""
+    from xllm_plugin.npu.selftest import check_operators
+
+    yield from check_operators()
+    try:
+        unchecked = check_memory_driver(NpuMemoryDriver, probe_memory)
+    except AssertionError as broken:
+        yield Check("memory driver", "contract", problem=str(broken))
+        return
+    yield Check("memory driver", f"contract but for {len(unchecked)} clauses", 0.0)
+
+
+SELFTEST = selftest
+
+
+def probe_graphs(backend: NpuGraphBackend) -> GraphProbe:
+    """Work on the current device; how it runs out of memory is not shown."""
+    import torch
+
+    del backend
+
+    def make_work() -> GraphWork:
+        source = torch.zeros(1, dtype=torch.int32, device="npu")
+        return GraphWork(
+            write=source.fill_,
+            run=lambda: source + 1,
+            read=lambda output: int(output.item()),
+        )
+
+    return GraphProbe(make_work=make_work)
+
+
+def make_graph_backend() -> NpuGraphBackend:
+    """One without graphs; its module is imported only here, as it imports torch_npu."""
+    from xllm_plugin.npu.graphs import NpuGraphBackend
+
+    return NpuGraphBackend()
+
+
+GRAPH_KIT = GraphKit(make_graph_backend, probe_graphs)

@@ -230,7 +230,7 @@ def test_paged_attention_against_plain_torch(on_device: Callable[..., Any]) -> N
     for name, part in {
         "v1 keyword": "num_heads",
         "float32": "query is torch.float32",
-        "head dim": "head dimension of 128, not 64",
+        "head dim": "head dimension of 128 or 512, not 64",
         "strided": "query is not contiguous",
         "block size": "block_size 64",
         "no mask": "needs a mask",
@@ -243,6 +243,168 @@ def test_paged_attention_against_plain_torch(on_device: Callable[..., Any]) -> N
         "slot": "outside the cache",
         "slot twice": "named twice",
         "key dtype": "cache is torch.bfloat16",
+    }.items():
+        assert part in refused[name], (name, refused[name])
+
+
+LATENT = """
+block, heads, latent_dim, rope_dim, dtype = 128, 4, 512, 64, torch.bfloat16
+table, num_keys = torch.tensor([[3, 1], [6, 0]], dtype=torch.int32), [200, 5]
+latents = torch.randn(8, block, 1, latent_dim, dtype=dtype)
+ropes = torch.randn(8, block, 1, rope_dim, dtype=dtype)
+scale = (latent_dim + rope_dim) ** -0.5
+mask = torch.ones(2048, 2048, dtype=torch.int8).triu(1)
+def expected(queries, keys, values):
+    n, m = len(queries), len(keys)
+    q, k, v = (t.double().transpose(0, 1) for t in (queries, keys, values))
+    seen = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+    return F.scaled_dot_product_attention(
+        q[None], k[None], v[None], attn_mask=seen, enable_gqa=True, scale=scale)[0].transpose(0, 1)
+def own(cache, request):
+    return cache[table[request].long()].flatten(0, 1)[:num_keys[request]]
+
+def decode(lengths, **changed):
+    total = sum(lengths)
+    query, rope = torch.randn(total, heads, latent_dim), torch.randn(total, heads, rope_dim)
+    query, rope = query.to(dtype), rope.to(dtype)
+    pages, rope_pages = (t.flatten(2).npu() for t in (latents, ropes))
+    arguments = dict(
+        query_rope=rope.npu(), key_rope=rope_pages, num_query_heads=heads, num_key_value_heads=1,
+        input_layout="TND", actual_seq_qlen=torch.tensor(lengths).cumsum(0).tolist(),
+        actual_seq_kvlen=num_keys, block_table=table.npu(), block_size=block, softmax_scale=scale)
+    if max(lengths) > 1:
+        arguments |= dict(sparse_mode=3, atten_mask=mask.npu())
+    out, _ = torch_npu.npu_fused_infer_attention_score_v2(
+        query.npu(), pages, pages, **{**arguments, **changed})
+    parts = torch.cat((query, rope), -1).split(lengths)
+    wanted = [expected(part, torch.cat((own(latents, i), own(ropes, i)), -1), own(latents, i))
+              for i, part in enumerate(parts)]
+    return close(out, torch.cat(wanted), 2e-2)
+result["latent"] = [decode([1, 1]), decode([3, 2])]
+
+num_queries, lengths = [4, 5], [200, 5]
+query, query_rope = torch.randn(9, heads, 128, dtype=dtype), torch.randn(9, heads, 64, dtype=dtype)
+key, value = (torch.randn(205, heads, 128, dtype=dtype) for _ in range(2))
+key_rope = torch.randn(205, heads, 64, dtype=dtype)
+def prefill(**changed):
+    arguments = dict(
+        query_rope=query_rope.npu(), key_rope=key_rope.npu(), num_query_heads=heads,
+        num_key_value_heads=heads, input_layout="TND", sparse_mode=3, atten_mask=mask.npu(),
+        actual_seq_qlen=[4, 9], actual_seq_kvlen=[200, 205], softmax_scale=scale)
+    return torch_npu.npu_fused_infer_attention_score_v2(
+        *npu(query, key, value), **{**arguments, **changed})[0]
+both = [torch.cat((a, b), -1) for a, b in ((query, query_rope), (key, key_rope))]
+parts = zip(both[0].split(num_queries), both[1].split(lengths), value.split(lengths))
+result["packed"] = close(prefill(), torch.cat([expected(*part) for part in parts]), 2e-2)
+result["refused"] = {
+    "no rope": refused(lambda: decode([1, 1], query_rope=None, key_rope=None)),
+    "one rope": refused(lambda: decode([1, 1], query_rope=None)),
+    "mask of one query": refused(lambda: decode([1, 1], sparse_mode=3, atten_mask=mask.npu())),
+    "no mask": refused(lambda: decode([3, 2], sparse_mode=0, atten_mask=None)),
+    "long": refused(lambda: decode([17, 1])),
+    "no pages": refused(lambda: decode([1, 1], block_table=None, actual_seq_kvlen=[1024, 1024])),
+    "lengths, not sums": refused(lambda: prefill(actual_seq_kvlen=[200, 5])),
+}
+"""
+
+
+@pytest.mark.full
+def test_latent_attention_against_plain_torch(on_device: Callable[..., Any]) -> None:
+    found = on_device(PREAMBLE + LATENT, operators=True)
+    refused = found.pop("refused")
+    assert found == {"latent": [True, True], "packed": True}
+    for name, part in {
+        "no rope": "not (8, 128, 128)",
+        "one rope": "only one of query_rope and key_rope",
+        "mask of one query": "need sparse mode 0",
+        "no mask": "need sparse mode 3",
+        "long": "17 queries",
+        "no pages": "actual_seq_kvlen ends at 1024 of 8",
+        "lengths, not sums": "actual_seq_kvlen is no running sum",
+    }.items():
+        assert part in refused[name], (name, refused[name])
+
+
+EXPERTS = """
+tokens, experts, k, hidden, width = 7, 8, 2, 64, 32
+logits, bias = torch.randn(tokens, experts), torch.randn(experts)
+weights, chosen, scores = torch_npu.npu_moe_gating_top_k(logits.npu(), k=k, out_flag=True)
+expected = logits.softmax(-1).topk(k)
+result["softmax"] = [close(weights, expected.values, 1e-6), close(scores, logits.softmax(-1), 1e-6),
+                     torch.equal(chosen.cpu(), expected.indices.int())]
+weights, chosen, _ = torch_npu.npu_moe_gating_top_k(
+    logits.npu(), k=k, bias=bias.npu(), k_group=1, group_count=2, group_select_mode=1, norm_type=1,
+    routed_scaling_factor=2.5)
+same = []
+for row, w, e in zip(logits.sigmoid(), weights.cpu(), chosen.cpu()):
+    biased = row + bias
+    best = max(range(2), key=lambda g: biased[4 * g:4 * g + 4].topk(2).values.sum())
+    wanted = 4 * best + biased[4 * best:4 * best + 4].topk(k).indices
+    same.append(sorted(wanted.tolist()) == sorted(e.tolist())
+                and torch.allclose(w, 2.5 * row[e.long()] / row[e.long()].sum()))
+result["sigmoid"] = all(same)
+
+x = torch.randn(tokens, hidden, dtype=torch.bfloat16)
+weight = torch.randn(experts, width, hidden, dtype=torch.bfloat16)
+def route(chosen=chosen, **changed):
+    return torch_npu.npu_moe_init_routing_v2(x.npu(), chosen, **{**dict(
+        active_num=chosen.numel(), expert_num=experts, expert_tokens_num_type=1,
+        expert_tokens_num_flag=True, active_expert_range=[0, experts], quant_mode=-1,
+        row_idx_type=0), **changed})
+rows, places, counts, _ = route()
+flat = chosen.cpu().flatten().long()
+result["routed"] = [
+    torch.equal(rows.cpu()[places.cpu().long()], x.repeat_interleave(k, 0)),
+    torch.equal(flat[places.cpu().long().argsort()], flat.sort().values),
+    torch.equal(counts.cpu(), flat.bincount(minlength=experts)), str(counts.dtype)]
+def product(weight=weight.npu().transpose(1, 2), **changed):
+    return torch_npu.npu_grouped_matmul([rows], [weight], **{**dict(
+        group_list=counts, split_item=2, group_type=0, group_list_type=1), **changed})
+(out,) = product()
+by_choice = out.cpu()[places.cpu().long()].view(tokens, k, width)
+expected = torch.einsum("th,tkwh->tkw", x.float(), weight.float()[chosen.cpu().long()])
+result["product"] = close(by_choice, expected, 5e-2)
+probs = weights.bfloat16()
+back = torch_npu.npu_moe_token_unpermute(out, places, probs=probs)
+summed = (by_choice.float() * probs.cpu().float().unsqueeze(-1)).sum(1)
+result["summed"] = close(back, summed, 2e-2)
+result["refused"] = {
+    "small groups": refused(lambda: torch_npu.npu_moe_gating_top_k(
+        logits.npu(), k=1, group_count=4)),
+    "bias": refused(lambda: torch_npu.npu_moe_gating_top_k(
+        logits.npu(), k=1, bias=bias.bfloat16().npu())),
+    "int64": refused(lambda: route(chosen.long())),
+    "no counts": refused(lambda: route(expert_tokens_num_flag=False)),
+    "outside": refused(lambda: route(chosen + 8)),
+    "sums": refused(lambda: product(group_list=counts.cumsum(0))),
+    "int32 counts": refused(lambda: product(group_list=counts.int())),
+    "shape": refused(lambda: product(weight.npu())),
+    "float32 probs": refused(lambda: torch_npu.npu_moe_token_unpermute(out, places, probs=weights)),
+}
+"""
+
+
+@pytest.mark.full
+def test_experts_against_plain_torch(on_device: Callable[..., Any]) -> None:
+    found = on_device(PREAMBLE + EXPERTS, operators=True)
+    refused = found.pop("refused")
+    assert found == {
+        "softmax": [True] * 3,
+        "sigmoid": True,
+        "routed": [True, True, True, "torch.int64"],
+        "product": True,
+        "summed": True,
+    }
+    for name, part in {
+        "small groups": "8 experts in 4 groups",
+        "bias": "bias is torch.bfloat16",
+        "int64": "expert_idx is torch.int64",
+        "no counts": "expert_tokens_num_flag",
+        "outside": "outside the range",
+        "sums": "groups of",
+        "int32 counts": "group_list is torch.int32",
+        "shape": "(14, 64) by (8, 32, 64)",
+        "float32 probs": "probs is torch.float32",
     }.items():
         assert part in refused[name], (name, refused[name])
 

@@ -7,7 +7,8 @@
  * Work is done when it is given to a stream.  `emulator_hold` makes the device busy: events
  * recorded from then on, and every wait for a stream, are not done before `emulator_release`.
  *
- * Environment: XLLM_CANN_DEVICES (1), XLLM_CANN_MEMORY_BYTES (4 GiB a device), XLLM_CANN_SOC.
+ * Environment: XLLM_CANN_DEVICES (1), XLLM_CANN_MEMORY_BYTES (4 GiB a device), XLLM_CANN_SOC
+ * (Ascend910B3), XLLM_CANN_VERSION (8.5.0).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -104,6 +105,16 @@ const char *aclrtGetSocName(void)
 {
     const char *name = getenv("XLLM_CANN_SOC");
     return name && *name ? name : "Ascend910B3";
+}
+
+/* Declared deprecated in the header, and the only one that every CANN has. */
+aclError aclsysGetCANNVersion(aclCANNPackageName name, aclCANNPackageVersion *version)
+{
+    const char *text = getenv("XLLM_CANN_VERSION");
+    memset(version, 0, sizeof *version);
+    if (name != ACL_PKG_NAME_CANN) return fail(ACL_ERROR_INVALID_FILE, "package %d", (int)name);
+    snprintf(version->version, sizeof version->version, "%s", text && *text ? text : "8.5.0");
+    return ACL_SUCCESS;
 }
 void aclAppLog(aclLogLevel level, const char *function, const char *file, uint32_t line,
                const char *format, ...)
@@ -460,12 +471,109 @@ aclError aclrtEventElapsedTime(float *elapsed_ms, aclrtEvent first, aclrtEvent s
     return ACL_SUCCESS;
 }
 
-/* Graph capture is not emulated yet: no stream is ever being captured. */
+/* Graph capture.  What operators do while a stream is captured is written down above this library
+ * (`device.tape`), which is told of each replay and of each graph's end.
+ *
+ * `emulator_capturing` is the number of the graph being captured, `emulator_group` that of the task
+ * group open in it, and `emulator_updating` that of the group whose task is being replaced; 0: none.
+ */
+typedef struct model { int32_t number; } model_t;
+typedef struct group { int32_t number; } group_t;
+typedef void (*told_t)(int32_t number);
+
+int32_t emulator_capturing, emulator_group, emulator_updating;
+static aclrtStream captured_stream;
+static model_t *captured;
+static int32_t num_models, num_groups;
+static told_t on_replay, on_destroy;
+
+void emulator_tell(told_t replay, told_t destroy) { on_replay = replay; on_destroy = destroy; }
+
+aclError aclmdlRICaptureBegin(aclrtStream stream, aclmdlRICaptureMode mode)
+{
+    (void)mode;
+    if (captured) return fail(ACL_ERROR_RT_STREAM_CAPTURED, "a stream is being captured");
+    captured = malloc(sizeof *captured);
+    captured->number = emulator_capturing = ++num_models;
+    captured_stream = stream;
+    return ACL_SUCCESS;
+}
+
+aclError aclmdlRICaptureEnd(aclrtStream stream, aclmdlRI *model)
+{
+    if (!captured || stream != captured_stream)
+        return fail(ACL_ERROR_RT_STREAM_NOT_CAPTURED, "the stream is not being captured");
+    *model = captured;
+    captured = NULL;
+    emulator_capturing = 0;
+    return ACL_SUCCESS;
+}
+
 aclError aclmdlRICaptureGetInfo(aclrtStream stream, aclmdlRICaptureStatus *status, aclmdlRI *model)
 {
+    int active = captured && stream == captured_stream;
+    *status = active ? ACL_MODEL_RI_CAPTURE_STATUS_ACTIVE : ACL_MODEL_RI_CAPTURE_STATUS_NONE;
+    if (model) *model = active ? captured : NULL;
+    return ACL_SUCCESS;
+}
+
+aclError aclmdlRICaptureThreadExchangeMode(aclmdlRICaptureMode *mode)
+{
+    (void)mode;
+    return ACL_SUCCESS;
+}
+
+aclError aclmdlRIExecuteAsync(aclmdlRI model, aclrtStream stream)
+{
     (void)stream;
-    *status = ACL_MODEL_RI_CAPTURE_STATUS_NONE;
-    if (model) *model = NULL;
+    if (captured) return fail(ACL_ERROR_RT_STREAM_CAPTURED, "a stream is being captured");
+    if (on_replay) on_replay(((model_t *)model)->number);
+    return ACL_SUCCESS;
+}
+
+aclError aclmdlRIDestroy(aclmdlRI model)
+{
+    if (on_destroy) on_destroy(((model_t *)model)->number);
+    free(model);
+    return ACL_SUCCESS;
+}
+
+aclError aclrtSetStreamAttribute(aclrtStream stream, aclrtStreamAttr attribute,
+                                 aclrtStreamAttrValue *value)
+{
+    (void)stream, (void)attribute, (void)value; /* how a captured stream caches shapes */
+    return ACL_SUCCESS;
+}
+
+aclError aclmdlRICaptureTaskGrpBegin(aclrtStream stream)
+{
+    if (!captured || stream != captured_stream)
+        return fail(ACL_ERROR_RT_STREAM_NOT_CAPTURED, "the stream is not being captured");
+    emulator_group = ++num_groups;
+    return ACL_SUCCESS;
+}
+
+aclError aclmdlRICaptureTaskGrpEnd(aclrtStream stream, aclrtTaskGrp *handle)
+{
+    group_t *group = malloc(sizeof *group); /* CANN has no call that frees one */
+    (void)stream;
+    group->number = emulator_group;
+    emulator_group = 0;
+    *handle = group;
+    return ACL_SUCCESS;
+}
+
+aclError aclmdlRICaptureTaskUpdateBegin(aclrtStream stream, aclrtTaskGrp handle)
+{
+    (void)stream;
+    emulator_updating = ((group_t *)handle)->number;
+    return ACL_SUCCESS;
+}
+
+aclError aclmdlRICaptureTaskUpdateEnd(aclrtStream stream)
+{
+    (void)stream;
+    emulator_updating = 0;
     return ACL_SUCCESS;
 }
 

@@ -1,9 +1,16 @@
-"""Paged attention as the fused inference operator computes it, in plain torch; see `dense`."""
+"""Attention as the fused inference operator computes it, in plain torch; see `dense`.
+
+Emulated, all with layout TND: queries [tokens, heads, D] of all requests behind one another.
+
+* paged, D = 128: caches [blocks, block_size, key heads * 128];
+* packed, D = 128, with or without rope: keys as the queries, without a block table;
+* latent, D = 512 with rope: one paged head that is keys and values at once.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +25,13 @@ MASK_SIZE = 2048
 RIGHT_DOWN_CAUSAL = 3
 """The sparse mode in which a request's last query sees all its keys."""
 
+HEAD_DIM, LATENT_DIM, ROPE_DIM = 128, 512, 64
+MAX_LATENT_QUERIES = 16
+LATENT_HEADS = frozenset({1, 2, 4, 8, 16, 32, 64, 128})
+
+Reader = Callable[[torch.Tensor, int], torch.Tensor]
+"""Of keys or values and a request's number, its own [keys, key heads, D]."""
+
 
 @emulates("npu_fused_infer_attention_score_v2")
 def fused_infer_attention_score_v2(
@@ -25,6 +39,8 @@ def fused_infer_attention_score_v2(
     key: torch.Tensor,
     value: torch.Tensor,
     *,
+    query_rope: torch.Tensor | None = None,
+    key_rope: torch.Tensor | None = None,
     atten_mask: torch.Tensor | None = None,
     actual_seq_qlen: Sequence[int] | None = None,
     actual_seq_kvlen: Sequence[int] | None = None,
@@ -38,55 +54,77 @@ def fused_infer_attention_score_v2(
     return_softmax_lse: bool = False,
     **not_emulated: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Paged attention, layout TND: queries [T, N, D], caches [blocks, block_size, heads * D].
+    """Softmax(scale * (query . key + query_rope . key_rope)) . value of each request.
 
-    `actual_seq_qlen` are running sums, `actual_seq_kvlen` the length of each request.  Sparse mode
-    0: all keys; 3: a request's last query sees all its keys, each one before it one key less.
+    `actual_seq_qlen` are running sums; `actual_seq_kvlen` is the length of each request where there
+    is a block table, and running sums elsewhere.  Sparse mode 0: all keys; 3: a request's last
+    query sees all its keys, each one before it one key less.
     """
     require(not not_emulated, f"not emulated: {', '.join(not_emulated)}")
     require(input_layout == "TND", f"layout {input_layout!r} is not emulated, only 'TND'")
-    require(block_table is not None, "attention without a block table is not emulated")
-    assert block_table is not None
     num_kv_heads = num_key_value_heads or num_query_heads
-    _check_tensors(
-        query,
-        key,
-        value,
-        block_size=block_size,
-        num_heads=num_query_heads,
-        num_kv_heads=num_kv_heads,
-    )
-    _check_lengths(
-        query,
-        block_table,
-        actual_seq_qlen,
-        actual_seq_kvlen,
-        block_size=block_size,
-        num_blocks=len(key),
-    )
+    _check_queries(query, num_query_heads, num_kv_heads)
+    require(actual_seq_qlen is not None and actual_seq_kvlen is not None, "TND needs both lengths")
     assert actual_seq_qlen is not None
     assert actual_seq_kvlen is not None
+    query_lengths = _lengths_of(actual_seq_qlen, len(query), "actual_seq_qlen")
     _check_mask(sparse_mode, atten_mask)
+    _check_rope(query, query_rope, key_rope, num_kv_heads)
+    if block_table is None:
+        num_keys = _lengths_of(actual_seq_kvlen, len(key), "actual_seq_kvlen")
+        read = _packed(num_keys)
+        _check_packed(key, value, key_rope, num_kv_heads)
+    else:
+        num_keys = list(actual_seq_kvlen)
+        read = _paged(block_table, num_keys, block_size, num_kv_heads)
+        _check_paged(key, value, key_rope, block_size, num_kv_heads)
+        _check_table(block_table, num_keys, block_size=block_size, num_blocks=len(key))
+    require(len(num_keys) == len(query_lengths), "the lengths are of different numbers of requests")
+    if query.shape[2] == LATENT_DIM:
+        require(block_table is not None, "a head dimension of 512 needs pages")
+        _check_latent(query, query_lengths, num_kv_heads, sparse_mode)
     out = torch.empty_like(query)
+    if query_rope is not None:
+        query = torch.cat((query, query_rope), -1)
     lse = torch.empty(len(query), num_query_heads, 1) if return_softmax_lse else torch.empty(0)
-    start = 0
-    for request, (end, num_keys) in enumerate(zip(actual_seq_qlen, actual_seq_kvlen, strict=True)):
-        require(sparse_mode == 0 or num_keys >= end - start, "fewer keys than queries")
-        blocks = block_table[request, : math.ceil(num_keys / block_size)].long()
-        keys, values = (
-            cache[blocks].reshape(-1, num_kv_heads, query.shape[-1])[:num_keys].float()
-            for cache in (key, value)
-        )
-        scores = _scores(
-            query[start:end].float(), keys, softmax_scale, causal=sparse_mode == RIGHT_DOWN_CAUSAL
-        )
-        values = values.repeat_interleave(num_query_heads // num_kv_heads, 1)
-        weighed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
-        out[start:end] = weighed.to(query.dtype)
+    end = 0
+    for request, (length, keys_here) in enumerate(zip(query_lengths, num_keys, strict=True)):
+        require(sparse_mode == 0 or keys_here >= length, "fewer keys than queries")
+        start, end = end, end + length
+        keys = read(key, request)
+        if key_rope is not None:
+            keys = torch.cat((keys, read(key_rope, request)), -1)
+        queries = query[start:end].float()
+        scores = _scores(queries, keys.float(), softmax_scale, causal=sparse_mode != 0)
+        values = read(value, request).float().repeat_interleave(num_query_heads // num_kv_heads, 1)
+        out[start:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).to(out.dtype)
         if return_softmax_lse:
             lse[start:end, :, 0] = scores.logsumexp(-1).t()
-        start = end
     return out, lse
+
+
+@emulates("_npu_fused_infer_attention_score_v2_get_max_workspace")
+def max_workspace(query: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """Memory for the operator to work in; this one needs none."""
+    return query.new_empty(1)
+
+
+def _paged(
+    block_table: torch.Tensor, num_keys: Sequence[int], block_size: int, num_kv_heads: int
+) -> Reader:
+    def read(cache: torch.Tensor, request: int) -> torch.Tensor:
+        blocks = block_table[request, : math.ceil(num_keys[request] / block_size)].long()
+        dim = cache.shape[2] // num_kv_heads
+        return cache[blocks].reshape(-1, num_kv_heads, dim)[: num_keys[request]]
+
+    return read
+
+
+def _packed(num_keys: Sequence[int]) -> Reader:
+    def read(tensor: torch.Tensor, request: int) -> torch.Tensor:
+        return tensor.split(list(num_keys))[request]
+
+    return read
 
 
 def _scores(
@@ -104,63 +142,109 @@ def _scores(
     return scores
 
 
-def _check_tensors(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    block_size: int,
-    num_heads: int,
-    num_kv_heads: int,
-) -> None:
-    require_dtype("query", query, (torch.bfloat16,))
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        require_dtype(name, tensor, (query.dtype,))
-        require(tensor.dim() == 3, f"{name} has {tensor.dim()} dimensions, not 3")
-        require(tensor.is_contiguous(), f"{name} is not contiguous")
-        require(tensor.numel() < 2**31, f"{name} has {tensor.numel()} elements, not below 2**31")
-    head_dim = query.shape[2]
-    require(head_dim == 128, f"layout TND takes a head dimension of 128, not {head_dim}")
+def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+    require_dtype(name, tensor, (torch.bfloat16,))
+    require(tensor.dim() == 3, f"{name} has {tensor.dim()} dimensions, not 3")
+    require(tensor.is_contiguous(), f"{name} is not contiguous")
+    require(tensor.numel() < 2**31, f"{name} has {tensor.numel()} elements, not below 2**31")
+
+
+def _check_queries(query: torch.Tensor, num_heads: int, num_kv_heads: int) -> None:
+    _check_tensor("query", query)
+    dim = query.shape[2]
+    require(
+        dim in {HEAD_DIM, LATENT_DIM}, f"layout TND takes a head dimension of 128 or 512, not {dim}"
+    )
     require(query.shape[1] == num_heads <= 256, f"{query.shape[1]} heads, {num_heads} named")
     require(
-        num_heads % num_kv_heads == 0 and num_heads // num_kv_heads <= 64,
+        num_heads % num_kv_heads == 0 and (dim == LATENT_DIM or num_heads // num_kv_heads <= 64),
         f"{num_heads} heads over {num_kv_heads} key heads",
     )
+
+
+def _check_rope(
+    query: torch.Tensor,
+    query_rope: torch.Tensor | None,
+    key_rope: torch.Tensor | None,
+    num_kv_heads: int,
+) -> None:
+    require((query_rope is None) == (key_rope is None), "only one of query_rope and key_rope")
+    if query_rope is None or key_rope is None:
+        return
+    _check_tensor("query_rope", query_rope)
+    _check_tensor("key_rope", key_rope)
+    expected = (*query.shape[:2], ROPE_DIM)
+    require(tuple(query_rope.shape) == expected, f"query_rope is {tuple(query_rope.shape)}")
+    require(
+        key_rope.shape[2] in {ROPE_DIM, ROPE_DIM * num_kv_heads},
+        f"key_rope is {tuple(key_rope.shape)}",
+    )
+
+
+def _check_paged(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_rope: torch.Tensor | None,
+    block_size: int,
+    num_kv_heads: int,
+) -> None:
     require(
         block_size % 128 == 0 and 128 <= block_size <= 512,
         f"block_size {block_size} is no multiple of 128 up to 512",
     )
-    expected = (len(key), block_size, num_kv_heads * head_dim)
+    is_latent = key.shape[-1] == LATENT_DIM and key_rope is not None
+    dim = LATENT_DIM if is_latent else HEAD_DIM
+    require(is_latent or key_rope is None, "rope with pages needs a head dimension of 512")
+    expected = (len(key), block_size, num_kv_heads * dim)
     for name, cache in (("key", key), ("value", value)):
+        _check_tensor(name, cache)
         require(tuple(cache.shape) == expected, f"{name} is {tuple(cache.shape)}, not {expected}")
+    if key_rope is not None:
+        expected = (len(key), block_size, ROPE_DIM)
+        require(tuple(key_rope.shape) == expected, f"key_rope is {tuple(key_rope.shape)}")
 
 
-def _check_lengths(
-    query: torch.Tensor,
-    block_table: torch.Tensor,
-    query_ends: Sequence[int] | None,
-    num_keys: Sequence[int] | None,
-    *,
-    block_size: int,
-    num_blocks: int,
+def _check_packed(
+    key: torch.Tensor, value: torch.Tensor, key_rope: torch.Tensor | None, num_kv_heads: int
 ) -> None:
-    require(query_ends is not None and num_keys is not None, "TND needs both lengths")
-    assert query_ends is not None
-    assert num_keys is not None
-    require(0 < len(query_ends) <= 4096, f"{len(query_ends)} requests, not 1 to 4096")
-    require(len(num_keys) == len(query_ends), "the lengths are of different numbers of requests")
-    starts = [0, *query_ends[:-1]]
+    expected = (len(key), num_kv_heads, HEAD_DIM)
+    for name, tensor in (("key", key), ("value", value)):
+        _check_tensor(name, tensor)
+        require(tuple(tensor.shape) == expected, f"{name} is {tuple(tensor.shape)}, not {expected}")
+    if key_rope is not None:
+        expected = (len(key), num_kv_heads, ROPE_DIM)
+        require(tuple(key_rope.shape) == expected, f"key_rope is {tuple(key_rope.shape)}")
+
+
+def _check_latent(
+    query: torch.Tensor, query_lengths: Sequence[int], num_kv_heads: int, sparse_mode: int
+) -> None:
     require(
-        all(a <= b for a, b in zip(starts, query_ends, strict=True)),
-        "actual_seq_qlen is no running sum",
+        num_kv_heads == 1 and query.shape[1] in LATENT_HEADS,
+        f"{query.shape[1]} heads over {num_kv_heads}: 512 takes a power of two over one",
     )
-    require(
-        query_ends[-1] == len(query), f"actual_seq_qlen ends at {query_ends[-1]} of {len(query)}"
-    )
+    longest = max(query_lengths)
+    require(longest <= MAX_LATENT_QUERIES, f"{longest} queries in a request; 512 takes 16")
+    expected = 0 if longest == 1 else RIGHT_DOWN_CAUSAL
+    require(sparse_mode == expected, f"up to {longest} queries need sparse mode {expected}")
+
+
+def _lengths_of(running_sums: Sequence[int], total: int, name: str) -> list[int]:
+    require(0 < len(running_sums) <= 4096, f"{len(running_sums)} requests, not 1 to 4096")
+    starts = [0, *running_sums[:-1]]
+    lengths = [end - start for start, end in zip(starts, running_sums, strict=True)]
+    require(min(lengths) >= 0, f"{name} is no running sum")
+    require(running_sums[-1] == total, f"{name} ends at {running_sums[-1]} of {total}")
+    return lengths
+
+
+def _check_table(
+    block_table: torch.Tensor, num_keys: Sequence[int], *, block_size: int, num_blocks: int
+) -> None:
     require_dtype("block_table", block_table, (torch.int32,))
     require(
-        block_table.dim() == 2 and len(block_table) == len(query_ends),
-        f"block_table is {tuple(block_table.shape)}, not one row for each of {len(query_ends)}",
+        block_table.dim() == 2 and len(block_table) == len(num_keys),
+        f"block_table is {tuple(block_table.shape)}, not one row for each of {len(num_keys)}",
     )
     for row, length in zip(block_table, num_keys, strict=True):
         used = row[: math.ceil(length / block_size)]

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from xllm_plugin.testing.cann.device.dispatch import put_over
 from xllm_plugin.testing.cann.device.host import host_view, is_on_device, to_device
+from xllm_plugin.testing.cann.device.tape import tape
 
 __all__ = ["register"]
 
@@ -73,17 +74,28 @@ def on_host(operator: Any, name: str) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if name not in TAKES_HOST_TENSORS:
             refuse_host_tensors(name, (args, kwargs))
-        fresh = {key: _fresh(kwargs[key]) for key in outputs if key in kwargs}
+        given = [key for key in outputs if key in kwargs]
         here = tree_map(_on_host, (args, kwargs))
-        result = operator(*here[0], **{**here[1], **fresh})
+        like = {key: here[1][key] for key in given}
+
+        def run() -> tuple[Any, dict[str, Any]]:
+            fresh = {key: _fresh(like[key]) for key in given}
+            return operator(*here[0], **{**here[1], **fresh}), fresh
+
+        result, fresh = run()
         for key, value in fresh.items():
             _put(value, kwargs[key])
         if returns_written:
+            tape.note(name, lambda: run()[1], [kwargs[key] for key in given])
             found = [kwargs[a.name] if a.name in kwargs else args[positions[a.name]]
                      for a in written]  # fmt: skip
             return found[0] if len(returned) == 1 else tuple(found)
-        goes_to_host = "device" in kwargs and torch.device(kwargs["device"]).type == "cpu"
-        return result if goes_to_host else tree_map(to_device, result)
+        if "device" in kwargs and torch.device(kwargs["device"]).type == "cpu":
+            tape.refuse_waiting(name)
+            return result
+        there = tree_map(to_device, result)
+        tape.note(name, lambda: run()[0], there)
+        return there
 
     return kernel
 

@@ -5,37 +5,81 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.utils._pytree import tree_map
 
 # Each enters its operators when it is imported.
-from xllm_plugin.testing.cann.device import attention, dense  # noqa: F401
+from xllm_plugin.testing.cann.device import attention, dense, experts  # noqa: F401
 from xllm_plugin.testing.cann.device.contract import EMULATED
-from xllm_plugin.testing.cann.device.dispatch import put_over
 from xllm_plugin.testing.cann.device.fallback import refuse_host_tensors
 from xllm_plugin.testing.cann.device.host import host_view, to_device
+from xllm_plugin.testing.cann.device.tape import tape
 
 __all__ = ["register"]
 
+DEVICE, AUTOGRAD = "PrivateUse1", "AutogradPrivateUse1"
+
+ATTENTION = "npu_fused_infer_attention_score_v2"
+
+_libraries: list[Any] = []
+"""Torch drops the kernels with these objects."""
+
 
 def register() -> None:
-    """Register the emulated operators, and a refusal for every other; safe to repeat."""
-    put_over("npu", _kernel_of)
+    """Register the emulated operators, and a refusal for every other; safe to repeat.
 
-
-def _kernel_of(name: str) -> Callable[..., Any] | None:
-    if not name.startswith("npu_"):
-        return None
-    function = EMULATED.get(name)
-    return _refusal(name) if function is None else _kernel(name, function)
+    Gradients are not emulated: that key lets every call through.
+    """
+    if _libraries:
+        return
+    kernels, gradients = (torch.library.Library("npu", "IMPL", key) for key in (DEVICE, AUTOGRAD))
+    _libraries.extend((kernels, gradients))
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # noqa: SLF001  no public name
+    for full_name in torch._C._dispatch_get_all_op_names():  # noqa: SLF001
+        name = full_name.removeprefix("npu::")
+        is_operator = full_name.startswith("npu::npu_") or name in EMULATED
+        if is_operator and has_kernel(full_name, DEVICE):
+            function = EMULATED.get(name)
+            kernel = _refusal(name) if function is None else _kernel(name, function)
+            if name == f"{ATTENTION}.out":
+                kernel = _attention_out
+            kernels.impl(name, kernel, allow_override=True)
+            if has_kernel(full_name, AUTOGRAD):  # some of these compute by themselves
+                gradients.impl(name, torch.library.fallthrough_kernel, allow_override=True)
 
 
 def _kernel(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         refuse_host_tensors(name, (args, kwargs))
         here = tree_map(host_view, (args, kwargs))
-        return tree_map(to_device, function(*here[0], **here[1]))
+
+        def run() -> Any:
+            return function(*here[0], **here[1])
+
+        there = tree_map(to_device, run())
+        tape.note(name, run, there)
+        return there
 
     return kernel
+
+
+def _attention_out(*args: Any, out: list[torch.Tensor], workspace: Any, **kwargs: Any) -> Any:
+    """Attention into tensors that are there: the form whose lengths a graph can replace."""
+    del workspace
+    refuse_host_tensors(ATTENTION, (args, kwargs, out))
+    here = tree_map(host_view, (args, kwargs))
+
+    num_results = 2 if kwargs.get("return_softmax_lse") else 1
+    filled = out[:num_results]
+
+    def run() -> Any:
+        return EMULATED[ATTENTION](*here[0], **here[1])[:num_results]
+
+    if not tape.replaces(run):
+        for result, value in zip(filled, run(), strict=True):
+            host_view(result).copy_(value)
+        tape.note(ATTENTION, run, filled)
+    return out[0], out[1]
 
 
 def _refusal(name: str) -> Callable[..., Any]:

@@ -1,0 +1,57 @@
+"""The NPU family's worker."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch_npu  # noqa: F401  registers torch.npu
+from vllm.platforms import current_platform
+from vllm.utils.mem_utils import MemorySnapshot
+from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
+from vllm.v1.worker.utils import request_memory
+
+from xllm_plugin.npu import experts, operators  # noqa: F401  register our layers
+from xllm_plugin.npu.model_runner import XllmNpuModelRunner
+from xllm_plugin.worker.worker import XllmWorkerMixin
+
+__all__ = ["XllmNpuWorker"]
+
+
+class XllmNpuWorker(XllmWorkerMixin, Worker):
+    """vLLM's GPU worker on a device of torch_npu."""
+
+    def init_device(self) -> None:
+        """Take the device, join the group of one, measure memory, build the runner.
+
+        As `Worker.init_device`, which does so for "cuda" alone.
+        """
+        self.device = torch.device("npu", self.local_rank)
+        current_platform.set_device(self.device)
+        current_platform.check_if_supports_dtype(self.model_config.dtype)
+        init_worker_distributed_environment(
+            self.vllm_config,
+            self.rank,
+            self.distributed_init_method,
+            self.local_rank,
+            current_platform.dist_backend,
+        )
+        set_random_seed(self.model_config.seed)
+        gc.collect()
+        torch.accelerator.empty_cache()
+        self.init_snapshot = MemorySnapshot(device=self.device)
+        self.requested_memory = request_memory(self.init_snapshot, self.cache_config)
+        self._init_workspace_and_model_runner()
+
+    def _make_model_runner(self) -> Any:
+        runner = XllmNpuModelRunner(self.vllm_config, self.device)
+        runner.setup_xllm()
+        return runner
+
+    def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[Any]:
+        """No pool: sleep mode, which needs one, is refused."""
+        del tag
+        return nullcontext()
