@@ -152,6 +152,8 @@ class Forks:
         except BaseException:  # the next run must not get this one's answer; raised again
             self.close()
             raise
+        if not code:  # it has died; the next run starts another
+            self.close()
         said = (log if log.exists() else self._folder / "server.log").read_text()
         assert code == "0", f"exit code {code or 'unknown'}: {said[-6000:]}"
         return said

@@ -392,11 +392,13 @@ SEAMS: tuple[Seam, ...] = (
         leaves_when="SchedulerStats reaches plugins in the engine's process.",
         process=Process.ENGINE,
         fits=_attributes(
+            "vllm.v1.core.sched.scheduler:Scheduler.get_num_unfinished_requests",
             "vllm.v1.core.sched.scheduler:Scheduler.get_request_counts",
             "vllm.v1.core.sched.scheduler:Scheduler._preempt_request",
             "vllm.v1.core.sched.scheduler:Scheduler.add_request",
             "vllm.v1.core.sched.scheduler:Scheduler.finish_requests",
             "vllm.v1.core.sched.scheduler:Scheduler.schedule",
+            "vllm.v1.core.sched.scheduler:Scheduler.set_pause_state",
             "vllm.v1.core.sched.scheduler:Scheduler.shutdown",
             "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
             "vllm.v1.engine:EngineCoreOutput.new_token_ids",

@@ -142,10 +142,10 @@ def test_what_comes_while_a_server_sleeps_is_answered_when_it_wakes(url: str) ->
 
 @pytest.mark.parametrize(("mode", "reason"), [("abort", "abort"), ("keep", "length")])
 def test_requests_under_way_are_aborted_or_kept_as_asked(url: str, mode: str, reason: str) -> None:
-    alone = complete(url, max_tokens=100)
+    alone = complete(url, max_tokens=1500)
     with (
         client(url) as http,
-        http.stream("POST", "/v1/completions", json=asked(100, True)) as reply,
+        http.stream("POST", "/v1/completions", json=asked(1500, True)) as reply,
     ):
         events = (line.removeprefix("data: ") for line in reply.iter_lines() if line)
         first = next(events)

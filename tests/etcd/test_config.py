@@ -35,6 +35,7 @@ def test_addresses(url: str, endpoints: tuple[str, ...], prefix: str) -> None:
         ("etcd://a,,b", "'' is no host"),
         ("etcd://a:port", "a:port"),
         ("etcd://root:hush@a", "set `etcd.user` and `etcd.password`"),
+        ("http://root:hush@a", "set `etcd.user` and `etcd.password`"),
     ],
 )
 def test_what_is_no_address(url: str, says: str) -> None:

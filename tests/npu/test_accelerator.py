@@ -33,7 +33,7 @@ def add_torch_npu(site: Any, version: str) -> None:
 
 
 def test_no_torch_npu(site: Any) -> None:
-    assert "no torch_npu (pip install" in probed(site.folder)
+    assert "no torch_npu (only beside CANN" in probed(site.folder)
 
 
 def test_another_torch_npu(site: Any) -> None:

@@ -110,7 +110,6 @@ def test_tokens_are_those_of_transformers_but_for_near_ties(
         XLLM_GRAPH__REPLAN_STEPS="2",
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         HF_HUB_OFFLINE="1",
-        OMP_NUM_THREADS="2",
     )
     assert len(found["margins"]) == 20
     assert found["replays"] >= 5

@@ -334,6 +334,15 @@ def test_time_between_steps_counts_while_somebody_waits_for_it(rig: Rig) -> None
     assert rig.policy.snapshot().measured_ms == pytest.approx(125.0), "an idle minute does not"
 
 
+def test_a_pause_is_no_step_s_time(rig: Rig) -> None:
+    rig.run(request("p", prompt=300))
+    step(rig, 1, {"p": 300}, 80.0)
+    rig.policy.interrupt()
+    rig.now_s += 600.0
+    step(rig, 2, {"p": 1}, 20.0)
+    assert rig.policy.snapshot().measured_ms == pytest.approx(100.0)
+
+
 def test_the_queue_is_followed(rig: Rig) -> None:
     made = [rig.wait(request(name, prompt=100)) for name in "abc"]
 

@@ -159,7 +159,7 @@ def test_a_continued_prompt_is_computed_once_its_stream_goes_on(run: Any) -> Non
                 await client.reader.readuntil(b'"text":"c"')
             _, other = harness.proxy.fleet
             assert (other.in_flight, other.prefill_tokens) == (1, 0)
-            assert other.meter.ttft.weight == 0
+            assert other.paces.ttft.weight == 0
             client.writer.transport.abort()
             await harness.settle()
 

@@ -296,6 +296,31 @@ def test_a_key_is_of_one_tenant_and_has_a_first_priority(
     run(check())
 
 
+@pytest.mark.parametrize(
+    ("path", "raw", "status"),
+    [
+        (b"/v1/completions", b'{"model":"fake","z":NaN,"vllm_xargs":{"xllm_tenant":"bob"}}', 400),
+        (b"/v1/completions", '{"model":"fake"}'.encode("utf-16"), 400),
+        (b"/v1/completions", b"{}", 200),
+        (
+            b"/inference/v1/generate",
+            b'{"model":"fake","sampling_params":{"extra_args":{"xllm_tenant":"bob"}}}',
+            403,
+        ),
+    ],
+)
+def test_an_instance_reads_no_other_tenant_than_the_service(
+    run: Any, file: Path, path: bytes, raw: bytes, status: int
+) -> None:
+    async def check() -> None:
+        async with serving(FakeInstance(), keys=keys_at(file, record())) as harness:
+            head, _ = await harness.ask(request(raw, path=path, headers=shown()))
+            assert head.startswith(b"HTTP/1.1 %d" % status), head
+            assert len(harness.instances[0].requests) == (status == 200)
+
+    run(check())
+
+
 def test_what_is_left_is_in_every_answer_and_what_was_used_is_counted(run: Any, file: Path) -> None:
     limits: Any = {"requests_per_minute": 60, "tokens_per_minute": 6000}
 

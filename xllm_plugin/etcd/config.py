@@ -37,10 +37,10 @@ def parse_url(url: str) -> EtcdAddress:
     """
     scheme, _, rest = url.partition("://")
     hosts, _, path = rest.partition("/")
+    if "@" in hosts:  # first: other messages quote the URL
+        raise ValueError("an etcd URL has no user in it: set `etcd.user` and `etcd.password`")
     if scheme not in SCHEMES or not hosts:
         raise ValueError(f"{url!r}: write etcd://host:{_PORT}, or etcds://... over TLS")
-    if "@" in hosts:
-        raise ValueError("an etcd URL has no user in it: set `etcd.user` and `etcd.password`")
     web = "http" if scheme == "etcd" else "https"
     endpoints = []
     for host in hosts.split(","):

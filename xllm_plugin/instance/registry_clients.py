@@ -167,8 +167,13 @@ class EtcdRegistry:
         if held is None or held.lease != self._lease:
             return None
         if beat.is_draining and not self._record.is_draining:
-            self._record = self._record.model_copy(update={"is_draining": True})
-            self._put(key, held, f"{key} was changed by somebody else at this moment.")
+            before = self._record
+            self._record = before.model_copy(update={"is_draining": True})
+            try:
+                self._put(key, held, f"{key} was changed by somebody else at this moment.")
+            except NotNowError:
+                self._record = before  # to be said with the next beat
+                raise
         return lease
 
     def deregister(self, lease: Lease, incarnation: str) -> None:

@@ -24,7 +24,7 @@ def probe() -> Probe:
     """Look for torch_npu, CANN and a device, in this order."""
     looked_for = f"torch_npu {SUPPORTED_TORCH_NPU}, CANN's libascendcl.so and an Ascend device"
     if importlib.util.find_spec("torch_npu") is None:
-        return Probe(False, looked_for, "no torch_npu (pip install 'xllm-plugin[npu]')")
+        return Probe(False, looked_for, "no torch_npu (only beside CANN; see docs/npu.md)")
     version = torch_npu_version()
     if version.split("+")[0] != SUPPORTED_TORCH_NPU:
         return Probe(

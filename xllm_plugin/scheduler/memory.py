@@ -52,7 +52,8 @@ class MemoryControl:
     def plan(self) -> None:
         """Decide what is given back, before a step is scheduled."""
         if self._cache is not None:
-            self._cache.plan(is_busy=any(self._scheduler.get_request_counts()))
+            # Those that a pause keeps do not count: asleep, nothing beyond the minimum is needed.
+            self._cache.plan(is_busy=self._scheduler.get_num_unfinished_requests() > 0)
 
     def take_change(self) -> MemoryChange | None:
         """What the step that was just scheduled tells the workers, or None."""

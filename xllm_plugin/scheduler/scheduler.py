@@ -19,6 +19,7 @@ from xllm_plugin.seams import Process, check_all
 from xllm_plugin.worker.messages import StepMessage, attach, attached
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.interface import PauseState
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
@@ -100,6 +101,12 @@ class XllmSchedulerMixin:
             self._slo.forget(finished)
         self._telemetry.record_change()
         return finished
+
+    def set_pause_state(self, pause_state: PauseState) -> None:
+        """Let vLLM pause or go on; the time between is no step's."""
+        super().set_pause_state(pause_state)  # type: ignore[misc]
+        if self._slo is not None:
+            self._slo.interrupt()
 
     def _preempt_request(self, *args: Any, **kwargs: Any) -> Any:
         self._telemetry.num_preemptions += 1

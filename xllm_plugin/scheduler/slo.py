@@ -170,6 +170,10 @@ class SloPolicy:
             self._promise_of(request), arrival_s, self._cached_tokens(request)
         )
 
+    def interrupt(self) -> None:
+        """The engine is paused, or goes on: what begins next has not waited for the step before."""
+        self._is_next_due = False
+
     def forget(self, requests: Iterable[Request]) -> None:
         """Requests that were aborted."""
         for request in requests:

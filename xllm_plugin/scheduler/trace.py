@@ -39,7 +39,7 @@ class TracedStep(msgspec.Struct, frozen=True, kw_only=True):
         worker_ms: of these, in the worker.
         gap_ms: of these, from the end of the step before to the planning of this one.
         bound: what kept it from being larger; empty if it was not planned.
-        num_running: requests in the batch when it was planned, held ones included.
+        num_running: requests that the plan chose from the batch, and those that it held.
         num_held: of these, left out.
         num_waiting: requests in the queue, of both classes.
         num_late: of these, online ones whose TTFT could no longer be met.

@@ -25,6 +25,7 @@ __all__ = ["log", "open_log"]
 logger = logging.getLogger("xllm_plugin.service.access")
 
 _MAX_ID_CHARS = 128
+_MAX_MODEL_CHARS = 256
 
 
 def open_log(path: Path | None) -> None:
@@ -70,7 +71,7 @@ def _described(exchange: Exchange, ending: Ending) -> dict[str, Any]:
         "path": exchange.route.path,
         "status": exchange.status,
         "ending": ending.value,
-        "model": exchange.model,
+        "model": (exchange.model or "")[:_MAX_MODEL_CHARS] or None,
         "instance": names[-1] if names else None,
         "instances": names,
         "tenant": exchange.grant.tenant if exchange.grant else None,

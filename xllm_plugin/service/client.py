@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -319,6 +320,7 @@ class ClientConnection(asyncio.Protocol):
     def _refuse(self, refusal: Refusal) -> None:
         """Answer in turn with an error, and take nothing more from this client."""
         exchange = Exchange(self, b"", _NO_ROUTE)
+        exchange.draw = random.getrandbits(64)
         exchange.keep_alive = False
         exchange.refusal = refusal
         self._ignores_input = True

@@ -119,6 +119,7 @@ class FleetMirror:
             self.problems.pop(key_of(self._prefix, kind, name), None)
         if held is None or instance is None:
             return
+        self._drained.discard(name)
         if held.record.is_draining:
             self._fleet.report(instance, lifecycle.Withdrawn(lifecycle.LEFT))
         else:

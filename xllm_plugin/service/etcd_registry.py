@@ -17,6 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 from xllm_plugin.errors import EtcdError, MisuseError
@@ -123,7 +124,9 @@ class EtcdRegistry:
         events = self._client.watch(self._prefix + "/", self._view.revision + 1)
         try:
             async for told in events:
-                self._mirror.follow(self._view, self._view.apply(told))
+                # A server that leaves says so one revision before its key goes.
+                for _, one in groupby(told, key=lambda event: event.mod_revision):
+                    self._mirror.follow(self._view, self._view.apply(one))
                 self._heard()
                 self._watch_problem = ""
         except EtcdError as error:

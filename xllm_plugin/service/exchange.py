@@ -53,6 +53,7 @@ _MAX_OUTPUT_TOKENS = 512
 _MAX_PROMPT_TOKENS = 100_000
 _RETRYABLE_STATUS = 503
 _OK = 200
+_GENERATE = "/inference/v1/generate"
 _SWITCHED = 101
 _LAST_CHUNK = b"0\r\n\r\n"
 _COMPLETION_TOKENS = b'"completion_tokens":'
@@ -79,6 +80,7 @@ class Peek(StreamWishes):
     previous_response_id: Any = None
     priority: Any = None
     vllm_xargs: Any = None
+    sampling_params: Any = None
 
 
 _decode = msgspec.json.Decoder(Peek).decode
@@ -89,7 +91,7 @@ def peek(body: bytes, content_type: bytes) -> Peek:
     """Read what routing needs.  Bodies that are not understood are the instance's to answer."""
     if content_type.startswith(b"multipart/"):
         found = _MODEL_FIELD.search(body)
-        return Peek(model=found[1].decode("utf-8", "replace")) if found else _NOTHING
+        return Peek(model=found[1].decode("utf-8", "replace") if found else None)
     try:
         return _decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -225,6 +227,8 @@ class Exchange:
         """As counted to route it, else as its answer says; 0 where they are not known."""
         if self.sent is not None and self.sent.is_exact:
             return self.sent.prompt_tokens
+        if self.stream is not None and self.stream.num_prompt_tokens:
+            return self.stream.num_prompt_tokens
         is_told = self.is_answering and self.route.kind is Kind.INFERENCE
         return _usage(self._last_relayed, _PROMPT_TOKENS) if is_told else 0
 
@@ -235,6 +239,9 @@ class Exchange:
         body, seen = self.body, _NOTHING
         if body:
             seen = peek(body, self.content_type)
+            if seen is _NOTHING and self.grant is not None:
+                # An instance may read what is not understood here, and another tenant in it.
+                self.refusal = Refusal(400, "The body is not JSON in UTF-8 (RFC 8259).")
             if isinstance(seen.model, str):
                 self.model = seen.model
             if not self.session_key:
@@ -259,7 +266,10 @@ class Exchange:
 
     def _read_wishes(self, headers: dict[str, str], seen: Peek) -> None:
         try:
-            self.wishes = read_wishes(headers, seen.vllm_xargs, seen.priority)
+            found = seen.vllm_xargs
+            if self.route.path == _GENERATE and isinstance(seen.sampling_params, dict):
+                found = seen.sampling_params.get("extra_args")
+            self.wishes = read_wishes(headers, found, seen.priority)
             if self.grant is not None:
                 self.wishes = self.grant.account.bind(self.wishes)
         except Refusal as refusal:

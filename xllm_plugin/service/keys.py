@@ -9,6 +9,7 @@ With several services in front of the same instances each grants its part of eve
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -112,7 +113,10 @@ def write(path: Path, records: Iterable[KeyRecord]) -> None:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             if path.exists():  # whoever runs the service may be let in by the old one's mode
-                os.fchmod(file.fileno(), path.stat().st_mode & 0o777)
+                before = path.stat()
+                os.fchmod(file.fileno(), before.st_mode & 0o777)
+                with contextlib.suppress(PermissionError):
+                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
             yaml.safe_dump(payload, file, sort_keys=False)
         Path(name).replace(path)
     except OSError as error:

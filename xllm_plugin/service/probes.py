@@ -144,8 +144,11 @@ class Prober:
             return False  # no server of ours, or not the process that sends heartbeats
         if beat.load is None or beat.incarnation != instance.life.incarnation:
             return False
+        # Beats are rarer than this is asked: one is learned from once.
+        is_new = beat.load != instance.load
         instance.load = beat.load
-        self._fleet.set_load(instance, beat.load)
+        taken = beat.load if is_new else beat.load.model_copy(update={"tpot_s": None})
+        self._fleet.set_load(instance, taken)
         return True
 
     def _take_models(self, instance: Instance, body: bytes) -> None:

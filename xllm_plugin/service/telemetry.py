@@ -25,6 +25,7 @@ __all__ = ["Ending", "Outcome", "Sample", "Telemetry"]
 _TURN_S: Final = 30.0
 """An instance's latencies are shown of the last 30 to 60 s."""
 _OK = 200
+_SWITCHED = 101
 _TOO_MANY = 429
 _SERVER_ERROR = 500
 # Tuples: members are compared by identity, which costs less than their hash.
@@ -129,7 +130,8 @@ class Telemetry:
         self._num_failed += is_failed
         duration_s = exchange.proxy.loop.time() - exchange.started_s
         instance = exchange.visited[-1] if exchange.visited else None
-        if instance is not None and ending is Ending.COMPLETE:
+        is_answer = exchange.status != _SWITCHED  # a WebSocket may last for hours
+        if instance is not None and ending is Ending.COMPLETE and is_answer:
             instance.stats.duration.observe(duration_s)
         tpot_s = self._output(exchange, instance, duration_s)
         if not exchange.wants_stream or kind not in _INFERENCE or _is_offline(exchange):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Tracing", "exporting_provider"]
 
 _SERVER_ERROR = 500
+_MAX_MODEL_CHARS = 256
 
 
 def exporting_provider() -> TracerProvider:
@@ -106,7 +107,7 @@ def _attributes(exchange: Exchange, ending: Ending) -> dict[str, Any]:
         "http.request.method": exchange.method.decode("latin-1"),
         "http.response.status_code": exchange.status,
         "url.path": exchange.route.path,
-        "gen_ai.request.model": exchange.model,
+        "gen_ai.request.model": (exchange.model or "")[:_MAX_MODEL_CHARS] or None,
         "gen_ai.usage.input_tokens": exchange.num_prompt_tokens or None,
         "gen_ai.usage.output_tokens": exchange.num_output_tokens or None,
         "gen_ai.response.id": (stream.id if stream else "") or None,

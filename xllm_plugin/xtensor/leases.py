@@ -204,7 +204,7 @@ class PoolMember:
 
     def _agree(self, total_bytes: int | None) -> int:
         magic, found = HEADER.unpack_from(self._memory)
-        members = [lease.name.rstrip(b"\0").decode() for lease in self._living()]
+        members = [lease.name.rstrip(b"\0").decode(errors="replace") for lease in self._living()]
         if magic == MAGIC and members:
             if total_bytes in {None, found}:
                 return int(found)
@@ -234,7 +234,7 @@ class PoolMember:
             if not self._is_alive(index) and _lock(self._file, fcntl.F_WRLCK, _place(index)):
                 self._clear(index)
                 most = min(most_bytes, self.total_bytes)
-                label = name.encode()[:80]
+                label = name.encode(errors="replace")[:80]
                 self._write(index, Lease(0, 0, 0, least_bytes, most, os.getpid(), label))
                 return index
         raise NotNowError(

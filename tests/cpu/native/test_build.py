@@ -118,6 +118,7 @@ def test_a_build_begun_early_is_the_only_one(
     monkeypatch.setenv("XLLM_CACHE_DIR", str(tmp_path / "cache"))
     early = build.EarlyBuild()
     monkeypatch.setattr(build, "early_build", early)
+    monkeypatch.setattr(build, "may_run_here", lambda: True)
     early.begin()
     early.begin()
     assert build.built_library().read_text() == "library\n"
@@ -132,8 +133,20 @@ def test_an_early_build_that_fails_is_told_to_who_needs_the_library(
     monkeypatch.setenv("CXX", "/bin/false")
     early = build.EarlyBuild()
     monkeypatch.setattr(build, "early_build", early)
+    monkeypatch.setattr(build, "may_run_here", lambda: True)
     early.begin()
     early.wait()
     assert capsys.readouterr().err == ""
     with pytest.raises(build.NativeBuildError, match="/bin/false"):
         build.built_library()
+
+
+def test_nothing_is_built_early_for_a_processor_that_would_not_run_it(
+    tmp_path: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLLM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "may_run_here", lambda: False)
+    early = build.EarlyBuild()
+    early.begin()
+    early.wait()
+    assert num_builds(compiler) == 0

@@ -16,7 +16,7 @@ class Ended:
     def __init__(self, status: int = 200, sent_s: float = 1.0, counted: int = 0) -> None:
         self.status = status
         self.sent_s = sent_s
-        self.sent = Sent(counted) if counted else None
+        self.sent = Sent(counted or 9999, is_exact=bool(counted))
         self.stream: Any = None
 
 
@@ -34,7 +34,7 @@ def used(ended: Ended, *parts: bytes, prompt_tokens: int = 100) -> int:
         ((b'{"usage":{"prompt_tokens":5,"total', b'_tokens" : 19, "x":1}}'), 19),
         ((b'data: {"usage":{"total_tokens":8}}\n\n', b'data: {"usage":{"total_tokens":9}}\n\n'), 9),
         ((b'{"usage":{"input_tokens":3,"output_tokens":4}}',), 7),
-        ((b'{"usage":{"total_tokens":7}}' + b" " * 3000,), 100),
+        ((b'{"usage":{"total_tokens":7},"prompt_token_ids":[' + b"1," * 3000, b"1]}"), 7),
         ((b'{"text":"\\"total_tokens\\": 1"}',), 100),
         ((b"data: a\n\n", b"data: b\n\ndata: [DONE]\n\n"), 103),
         ((), 100),

@@ -51,6 +51,15 @@ def built_library(root: Path | None = None) -> Path:
     return KERNELS.built(root or _cache())
 
 
+def may_run_here() -> bool:
+    """Whether this processor is one for the kernels, as `choice.refusal` says, without torch."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags and "amx_tile" not in flags
+
+
 class EarlyBuild:
     """The first build on a machine, while a server's imports leave all cores but one idle."""
 
@@ -59,7 +68,7 @@ class EarlyBuild:
 
     def begin(self) -> None:
         """Build in a thread, which waits for the compiler.  Safe to repeat."""
-        if self._thread is None:
+        if self._thread is None and may_run_here():
             # A server that ends in a usage error does not wait for it.
             self._thread = threading.Thread(target=self._build, name="xllm-kernels", daemon=True)
             self._thread.start()

@@ -24,16 +24,21 @@ _EVENT = b"data: "
 class UsageMeter:
     """Follows one answer."""
 
-    __slots__ = ("_num_events", "_tail")
+    __slots__ = ("_num_events", "_said_tokens", "_tail")
 
     def __init__(self) -> None:
         self._tail = b""
         self._num_events = 0
+        self._said_tokens: int | None = None
 
     def observe(self, data: bytes) -> None:
         """A part of the answer's body was passed on."""
         self._num_events += data.count(_EVENT)
-        self._tail = (self._tail + data if self._tail else data)[-_TAIL_BYTES:]
+        self._tail = self._tail + data if self._tail else data
+        said = self._said()
+        if said is not None:  # long fields may follow the usage
+            self._said_tokens = said
+        self._tail = self._tail[-_TAIL_BYTES:]
 
     def num_tokens(self, exchange: Exchange, prompt_tokens: int) -> int:
         """Prompt and output together.
@@ -48,11 +53,11 @@ class UsageMeter:
         if exchange.status not in _SUCCESS:
             was_sent = exchange.status == _CLIENT_GONE and exchange.sent_s > 0
             return prompt_tokens if was_sent else 0
-        said = self._said()
-        if said is not None:
-            return said
+        if self._said_tokens is not None:
+            return self._said_tokens
         stream = exchange.stream
-        counted = exchange.sent.prompt_tokens if exchange.sent is not None else 0
+        sent = exchange.sent
+        counted = sent.prompt_tokens if sent is not None and sent.is_exact else 0
         if stream is None:
             return (counted or prompt_tokens) + self._num_events
         return (stream.num_prompt_tokens or counted or prompt_tokens) + stream.num_tokens

@@ -230,8 +230,9 @@ class PromptReader:
         self._local.setdefault(instance, {})[model] = _Local(incarnation, loaded)
 
     def _remember(self, key: bytes, tokens: bytes) -> None:
+        # Two requests with the same new prompt both ask.
+        self._known_bytes += len(tokens) - len(self._known.pop(key, b""))
         self._known[key] = tokens
-        self._known_bytes += len(tokens)
         while self._known_bytes > self.config.kv_index.token_cache_bytes:
             _, old = self._known.popitem(last=False)
             self._known_bytes -= len(old)

@@ -104,8 +104,11 @@ def fused_infer_attention_score_v2(
 
 
 @emulates("_npu_fused_infer_attention_score_v2_get_max_workspace")
-def max_workspace(query: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+def max_workspace(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **not_needed: Any
+) -> torch.Tensor:
     """Memory for the operator to work in; this one needs none."""
+    del key, value, not_needed
     return query.new_empty(1)
 
 
