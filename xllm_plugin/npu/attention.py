@@ -34,7 +34,13 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from xllm_plugin.errors import PlatformError
 
-__all__ = ["NpuAttention", "NpuAttentionBackend", "NpuAttentionMetadata", "NpuMetadataBuilder"]
+__all__ = [
+    "NpuAttention",
+    "NpuAttentionBackend",
+    "NpuAttentionMetadata",
+    "NpuMetadataBuilder",
+    "PagedBackend",
+]
 
 BLOCK_SIZE = 128
 HEAD_SIZE = 128
@@ -46,17 +52,33 @@ RIGHT_DOWN_CAUSAL = 3
 """The sparse mode in which a request's last query sees all its keys."""
 
 
-class NpuAttentionBackend(AttentionBackend):
-    """What vLLM asks about attention before it makes any."""
+class PagedBackend(AttentionBackend):
+    """What both kinds of attention, this one and the latent one, tell vLLM of their cache."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "bfloat16"]
-    forward_includes_kv_cache_update = True
 
     @staticmethod
     def get_name() -> str:
         """The name in vLLM's table for backends from elsewhere."""
         return "CUSTOM"
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        """Tokens a page."""
+        del kv_cache_spec
+        return [BLOCK_SIZE]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Layers, then blocks: a layer's blocks are one run of bytes."""
+        return (KVCacheLayout.LBNHC,)
+
+
+class NpuAttentionBackend(PagedBackend):
+    """What vLLM asks about attention before it makes any."""
+
+    forward_includes_kv_cache_update = True
 
     @staticmethod
     def get_impl_cls() -> type[NpuAttention]:
@@ -68,21 +90,10 @@ class NpuAttentionBackend(AttentionBackend):
         """The step's part."""
         return NpuMetadataBuilder
 
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        """Tokens a page."""
-        del kv_cache_spec
-        return [BLOCK_SIZE]
-
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         """Smaller heads are padded."""
         return head_size <= HEAD_SIZE
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Layers, then blocks: a layer's blocks are one run of bytes."""
-        return (KVCacheLayout.LBNHC,)
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:

@@ -61,7 +61,7 @@ class NpuGraphBackend:
         except torch.OutOfMemoryError as error:
             graph.reset()
             raise MemoryError(str(error)) from error
-        except BaseException:
+        except BaseException:  # raised again; half a capture keeps its memory
             graph.reset()
             raise
         handle = GraphHandle(next(self._numbers))

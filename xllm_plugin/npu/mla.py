@@ -16,26 +16,25 @@ and values made of latents are padded to 128.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch_npu
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import (
-    AttentionBackend,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
     MLAAttentionImpl,
 )
 from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
-from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from xllm_plugin.errors import InternalError, PlatformError
 from xllm_plugin.npu.attention import (
     BLOCK_SIZE,
     HEAD_SIZE,
     RIGHT_DOWN_CAUSAL,
+    PagedBackend,
     causal_mask,
     padded,
 )
@@ -46,16 +45,8 @@ LATENT_SIZE, ROPE_SIZE = 512, 64
 NUM_HEADS = frozenset({1, 2, 4, 8, 16, 32, 64, 128})
 
 
-class NpuLatentBackend(AttentionBackend):
+class NpuLatentBackend(PagedBackend):
     """What vLLM asks about latent attention before it makes any."""
-
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "bfloat16"]
-
-    @staticmethod
-    def get_name() -> str:
-        """The name in vLLM's table for backends from elsewhere."""
-        return "CUSTOM"
 
     @staticmethod
     def get_impl_cls() -> type[NpuLatentAttention]:
@@ -66,12 +57,6 @@ class NpuLatentBackend(AttentionBackend):
     def get_builder_cls() -> type[NpuLatentMetadataBuilder]:
         """The step's part."""
         return NpuLatentMetadataBuilder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        """Tokens a block."""
-        del kv_cache_spec
-        return [BLOCK_SIZE]
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
@@ -87,11 +72,6 @@ class NpuLatentBackend(AttentionBackend):
     def supports_kv_connector(cls) -> bool:
         """No: a block is two runs of bytes."""
         return False
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Layers first: a layer's memory is one run of bytes."""
-        return (KVCacheLayout.LBNHC,)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

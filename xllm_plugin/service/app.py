@@ -267,7 +267,7 @@ async def _serve(config: ServiceConfig, load: Callable[[], ServiceConfig]) -> No
 
     try:
         await service.start()
-    except BaseException:
+    except BaseException:  # raised again; what has started is ended first
         await service.abandon()
         raise
     loop.add_signal_handler(signal.SIGHUP, service.reload)

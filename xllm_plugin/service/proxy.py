@@ -105,8 +105,7 @@ class Proxy:
             exchange.prompt = await self.prompts.read(
                 exchange.route.path, exchange.body, model, self.fleet.candidates(model)
             )
-        except Exception:
-            # What it would have told helps to choose; a request is not lost for it.
+        except Exception:  # what it would have told helps to choose; no request is lost for it
             logger.exception("a prompt could not be read; please report this")
         if exchange.is_done:
             return
@@ -122,7 +121,7 @@ class Proxy:
                 candidates = self.fleet.candidates(exchange.model)
                 cached = self.directory.lookup(exchange.prompt, candidates)
                 exchange.sent = Sent(exchange.prompt.num_tokens, cached, is_exact=True)
-            except Exception:
+            except Exception:  # as above: it is then routed without
                 logger.exception("a prompt could not be looked up; please report this")
         exchange.dispatch()
 

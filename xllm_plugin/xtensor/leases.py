@@ -117,7 +117,7 @@ class PoolMember:
             with self._locked():
                 self.total_bytes = self._agree(total_bytes)
                 self._index = self._join(name, least_bytes, most_bytes)
-        except BaseException:
+        except BaseException:  # raised again; the file and its locks are given up first
             self.abandon()
             raise
 
