@@ -54,7 +54,6 @@ from xllm_plugin.instance.registrar import (
     leaves_first,
     load_of,
 )
-from xllm_plugin.instance.registry_clients import registry_client
 from xllm_plugin.instance.resume import resume
 from xllm_plugin.instance.resumption import RESUME_PATH
 from xllm_plugin.instance.waiting import WaitingList
@@ -177,6 +176,9 @@ class XllmEndpoints:
         """Register at a service, from the first of several API servers."""
         if not config.url or engine_client.vllm_config.parallel_config._api_process_rank > 0:  # noqa: SLF001
             return
+        # Brings etcd's records and an HTTP client, which a server that stands alone starts without.
+        from xllm_plugin.instance.registry_clients import registry_client
+
         url = advertised_url(config, args)
         registration = Registration(
             url=url,

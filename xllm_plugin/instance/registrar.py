@@ -14,13 +14,12 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from xllm_plugin.channel.messages import Reading
 from xllm_plugin.errors import ConfigError, NotNowError
 from xllm_plugin.instance.latency import LatencyMeter
-from xllm_plugin.instance.registry_clients import RegistryClient
 from xllm_plugin.registration import (
     Heartbeat,
     KvEventSource,
@@ -29,6 +28,9 @@ from xllm_plugin.registration import (
     Registration,
     RegistrationConfig,
 )
+
+if TYPE_CHECKING:
+    from xllm_plugin.instance.registry_clients import RegistryClient
 
 __all__ = [
     "Registrar",
