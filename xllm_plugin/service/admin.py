@@ -137,7 +137,7 @@ class AdminApi:
         return web.json_response({"instances": found, "registry": self._registrations.describe()})
 
     async def _decisions(self, _: web.Request) -> web.Response:
-        decisions = [decision._asdict() for decision in self._proxy.router.decisions]
+        decisions = [decision.described() for decision in self._proxy.router.decisions]
         return web.json_response({"decisions": decisions})
 
     async def _overview(self, request: web.Request) -> web.Response:

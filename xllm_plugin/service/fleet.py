@@ -1,7 +1,8 @@
 """The instances that the service knows, with their load and state.  One object owns all of it.
 
 Registries and probes report events; `Fleet` runs them through `lifecycle` and keeps the lists of
-candidates that routing reads.  Routing changes load counters only, through `book` and `release`.
+candidates that routing reads.  Routing changes load counters only, through `book`, `release` and
+`expect_prefill`.  Whatever a policy may look at changes here, or is said here (`touched`).
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Instance:
         """What its heartbeat said last; plain servers send none."""
         self.kv_events: tuple[KvEventSource, ...] = ()
         """Where it says that it publishes its prefix cache, if its entry does not."""
-        self.prefill_tokens = 0.0
+        self.prefill_tokens = 0
         """Prompt tokens sent there that it has not computed yet, as far as we know."""
         self.paces = Paces()
         self.speed = Speed()
@@ -131,6 +132,13 @@ class Fleet:
         self._make_pool = make_pool
         self._instances: dict[str, Instance] = {}
         self._candidates: dict[str | None, list[Instance]] = {}
+        self._models: dict[str, dict[str, Any]] | None = None
+        """As `models` gives them, while the candidates stay."""
+        self._names: set[str] | None = None
+        """Of all models of all instances, likewise."""
+        self._common: set[str] | None = None
+        """Of the models that every candidate has, likewise."""
+        self._watchers: list[set[Instance]] = []
         self._meter = SpeedMeter()
         """Of all instances together, as if each had capacity 1: where a new one begins."""
         self._ticked_s = clock()
@@ -172,7 +180,7 @@ class Fleet:
             instance.stats = known.stats
             self._retire(known, "replaced")
         self._instances[entry.name] = instance
-        self._candidates.clear()
+        self._forget_candidates()
         logger.info("instance %s: joining (%s)", entry.name, source)
         return instance
 
@@ -187,7 +195,7 @@ class Fleet:
             self._forget_incarnation(instance)
         if after.state is not before.state:
             logger.info("instance %s: %s (%s)", instance.name, after.state, after.reason)
-            self._candidates.clear()
+            self._forget_candidates()
             if after.state is State.GONE:
                 self._retire(instance, after.reason)
 
@@ -205,13 +213,14 @@ class Fleet:
         """Take over what its /v1/models said."""
         if instance.models != models:
             instance.models = dict(models)
-            self._candidates.clear()
+            self._forget_candidates()
 
     def set_load(self, instance: Instance, load: Load) -> None:
         """Take over how many requests it has, ours included, and how fast it decodes them."""
         num_requests = load.num_running + load.num_waiting
         instance.foreign_requests = max(0, num_requests - instance.in_flight)
         instance.num_waiting = load.num_waiting
+        self.touched(instance)
         if load.tpot_s is not None:
             instance.paces.tpot.observe(max(1, load.num_running), load.tpot_s)
             self._meter.observe_tpot(load.num_running, load.tpot_s * instance.capacity)
@@ -229,7 +238,10 @@ class Fleet:
             fleet.tpot_base_s / capacity,
             fleet.tpot_s_per_request / capacity,
         )
-        instance.speed = instance.paces.speed(prior)
+        speed = instance.paces.speed(prior)
+        if speed != instance.speed:
+            instance.speed = speed
+            self.touched(instance)
 
     def candidates(self, model: str | None) -> Sequence[Instance]:
         """Who can take a request for `model` (None: for any): the ready, or else the suspect."""
@@ -241,34 +253,67 @@ class Fleet:
         return found
 
     def models(self) -> dict[str, dict[str, Any]]:
-        """Every model of every usable instance; of equal names, the first."""
-        merged: dict[str, dict[str, Any]] = {}
-        for instance in self.candidates(None):
-            for name, record in instance.models.items():
-                merged.setdefault(name, record)
-        return merged
+        """Every model of every usable instance; of equal names, the first.  Not to be changed."""
+        if self._models is None:
+            self._models = {}
+            for instance in self.candidates(None):
+                for name, record in instance.models.items():
+                    self._models.setdefault(name, record)
+        return self._models
+
+    def common_models(self) -> set[str]:
+        """Names of the models that every usable instance has.  Not to be changed."""
+        if self._common is None:
+            names = [set(instance.models) for instance in self.candidates(None)]
+            self._common = set.intersection(*names) if names else set()
+        return self._common
+
+    def watch(self) -> set[Instance]:
+        """A set that gets every instance that changes for policies, until candidates change."""
+        changed: set[Instance] = set()
+        self._watchers.append(changed)
+        return changed
+
+    def unwatch(self, changed: set[Instance]) -> None:
+        """Give back what `watch` gave; nothing happens if candidates have changed since."""
+        self._watchers = [one for one in self._watchers if one is not changed]
+
+    def touched(self, instance: Instance) -> None:
+        """What a policy may know of `instance` has changed."""
+        for changed in self._watchers:
+            changed.add(instance)
 
     def book(self, instance: Instance, cost_tokens: int) -> None:
         """Count a request as running there, from dispatch on."""
         instance.in_flight += 1
         instance.outstanding_tokens += cost_tokens
+        self.touched(instance)
 
     def release(self, instance: Instance, cost_tokens: int) -> None:
         """Take back what `book` counted."""
         instance.in_flight -= 1
         instance.outstanding_tokens -= cost_tokens
+        self.touched(instance)
+
+    def expect_prefill(self, instance: Instance, num_tokens: int) -> None:
+        """Count prompt tokens that it has to compute; below 0: take them back."""
+        instance.prefill_tokens += num_tokens
+        self.touched(instance)
 
     def check_integrity(self) -> None:
         """Raise `InternalError` unless the counters are those of no request."""
         for instance in self:
-            to_compute = round(instance.prefill_tokens)  # a sum of floats
-            if instance.in_flight or instance.outstanding_tokens or to_compute:
+            if instance.in_flight or instance.outstanding_tokens or instance.prefill_tokens:
                 raise InternalError(
                     f"idle, but {instance.name} counts {instance.in_flight} requests, "
-                    f"{instance.outstanding_tokens} tokens and {to_compute} to compute"
+                    f"{instance.outstanding_tokens} tokens and {instance.prefill_tokens} to compute"
                 )
 
     def _find(self, model: str | None) -> list[Instance]:
+        if self._names is None:
+            self._names = {name for one in self._instances.values() for name in one.models}
+        if model is not None and model not in self._names:
+            return []  # clients may ask for any name, as often as they like
         for state in (State.READY, State.SUSPECT):
             found = [
                 instance
@@ -278,6 +323,12 @@ class Fleet:
             if found:
                 return found
         return []
+
+    def _forget_candidates(self) -> None:
+        """Who can take what has changed."""
+        self._candidates.clear()
+        self._watchers.clear()
+        self._models = self._names = self._common = None
 
     def _forget_incarnation(self, instance: Instance) -> None:
         instance.pool.close_idle()
@@ -289,12 +340,12 @@ class Fleet:
         self._reckon(instance)
         instance.foreign_requests = 0
         instance.num_waiting = 0
-        self._candidates.clear()
+        self._forget_candidates()
 
     def _retire(self, instance: Instance, reason: str) -> None:
         """Forget it; requests that still run there finish on their own connections."""
         instance.pool.close_idle()
         if self._instances.get(instance.name) is instance:
             del self._instances[instance.name]
-        self._candidates.clear()
+        self._forget_candidates()
         logger.info("instance %s: forgotten (%s)", instance.name, reason)

@@ -42,7 +42,7 @@ def overview(proxy: Proxy, since: int) -> dict[str, Any]:
             {"policy": policy, "cause": cause, "count": count}
             for (policy, cause), count in router.causes.items()
         ],
-        "decisions": [decision._asdict() for decision in decisions],
+        "decisions": [decision.described() for decision in decisions],
     }
 
 
