@@ -104,7 +104,7 @@ class _Known:
 
     is_useful = True
 
-    async def read(self, *_: object) -> Prompt:
+    def look(self, *_: object) -> Prompt:
         return Prompt(packed([1] * 7), ())
 
     def lookup(self, *_: object) -> dict[str, float]:

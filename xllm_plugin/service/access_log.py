@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["log", "open_log"]
 
 logger = logging.getLogger("xllm_plugin.service.access")
+_other = logging.getLogger(__name__)
 
 _MAX_ID_CHARS = 128
 _MAX_MODEL_CHARS = 256
@@ -54,7 +55,22 @@ def open_log(path: Path | None) -> None:
 
 def log(exchange: Exchange, ending: Ending) -> None:
     """Write the line of a finished request."""
-    logger.info("%s", msgspec.json.encode(_described(exchange, ending)).decode())
+    line = msgspec.json.encode(_described(exchange, ending)).decode()
+    if logger.propagate:  # it was not opened: where it goes is for who embeds the service to say
+        logger.info("%s", line)
+        return
+    # A record, its caller and its format would cost more than all that it says.
+    line += "\n"
+    for handler in logger.handlers:
+        if not isinstance(handler, logging.StreamHandler):
+            continue
+        try:
+            if isinstance(handler, WatchedFileHandler):
+                handler.reopenIfNeeded()
+            handler.stream.write(line)
+            handler.stream.flush()
+        except OSError as error:
+            _other.error("the access log cannot be written: %s", error)
 
 
 def _described(exchange: Exchange, ending: Ending) -> dict[str, Any]:

@@ -285,12 +285,17 @@ class KeyRing:
         self._num_replicas = num_replicas
         self._clock = clock
         self._accounts: dict[str, Account] = {}
-        """By the hash of the key."""
+        """By the hash of the key; another object after every change."""
         self._stamp = self._look()
         self._take(read(path))
 
     def __iter__(self) -> Iterator[Account]:
         return iter(tuple(self._accounts.values()))
+
+    @property
+    def edition(self) -> object:
+        """Stands for the keys as they are: another object once they have changed."""
+        return self._accounts
 
     @property
     def num_replicas(self) -> int:
@@ -304,7 +309,7 @@ class KeyRing:
         self._num_replicas = number
         self._take([account.record for account in self])
 
-    def grant(self, authorization: bytes) -> Grant:
+    def account(self, authorization: bytes) -> Account:
         """Who shows this Authorization header.  Raises `Refusal`: 401, nobody we know."""
         scheme, _, key = authorization.partition(b" ")
         if scheme.lower() != b"bearer" or not key:
@@ -312,7 +317,7 @@ class KeyRing:
         account = self._accounts.get(hashlib.sha256(key.strip()).hexdigest())
         if account is None:
             raise _unauthorized("The API key is not one of this service, or no longer.")
-        return Grant(account)
+        return account
 
     def refresh(self) -> None:
         """Take over the file if it has changed; one that cannot be read changes nothing."""

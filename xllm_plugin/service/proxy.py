@@ -13,6 +13,7 @@ from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.fleet import Fleet
 from xllm_plugin.service.flow.control import FlowControl
 from xllm_plugin.service.keys import KeyRing
+from xllm_plugin.service.kv_index.tokens import Unread
 from xllm_plugin.service.replies import Refusal
 from xllm_plugin.service.router import Router, Sent
 from xllm_plugin.service.routes import Kind
@@ -88,27 +89,35 @@ class Proxy:
             or not directory.is_useful
             or not self.router.policy.uses_prefixes
             or exchange.route.kind is not Kind.INFERENCE
-            or len(self.fleet.candidates(model)) < 2  # noqa: PLR2004 - no choice, no question
+            or len(candidates := self.fleet.candidates(model)) < 2  # noqa: PLR2004 - no choice
         ):
-            if self.flow is None:
-                exchange.dispatch()
-            else:
-                self.flow.enter(exchange)
+            self._enter(exchange)
             return
-        task = self.loop.create_task(self._read_and_dispatch(exchange, model))
-        self._reading.add(task)
-        task.add_done_callback(self._reading.discard)
-
-    async def _read_and_dispatch(self, exchange: Exchange, model: str) -> None:
         assert self.prompts is not None
         try:
-            exchange.prompt = await self.prompts.read(
-                exchange.route.path, exchange.body, model, self.fleet.candidates(model)
-            )
+            found = self.prompts.look(exchange.route.path, exchange.body, model, candidates)
         except Exception:  # what it would have told helps to choose; no request is lost for it
             logger.exception("a prompt could not be read; please report this")
-        if exchange.is_done:
+            found = None
+        if isinstance(found, Unread):
+            task = self.loop.create_task(self._read_and_dispatch(exchange, found, model))
+            self._reading.add(task)
+            task.add_done_callback(self._reading.discard)
             return
+        exchange.prompt = found
+        self._enter(exchange)
+
+    async def _read_and_dispatch(self, exchange: Exchange, unread: Unread, model: str) -> None:
+        assert self.prompts is not None
+        try:
+            candidates = self.fleet.candidates(model)
+            exchange.prompt = await self.prompts.read(unread, model, candidates)
+        except Exception:  # as above
+            logger.exception("a prompt could not be read; please report this")
+        if not exchange.is_done:
+            self._enter(exchange)
+
+    def _enter(self, exchange: Exchange) -> None:
         if self.flow is None:
             self._send(exchange)
         else:

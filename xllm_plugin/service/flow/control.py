@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from xllm_plugin.service.config import FlowConfig
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.flow.queue import Band, FairQueue, Ticket
+from xllm_plugin.service.flow.wishes import with_ttft_left
 from xllm_plugin.service.histogram import Histogram
 from xllm_plugin.service.replies import Refusal
 
@@ -81,6 +82,8 @@ class FlowControl:
         )
         self._send = send
         self._loop = asyncio.get_running_loop()
+        self._roomy: dict[str | None, tuple[Sequence[Instance], Instance]] = {}
+        """Model -> its candidates, and the one of them that was the last with room."""
         self._freed: set[Instance] = set()
         self._woken: asyncio.Handle | None = None
 
@@ -144,8 +147,16 @@ class FlowControl:
 
     def _has_room_for(self, model: str | None) -> bool:
         candidates = self.fleet.candidates(model)
-        # Where there is none, the router says so.
-        return not candidates or any(map(self.has_room, candidates))
+        if not candidates:
+            return True  # the router says so
+        known, roomy = self._roomy.get(model, ((), None))
+        if known is candidates and roomy is not None and self.has_room(roomy):
+            return True  # no look at a thousand that are full
+        found = next(filter(self.has_room, candidates), None)
+        if found is None:
+            return False
+        self._roomy[model] = (candidates, found)
+        return True
 
     def _wake(self) -> None:
         self._woken = None
@@ -155,7 +166,7 @@ class FlowControl:
             open_pools = {
                 pool
                 for pool in self.queue.pools
-                if any(one in self.fleet.candidates(pool) for one in freed)
+                if not freed.isdisjoint(self.fleet.candidates(pool))
             }
             if not open_pools:
                 return
@@ -169,6 +180,10 @@ class FlowControl:
         assert waiting is not None
         self.stats.outcomes["sent"] += 1
         self.stats.waits.observe(waiting.waited_s)
+        wishes = exchange.wishes
+        if wishes.has_ttft:
+            left_ms = wishes.promise.ttft_ms - (self._loop.time() - exchange.started_s) * 1e3
+            exchange.head = with_ttft_left(exchange.head, left_ms)
         self._send(exchange)
 
     def _wait(self, exchange: Exchange) -> None:
