@@ -132,7 +132,7 @@ class KvIndexConfig(_Section):
         default=1.0, gt=0, description="then a request is routed without its tokens"
     )
     token_cache_bytes: int = Field(
-        default=64 * _MIB, ge=0, description="token ids of prompts that are remembered"
+        default=64 * _MIB, ge=0, description="prompts and their token ids that are remembered"
     )
 
 

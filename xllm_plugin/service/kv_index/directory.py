@@ -77,7 +77,7 @@ class KvDirectory:
         A block in slower memory counts by its tier's weight.  Of several data-parallel ranks it is
         the mean, since the instance chooses among them without looking.
         """
-        found = self.index.holders(prompt.tokens, prompt.extra)
+        found = self.index.holders(*prompt)
         if not found:
             return _NOTHING
         if self._places is None or self._placed is not candidates:

@@ -13,9 +13,10 @@ Rule 3: stores and removals of one hash are counted: vLLM announces a block as o
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import groupby, repeat
 from struct import iter_unpack
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from xllm_plugin.service.kv_index.wire import (
 )
 
 __all__ = [
+    "NO_EXTRA",
     "Cache",
     "Extra",
     "Held",
@@ -177,10 +179,17 @@ class PrefixIndex:
             for bit in bits_of(one.caches)
         }
 
-    def holders(self, tokens: bytes, extra: Extra = NO_EXTRA) -> list[Holders]:
+    def holders(
+        self, tokens: bytes, extra: Extra = NO_EXTRA, chains: dict[int, list[int]] | None = None
+    ) -> list[Holders]:
         """As `match`, by groups of caches that hold equally much: many hold what all send.
 
         Every cache is in one group at most.
+
+        Args:
+            tokens: `packed` token ids.
+            extra: `prompt_extra` of the request.
+            chains: of a prompt that is asked for again: its keys by block size, which are added.
         """
         # The last token is always computed: only blocks that end before it can be used.
         usable = max(0, len(tokens) - _TOKEN_BYTES)
@@ -188,8 +197,12 @@ class PrefixIndex:
         for block_size, root in self._block_sizes.items():
             width = block_size * _TOKEN_BYTES
             whole = memoryview(tokens)[: usable // width * width]
-            walked = self._walk(root, whole, width, extra)
-            found += [Holders(caches, held, block_size) for caches, held in walked]
+            keys: Iterable[int] = _chain(root, whole, width, extra)
+            if chains is not None and extra == NO_EXTRA:
+                if block_size not in chains:
+                    chains[block_size] = list(keys)
+                keys = chains[block_size]
+            found += [Holders(caches, held, block_size) for caches, held in self._walk(keys)]
         return found if len(self._block_sizes) == 1 else _best_of(found)
 
     def check_integrity(self) -> None:
@@ -204,23 +217,33 @@ class PrefixIndex:
         if expected != self._holders:
             raise InternalError("the index and what the caches hold differ")
 
-    def _walk(
-        self, key: int, tokens: memoryview, width: int, extra: Extra
-    ) -> list[tuple[int, Held]]:
-        """(Mask, blocks held by each of its caches), along the chain until nobody goes on."""
+    def _walk(self, keys: Iterable[int]) -> list[tuple[int, Held]]:
+        """(Mask, blocks held by each of its caches), along a chain until nobody goes on."""
+        if self._holders[Tier.HOST] or self._holders[Tier.DISK]:
+            return self._walk_tiers(keys)
+        alive, depth = self._bits, 0
+        found = []
+        # Neighbours mostly have the same holders, and these are one object: no look at each.
+        for mask, run in groupby(map(self._holders[Tier.DEVICE].get, keys, repeat(0))):
+            if mask & alive != alive:
+                if depth:
+                    found.append((alive & ~mask, Held(depth)))
+                alive &= mask
+                if not alive:
+                    return found
+            depth += len(list(run))
+        return [*found, (alive, Held(depth))] if depth else found
+
+    def _walk_tiers(self, keys: Iterable[int]) -> list[tuple[int, Held]]:
+        """The same where blocks lie in slower memories too."""
         device, host, disk = (holders.get for holders in self._holders)
-        has_slow = bool(self._holders[Tier.HOST] or self._holders[Tier.DISK])
         alive, depth = self._bits, 0
         ended: dict[int, int] = {}  # mask of caches -> depth at which their prefix ends
-        slow: list[tuple[int, int, int]] = []  # masks that hold it in device, host, disk
-        more, later = extra
-        for (block,) in iter_unpack(f"{width}s", tokens):
-            key = hash((key, block, more)) if more else hash((key, block))
-            more = later
-            mask = device(key, 0)
-            if has_slow:
-                slow.append((mask, host(key, 0), disk(key, 0)))
-                mask |= slow[-1][1] | slow[-1][2]
+        by_tier: list[tuple[int, int, int]] = []  # masks that hold it in device, host, disk
+        for key in keys:
+            masks = device(key, 0), host(key, 0), disk(key, 0)
+            mask = masks[0] | masks[1] | masks[2]
+            by_tier.append(masks)
             if mask & alive != alive:
                 ended[alive & ~mask] = depth
                 alive &= mask
@@ -229,10 +252,8 @@ class PrefixIndex:
             depth += 1
         if alive:
             ended[alive] = depth
-        if not slow:
-            return [(mask, Held(blocks)) for mask, blocks in ended.items() if blocks]
         return [
-            (bit, _by_tier(bit, slow[:blocks]))
+            (bit, _by_tier(bit, by_tier[:blocks]))
             for mask, blocks in ended.items()
             if blocks
             for bit in bits_of(mask)
@@ -310,6 +331,15 @@ class PrefixIndex:
             holders[key] = self._masks.setdefault(mask, mask)
         else:
             holders.pop(key, None)
+
+
+def _chain(key: int, tokens: memoryview, width: int, extra: Extra) -> Iterator[int]:
+    """The keys of a prompt's blocks; made as they are asked for, since most are not."""
+    more, later = extra
+    for (block,) in iter_unpack(f"{width}s", tokens):
+        key = hash((key, block, more)) if more else hash((key, block))
+        more = later
+        yield key
 
 
 def packed(token_ids: Iterable[int]) -> bytes:

@@ -23,7 +23,7 @@ import tokenizers
 
 from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.fleet import Instance
-from xllm_plugin.service.kv_index.index import Extra, packed, prompt_extra
+from xllm_plugin.service.kv_index.index import NO_EXTRA, Extra, packed, prompt_extra
 
 __all__ = ["PROBES", "Prompt", "PromptReader", "Unread"]
 
@@ -49,6 +49,8 @@ class Prompt(NamedTuple):
 
     tokens: bytes
     extra: Extra
+    chains: dict[int, list[int]] | None = None
+    """Of one that is asked again: its keys in the index, by block size, as far as known."""
 
     @property
     def num_tokens(self) -> int:
@@ -77,9 +79,7 @@ class Unread(NamedTuple):
 
     wanted: _Body
     question: bytes
-    """To an instance's `/tokenize`."""
-    key: bytes
-    """Under which the answer is remembered."""
+    """To an instance's `/tokenize`, and under which the answer is remembered."""
     extra: Extra
 
 
@@ -117,7 +117,8 @@ class PromptReader:
         self.num_failures = 0
         self._session = session
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenize")
-        self._known: OrderedDict[bytes, bytes] = OrderedDict()
+        self._known: OrderedDict[bytes, Prompt] = OrderedDict()
+        """By the question; hashing it as a key costs a quarter of a digest."""
         self._known_bytes = 0
         self._local: WeakKeyDictionary[Instance, dict[str, _Local]] = WeakKeyDictionary()
         """By model: each instance has to agree with it by itself.  Gone with the instance."""
@@ -153,12 +154,11 @@ class PromptReader:
         asked = _question(wanted, model) if wanted.truncate_prompt_tokens is None else None
         if asked is None:
             return None
-        key = hashlib.blake2b(asked, digest_size=16).digest()
-        tokens = self._known.get(key)
-        if tokens is None:
-            return Unread(wanted, asked, key, extra)
-        self._known.move_to_end(key)
-        return Prompt(tokens, extra) if tokens else None
+        known = self._known.get(asked)
+        if known is None:
+            return Unread(wanted, asked, extra)
+        self._known.move_to_end(asked)
+        return known._replace(extra=extra) if known.tokens else None
 
     async def read(
         self, unread: Unread, model: str, candidates: Sequence[Instance]
@@ -179,7 +179,7 @@ class PromptReader:
             self.num_failures += 1
             logger.debug("a prompt is routed without its tokens: %s", error)
             return None
-        self._remember(unread.key, tokens)
+        self._remember(unread.question, tokens)
         return Prompt(tokens, unread.extra) if tokens else None
 
     def close(self) -> None:
@@ -265,13 +265,22 @@ class PromptReader:
             return
         self._local.setdefault(instance, {})[model] = _Local(incarnation, loaded)
 
-    def _remember(self, key: bytes, tokens: bytes) -> None:
+    def _remember(self, question: bytes, tokens: bytes) -> None:
         # Two requests with the same new prompt both ask.
-        self._known_bytes += len(tokens) - len(self._known.pop(key, b""))
-        self._known[key] = tokens
+        self._forget(question, self._known.pop(question, None))
+        known = self._known[question] = Prompt(tokens, NO_EXTRA, {})
+        self._known_bytes += _size(question, known)
         while self._known_bytes > self.config.kv_index.token_cache_bytes:
-            _, old = self._known.popitem(last=False)
-            self._known_bytes -= len(old)
+            self._forget(*self._known.popitem(last=False))
+
+    def _forget(self, question: bytes, known: Prompt | None) -> None:
+        if known is not None:
+            self._known_bytes -= _size(question, known)
+
+
+def _size(question: bytes, known: Prompt) -> int:
+    """What is kept of a prompt, about; its chain's keys take less than its tokens."""
+    return len(question) + 2 * len(known.tokens)
 
 
 def _question(wanted: _Body, model: str) -> bytes | None:
