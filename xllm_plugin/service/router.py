@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from xllm_plugin.service.cost import cost_of
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.service.policy import Choice, RoutingPolicy
@@ -199,8 +198,9 @@ class Router:
         )
         if not request.wants_stream:
             # Its first byte is its last: when its prompt is computed can only be predicted.
-            cost = cost_of(asked, instance)
-            request.proxy.loop.call_later(cost.queue_s + cost.prefill_s, self._computed, sent)
+            speed, num_tokens = instance.speed, sent.ahead_tokens + sent.uncached_tokens
+            computed_s = speed.ttft_base_s + speed.prefill_s_per_token * num_tokens
+            request.proxy.loop.call_later(computed_s, self._computed, sent)
         self.fleet.expect_prefill(instance, sent.uncached_tokens)
 
     def _computed(self, sent: Sent) -> None:
