@@ -55,6 +55,19 @@ class Stats:
         self.errors[reason] = self.errors.get(reason, 0) + 1
 
 
+class _Models(NamedTuple):
+    """What is served, summed up over instances."""
+
+    candidates: Sequence[Instance]
+    """Of any model."""
+    merged: dict[str, dict[str, Any]]
+    """Name -> record; of equal names, the first candidate's."""
+    common: frozenset[str]
+    """That every candidate has."""
+    names: frozenset[str]
+    """That any instance has, in whatever state."""
+
+
 class Queue(NamedTuple):
     """What an instance has on its hands, requests of others included, as it said last."""
 
@@ -132,12 +145,7 @@ class Fleet:
         self._make_pool = make_pool
         self._instances: dict[str, Instance] = {}
         self._candidates: dict[str | None, list[Instance]] = {}
-        self._models: dict[str, dict[str, Any]] | None = None
-        """As `models` gives them, while the candidates stay."""
-        self._names: set[str] | None = None
-        """Of all models of all instances, likewise."""
-        self._common: set[str] | None = None
-        """Of the models that every candidate has, likewise."""
+        self._models: _Models | None = None
         self._watchers: list[set[Instance]] = []
         self._meter = SpeedMeter()
         """Of all instances together, as if each had capacity 1: where a new one begins."""
@@ -180,7 +188,7 @@ class Fleet:
             instance.stats = known.stats
             self._retire(known, "replaced")
         self._instances[entry.name] = instance
-        self._forget_candidates()
+        self._candidates.clear()
         logger.info("instance %s: joining (%s)", entry.name, source)
         return instance
 
@@ -195,7 +203,7 @@ class Fleet:
             self._forget_incarnation(instance)
         if after.state is not before.state:
             logger.info("instance %s: %s (%s)", instance.name, after.state, after.reason)
-            self._forget_candidates()
+            self._candidates.clear()
             if after.state is State.GONE:
                 self._retire(instance, after.reason)
 
@@ -213,7 +221,7 @@ class Fleet:
         """Take over what its /v1/models said."""
         if instance.models != models:
             instance.models = dict(models)
-            self._forget_candidates()
+            self._candidates.clear()
 
     def set_load(self, instance: Instance, load: Load) -> None:
         """Take over how many requests it has, ours included, and how fast it decodes them."""
@@ -254,28 +262,20 @@ class Fleet:
 
     def models(self) -> dict[str, dict[str, Any]]:
         """Every model of every usable instance; of equal names, the first.  Not to be changed."""
-        if self._models is None:
-            self._models = {}
-            for instance in self.candidates(None):
-                for name, record in instance.models.items():
-                    self._models.setdefault(name, record)
-        return self._models
+        return self._all_models().merged
 
-    def common_models(self) -> set[str]:
-        """Names of the models that every usable instance has.  Not to be changed."""
-        if self._common is None:
-            names = [set(instance.models) for instance in self.candidates(None)]
-            self._common = set.intersection(*names) if names else set()
-        return self._common
+    def common_models(self) -> frozenset[str]:
+        """Names of the models that every usable instance has."""
+        return self._all_models().common
 
     def watch(self) -> set[Instance]:
-        """A set that gets every instance that changes for policies, until candidates change."""
+        """A set that gets every instance that changes for policies."""
         changed: set[Instance] = set()
         self._watchers.append(changed)
         return changed
 
     def unwatch(self, changed: set[Instance]) -> None:
-        """Give back what `watch` gave; nothing happens if candidates have changed since."""
+        """Give back what `watch` gave."""
         self._watchers = [one for one in self._watchers if one is not changed]
 
     def touched(self, instance: Instance) -> None:
@@ -310,9 +310,7 @@ class Fleet:
                 )
 
     def _find(self, model: str | None) -> list[Instance]:
-        if self._names is None:
-            self._names = {name for one in self._instances.values() for name in one.models}
-        if model is not None and model not in self._names:
+        if model is not None and model not in self._all_models().names:
             return []  # clients may ask for any name, as often as they like
         for state in (State.READY, State.SUSPECT):
             found = [
@@ -324,11 +322,19 @@ class Fleet:
                 return found
         return []
 
-    def _forget_candidates(self) -> None:
-        """Who can take what has changed."""
-        self._candidates.clear()
-        self._watchers.clear()
-        self._models = self._names = self._common = None
+    def _all_models(self) -> _Models:
+        """Kept for as long as the candidates are these."""
+        candidates, found = self.candidates(None), self._models
+        if found is None or found.candidates is not candidates:
+            merged: dict[str, dict[str, Any]] = {}
+            for instance in candidates:
+                for name, record in instance.models.items():
+                    merged.setdefault(name, record)
+            own = [frozenset(instance.models) for instance in candidates]
+            common = frozenset.intersection(*own) if own else frozenset()
+            names = frozenset(name for one in self._instances.values() for name in one.models)
+            found = self._models = _Models(candidates, merged, common, names)
+        return found
 
     def _forget_incarnation(self, instance: Instance) -> None:
         instance.pool.close_idle()
@@ -340,12 +346,12 @@ class Fleet:
         self._reckon(instance)
         instance.foreign_requests = 0
         instance.num_waiting = 0
-        self._forget_candidates()
+        self._candidates.clear()
 
     def _retire(self, instance: Instance, reason: str) -> None:
         """Forget it; requests that still run there finish on their own connections."""
         instance.pool.close_idle()
         if self._instances.get(instance.name) is instance:
             del self._instances[instance.name]
-        self._forget_candidates()
+        self._candidates.clear()
         logger.info("instance %s: forgotten (%s)", instance.name, reason)
