@@ -6,7 +6,8 @@ Rule 2: within a group they are sorted by requests, then by queue.  Both only ad
 when a bound is above the second least cost found, what follows need not be looked at.
 Rule 3: bounds are computed by the operations of the cost itself, in their order.  Rounding keeps an
 order, so a bound is never above the cost that it bounds, not by a bit either.
-Rule 4: candidates that hold another part of the prompt than most are few, and all looked at.
+Rule 4: bounds are for what most candidates hold of the prompt, and so for those that hold less of it
+too; those that hold more are all looked at.
 """
 
 from __future__ import annotations
@@ -95,8 +96,17 @@ class _Search:
             + prefill_s * (STALL_WEIGHT * num_others + self._crowding * (queue_s + prefill_s / 2)),
         )
 
-    def look_into(self, group: _Group, uncached: float, known: Container[int]) -> None:
-        """Take a group into account, but for the candidates that are `known`."""
+    def look_into(
+        self, group: _Group, uncached: float, less: Mapping[int, float], known: Container[int]
+    ) -> None:
+        """Take a group into account.
+
+        Args:
+            group: of candidates.
+            uncached: tokens to compute at most of them.
+            less: at those that hold less of the prompt.
+            known: those that hold more, and were looked at.
+        """
         crowding, output, is_uniform = self._crowding, self._output, group.is_uniform
         prefill_s = group.ttft_base_s + group.prefill_s_per_token * uncached
         last, last_tokens = -1, -1.0
@@ -116,7 +126,9 @@ class _Search:
                 bound_s = queue_s + prefill_s + decode_s + delay_s
             if bound_s > self.limit_s or index in known:
                 continue
-            if is_uniform:
+            if index in less:
+                self.look_at(index, less[index])
+            elif is_uniform:
                 self._take(index, bound_s)
             else:
                 self.look_at(index, uncached)
@@ -194,13 +206,13 @@ class CostRanking:
         cached = request.cached_tokens
         usual, others = usual_and_others(cached)
         uncached = max(1.0, request.prompt_tokens - usual)
-        known = self._known(request, others)
-        crowding = self._crowding(request, uncached, known)
+        less, more = self._apart(request, uncached, others)
+        crowding = self._crowding(request, uncached, less, more)
         search = _Search(request, self.candidates, crowding)
-        for index, tokens in known.items():
+        for index, tokens in more.items():
             search.look_at(index, tokens)
         for group in self._by_bound(request, uncached, crowding):
-            search.look_into(group, uncached, known)
+            search.look_into(group, uncached, less, more)
         turn = self._open[request.sequence % len(self._open)]
         ties = sorted(search.ties)
         best = ties[bisect_left(ties, turn) % len(ties)]
@@ -213,24 +225,36 @@ class CostRanking:
 
     # -- parts ----------------------------------------------------------------------------------
 
-    def _known(self, request: RequestView, others: Mapping[str, float]) -> dict[int, float]:
-        """Uncached tokens of the open candidates that hold another part than most."""
-        found = {}
-        for name, tokens in others.items():
-            index = self._index_of.get(name)
-            if index is not None and self._rows[index] is not None:
-                found[index] = max(1.0, request.prompt_tokens - tokens)
-        return found
+    def _apart(
+        self, request: RequestView, uncached: float, others: Mapping[str, float]
+    ) -> tuple[dict[int, float], dict[int, float]]:
+        """Uncached tokens of open candidates that hold less than most, and of those with more."""
+        prompt_tokens, rows, index_of = request.prompt_tokens, self._rows, self._index_of
+        less: dict[int, float] = {}
+        more: dict[int, float] = {}
+        for name, held in others.items():
+            index = index_of.get(name)
+            if index is None or rows[index] is None:
+                continue
+            tokens = prompt_tokens - held
+            if tokens > uncached:
+                less[index] = tokens
+            else:
+                more[index] = max(1.0, tokens)
+        return less, more
 
-    def _crowding(self, request: RequestView, uncached: float, known: dict[int, float]) -> float:
+    def _crowding(
+        self, request: RequestView, uncached: float, *apart: Mapping[int, float]
+    ) -> float:
         stay_s = (
             self._queue_s
             + self._ttft_base_s
             + self._prefill_s * uncached
             + self._tpot_s * request.output_tokens
         )
-        for index, tokens in known.items():
-            stay_s += self._speeds[index].prefill_s_per_token * (tokens - uncached)
+        for tokens_of in apart:
+            for index, tokens in tokens_of.items():
+                stay_s += self._speeds[index].prefill_s_per_token * (tokens - uncached)
         return crowding_of(self._num_others, stay_s)
 
     def _by_bound(self, request: RequestView, uncached: float, crowding: float) -> list[_Group]:
