@@ -86,8 +86,12 @@ class _Writer:
             try:
                 if is_late and isinstance(handler, WatchedFileHandler):
                     handler.reopenIfNeeded()
-                handler.stream.write(text)
-                handler.stream.flush()
+                stream = handler.stream
+                if stream is None:  # it could not be opened anew; this tries again
+                    handler.handle(logging.makeLogRecord({"msg": text[:-1]}))
+                    continue
+                stream.write(text)
+                stream.flush()
             except OSError as error:
                 _other.error("the access log cannot be written: %s", error)
 

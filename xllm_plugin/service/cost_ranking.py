@@ -6,7 +6,7 @@ Rule 2: within a group they are sorted by requests, then by queue.  Both only ad
 when a bound is above the second least cost found, what follows need not be looked at.
 Rule 3: bounds are computed by the operations of the cost itself, in their order.  Rounding keeps an
 order, so a bound is never above the cost that it bounds, not by a bit either.
-Rule 4: bounds are for what most candidates hold of the prompt, and so for those that hold less of it
+Rule 4: bounds are for what most candidates hold of the prompt, and so for those that hold less
 too; those that hold more are all looked at.
 """
 
