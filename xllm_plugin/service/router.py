@@ -35,17 +35,21 @@ class Decision(NamedTuple):
     model: str | None
     instance: str
     policy: str
-    reason: object
-    """For people, as `str` gives it."""
+    reason: Any
+    """For people; `str` makes the text, which few read."""
     num_candidates: int
     attempt: int
     """1 for the first instance, 2 for the one after it failed, ..."""
     cause: str
     """The reason in a few words that many decisions share."""
 
+    def settled(self) -> Decision:
+        """The same with its reason as text, for those who keep or send it."""
+        return self._replace(reason=str(self.reason))
+
     def described(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {**self._asdict(), "reason": str(self.reason)}
+        return self.settled()._asdict()
 
 
 class Asked(NamedTuple):
