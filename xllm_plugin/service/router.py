@@ -102,6 +102,8 @@ class Router:
         self.retry_after_s = retry_after_s
         self.has_room: Callable[[Instance], bool] | None = None
         """With flow control: instances without room are chosen if no other is left."""
+        self.tell_owner: Callable[[str, str], None] | None = None
+        """Takes a response and the name of who made it to other processes, if there are any."""
         self.decisions: deque[Decision] = deque(maxlen=num_decisions)
         self.causes: dict[tuple[str, str], int] = {}
         """(policy, cause) -> how many decisions since the start."""
@@ -166,8 +168,14 @@ class Router:
             503, f"No instance can take this request now: {why}.", retry_after_s=self.retry_after_s
         )
 
+    def owner_of(self, response_id: str) -> str:
+        """Name of the instance that made this response; empty if that is not known."""
+        return self._owners.get(response_id, "")
+
     def remember_owner(self, response_id: str, instance: Instance) -> None:
         """Later requests about this response go to `instance`."""
+        if self.tell_owner is not None:
+            self.tell_owner(response_id, instance.name)
         self._owners[response_id] = instance.name
         self._owners.move_to_end(response_id)
         if len(self._owners) > _MAX_OWNERS:
@@ -203,12 +211,11 @@ class Router:
             # Its first byte is its last: when its prompt is computed can only be predicted.
             cost = cost_of(asked, instance)
             request.proxy.loop.call_later(cost.queue_s + cost.prefill_s, self._computed, sent)
-        instance.prefill_tokens += sent.uncached_tokens
+        self.fleet.expect_prefill(instance, sent.uncached_tokens)
 
-    @staticmethod
-    def _computed(sent: Sent) -> None:
+    def _computed(self, sent: Sent) -> None:
         if sent.instance is not None:
-            sent.instance.prefill_tokens -= sent.uncached_tokens
+            self.fleet.expect_prefill(sent.instance, -sent.uncached_tokens)
             sent.instance = None
 
     def _ask_policy(
