@@ -9,5 +9,6 @@ is next when not all fit) come before the router.  Beside it: `lifecycle.py` and
 instances there are, in what state), `speed.py` (how fast they are), `kv_index/` (which prefixes
 they hold), `registry.py`, `etcd_registry.py` and `probes.py` (who says so), `telemetry.py` (what
 was measured), `admin.py`, `metrics.py`, `dashboard/`, `access_log.py` and `tracing.py` (see and
-steer), `tls.py` (HTTPS), `app.py` (starts, reloads and drains all of it).
+steer), `tls.py` (HTTPS), `process.py` (logs and loop), `carrier.py` (what carries traffic),
+`app.py` (starts, reloads and drains all of it), `processes/` (the same with several processes).
 """

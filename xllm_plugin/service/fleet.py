@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from xllm_plugin.errors import InternalError, MisuseError
 from xllm_plugin.registration import KvEventSource, Load
@@ -23,9 +23,18 @@ from xllm_plugin.service.lifecycle import Life, State, Timings
 from xllm_plugin.service.speed import Paces, Speed, SpeedMeter
 from xllm_plugin.service.upstream import Pool
 
-__all__ = ["Fleet", "Instance", "Queue", "Stats"]
+__all__ = ["Fleet", "Instance", "Queue", "Stats", "add_counts"]
 
 logger = logging.getLogger(__name__)
+
+
+K = TypeVar("K")
+
+
+def add_counts(counts: dict[K, int], more: Mapping[K, int]) -> None:
+    """Add counters by key."""
+    for key, count in more.items():
+        counts[key] = counts.get(key, 0) + count
 
 
 @dataclass(slots=True)
@@ -53,6 +62,26 @@ class Stats:
     def count_error(self, reason: str) -> None:
         """Count one attempt that failed."""
         self.errors[reason] = self.errors.get(reason, 0) + 1
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was counted."""
+        times = (self.ttft, self.tpot, self.duration)
+        counts = (self.retries, self.resumes, self.bytes_to, self.bytes_from, self.output_tokens)
+        return not (self.answered or self.errors or any(counts) or any(one.sum_s for one in times))
+
+    def add(self, other: Stats) -> None:
+        """Count what another process has counted."""
+        add_counts(self.answered, other.answered)
+        add_counts(self.errors, other.errors)
+        self.retries += other.retries
+        self.resumes += other.resumes
+        self.bytes_to += other.bytes_to
+        self.bytes_from += other.bytes_from
+        self.output_tokens += other.output_tokens
+        self.ttft.add(other.ttft)
+        self.tpot.add(other.tpot)
+        self.duration.add(other.duration)
 
 
 class _Models(NamedTuple):
@@ -93,6 +122,8 @@ class Instance:
         self.name_hash = int.from_bytes(digest, "little")
         self.models: dict[str, dict[str, Any]] = {}
         """Name -> its record in /v1/models."""
+        self.slot = -1
+        """Its column in counters that several processes share (`processes/`)."""
         self.in_flight = 0
         self.outstanding_tokens = 0
         self.foreign_requests = 0
@@ -109,6 +140,13 @@ class Instance:
         self.paces = Paces()
         self.speed = Speed()
         self.stats = Stats()
+        self.num_idle_elsewhere = 0
+        """Idle connections that other processes of ours have there."""
+
+    @property
+    def num_idle_connections(self) -> int:
+        """Open, and unused at the moment."""
+        return len(self.pool) + self.num_idle_elsewhere
 
     @property
     def queue(self) -> Queue | None:

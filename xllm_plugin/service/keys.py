@@ -327,10 +327,10 @@ class KeyRing:
         self._stamp = stamp
         try:
             records = read(self.path)
+            self._take(records)
         except ConfigError as error:
             logger.error("%s The keys stay as they are.", error)  # noqa: TRY400 - the user's
             return
-        self._take(records)
         logger.info("%d API keys are in force", len(records))
 
     def _take(self, records: Iterable[KeyRecord]) -> None:
@@ -340,10 +340,13 @@ class KeyRing:
         for record in records:
             account = known.get(record.name)
             if account is None:
-                account = Account(record, self._num_replicas, now_s)
+                account = self._open(record, now_s)
             else:
                 account.take_over(record, self._num_replicas, now_s)
             self._accounts[record.sha256] = account
+
+    def _open(self, record: KeyRecord, now_s: float) -> Account:
+        return Account(record, self._num_replicas, now_s)
 
     def _look(self) -> object:
         try:

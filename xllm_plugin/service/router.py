@@ -108,6 +108,8 @@ class Router:
         self.retry_after_s = retry_after_s
         self.has_room: Callable[[Instance], bool] | None = None
         """With flow control: instances without room are chosen if no other is left."""
+        self.tell_owner: Callable[[str, str], None] | None = None
+        """Takes a response and the name of who made it to other processes, if there are any."""
         self.decisions: deque[Decision] = deque(maxlen=num_decisions)
         self.causes: dict[tuple[str, str], int] = {}
         """(policy, cause) -> how many decisions since the start."""
@@ -168,8 +170,14 @@ class Router:
             503, f"No instance can take this request now: {why}.", retry_after_s=self.retry_after_s
         )
 
+    def owner_of(self, response_id: str) -> str:
+        """Name of the instance that made this response; empty if that is not known."""
+        return self._owners.get(response_id, "")
+
     def remember_owner(self, response_id: str, instance: Instance) -> None:
         """Later requests about this response go to `instance`."""
+        if self.tell_owner is not None:
+            self.tell_owner(response_id, instance.name)
         self._owners[response_id] = instance.name
         self._owners.move_to_end(response_id)
         if len(self._owners) > _MAX_OWNERS:

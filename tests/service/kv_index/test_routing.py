@@ -149,7 +149,7 @@ def test_a_prompt_goes_where_its_prefix_is(run: Any) -> None:
     async def check() -> None:
         one, two = Cached(), Cached()
         async with site(one, two) as it:
-            index = it.service._directory.index
+            index = it.service.proxy.directory.index
             two.cache(ids(TEXT))
             await it.until(lambda: len(index) == 6)
             prompts: list[Any] = [ids(TEXT), TEXT]
@@ -175,7 +175,7 @@ def test_a_prompt_that_has_waited_goes_where_its_prefix_is_by_then(run: Any) -> 
         one, two = Cached(), Cached()
         async with site(one, two, flow={"enabled": True, "max_in_flight": 1}) as it:
             index, fleet, flow = (
-                it.service._directory.index,
+                it.service.proxy.directory.index,
                 it.service.fleet,
                 it.service.proxy.flow,
             )
@@ -203,14 +203,14 @@ def test_texts_are_tokenised_here_once_that_is_known_to_be_the_same(run: Any) ->
         one, two = Cached(), Cached()
         async with site(one, two) as it:
             two.cache(ids(TEXT))
-            await it.until(lambda: it.service._directory.is_useful)
+            await it.until(lambda: it.service.proxy.directory.is_useful)
             for number in range(4):  # fetches the tokenizer of each, compares it with its server
                 await it.where({"model": "fake", "prompt": f"x {number}"})
-            local = it.service._prompts._local
+            local = it.service.proxy.prompts._local
             await it.until(
                 lambda: len(local) == 2 and all(one["fake"].loaded for one in local.values())
             )
-            assert len(it.service._prompts._shared) == 1
+            assert len(it.service.proxy.prompts._shared) == 1
             asked = one.num_asked + two.num_asked
             decision = await it.where({"model": "fake", "prompt": TEXT + " a"})
             assert decision["instance"] == name(two)
@@ -229,13 +229,13 @@ def test_a_tokenizer_that_differs_from_its_server_is_not_used(run: Any, monkeypa
         one, two = Cached(), Cached()
         async with site(one, two) as it:
             two.cache(ids(TEXT))
-            await it.until(lambda: it.service._directory.is_useful)
+            await it.until(lambda: it.service.proxy.directory.is_useful)
             monkeypatch.setitem(globals(), "ids", lambda text: [1, 2, 3])
             for number in range(2):
                 await it.where({"model": "fake", "prompt": f"x {number}"})
             await it.until(lambda: one.num_asked > 1 and two.num_asked > 1)
-            await it.until(lambda: not it.service._prompts._loading)
-            local = it.service._prompts._local.values()
+            await it.until(lambda: not it.service.proxy.prompts._loading)
+            local = it.service.proxy.prompts._local.values()
             assert not any(one.loaded for models in local for one in models.values())
             assert tokens_module.PROBES
 
@@ -249,7 +249,7 @@ def test_a_server_that_dies_is_purged_and_one_that_says_nothing_is_served(run: A
         one.metrics = two.metrics = "process_start_time_seconds 1\n"
         async with site(one, two) as it:
             two.cache(ids(TEXT))
-            directory = it.service._directory
+            directory = it.service.proxy.directory
             await it.until(lambda: directory.is_useful)
             assert (await it.where({"model": "fake", "prompt": TEXT}))["instance"] == name(two)
             (known,) = [one for one in it.service.fleet if directory.describe(one)]
@@ -285,7 +285,7 @@ def test_a_fault_in_following_one_leaves_the_others(
 
         monkeypatch.setattr(Follower, "take", faulty)
         async with site(one, two) as it:
-            directory = it.service._directory
+            directory = it.service.proxy.directory
             bad, good = sorted(it.service.fleet, key=lambda known: known.name != name(one))
             one.cache(list(range(1000, 1024)))
             two.cache(ids(TEXT))
@@ -308,8 +308,8 @@ def test_a_tokenizer_goes_with_the_last_instance_that_has_it(run: Any) -> None:
         one, two = Cached(), Cached()
         async with site(one, two) as it:
             two.cache(ids(TEXT))
-            await it.until(lambda: it.service._directory.is_useful)
-            prompts = it.service._prompts
+            await it.until(lambda: it.service.proxy.directory.is_useful)
+            prompts = it.service.proxy.prompts
             for number in range(4):
                 await it.where({"model": "fake", "prompt": f"x {number}"})
             await it.until(lambda: not prompts._loading and len(prompts._shared) == 1)
@@ -325,7 +325,7 @@ def test_the_index_can_be_switched_off_while_it_runs(run: Any) -> None:
     async def check() -> None:
         one, two = Cached(), Cached()
         async with site(one, two) as it:
-            directory = it.service._directory
+            directory = it.service.proxy.directory
             two.cache(ids(TEXT))
             await it.until(lambda: directory.is_useful)
             enabled = directory.config
@@ -342,7 +342,7 @@ def test_wrong_bodies_are_the_instances_to_answer(run: Any) -> None:
         one, two = Cached(), Cached()
         async with site(one, two) as it:
             two.cache(ids(TEXT))
-            await it.until(lambda: it.service._directory.is_useful)
+            await it.until(lambda: it.service.proxy.directory.is_useful)
             bodies: list[Any] = [
                 {"prompt": [-1]},
                 {"prompt": 5},

@@ -44,6 +44,12 @@ class FlowStats:
     waits: Histogram = field(default_factory=Histogram)
     """How long those waited that were sent."""
 
+    def add(self, other: FlowStats) -> None:
+        """Count what another process has counted."""
+        for outcome, count in other.outcomes.items():
+            self.outcomes[outcome] += count
+        self.waits.add(other.waits)
+
 
 @dataclass(slots=True, eq=False)
 class Waiting:
@@ -102,7 +108,11 @@ class FlowControl:
         limit: float | None = instance.entry.max_in_flight
         if limit is None and config.max_in_flight is not None:
             limit = config.max_in_flight * instance.capacity
-        return limit is None or instance.in_flight < max(1, limit // config.num_replicas)
+        return limit is None or self._num_sent(instance) < max(1, limit // config.num_replicas)
+
+    def statistics(self) -> list[tuple[Band, str, int, int]]:
+        """(Band, tenant, requests, bytes) of all that waits, the first band first."""
+        return self.queue.statistics()
 
     def enter(self, exchange: Exchange) -> None:
         """Send a request now, or when it is its turn."""
@@ -144,6 +154,10 @@ class FlowControl:
             self._send_next(tuple(self.queue.pools))
 
     # -- parts ----------------------------------------------------------------------------------
+
+    def _num_sent(self, instance: Instance) -> int:
+        """Of the requests there, those that `max_in_flight` is about."""
+        return instance.in_flight
 
     def _has_room_for(self, model: str | None) -> bool:
         candidates = self.fleet.candidates(model)
