@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm_plugin.service.cost import Cost, cost_in_seconds, cost_of, costs_of
+from xllm_plugin.service.cost import Cost, cost_in_seconds, cost_of, crowding_of
 from xllm_plugin.service.policies import least_loaded, round_robin
 from xllm_plugin.service.policy import Choice
 from xllm_plugin.service.router import Asked
@@ -47,6 +47,13 @@ class View:
 
 def asked(prompt: int = 1000, output: int = 100, sequence: int = 0, **cached: float) -> Asked:
     return Asked(sequence, 0, "", prompt + output, prompt, output, cached)
+
+
+def costs_of(request: Asked, views: Sequence[View]) -> list[Cost]:
+    own = [cost_of(request, view) for view in views]
+    num_others = sum(view.in_flight + view.foreign_requests for view in views)
+    crowding = crowding_of(num_others, sum(cost.total_s for cost in own))
+    return [cost_of(request, view, crowding) for view in views]
 
 
 def test_the_cost_is_seconds_of_each_part() -> None:

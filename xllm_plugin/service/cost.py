@@ -1,5 +1,13 @@
 """The default policy: one cost in seconds for each candidate, and the least wins.
 
+It is what the request loses there itself, and what others lose by it.  Two kinds of others are
+delayed by x seconds of prefill.  Those that run there get no token meanwhile.  And those who will
+come wait: with u seconds of work there, r arrivals a second and load p, x more cost them
+r / (1 - p) * (u x + x^2 / 2) in all (the value function of an M/G/1 queue: E. Hyytia, A. Penttinen,
+S. Aalto, "Size- and state-aware dispatching problem with queue-specific job sizes", EJOR 217,
+2012).  The rate is that of a mean instance, by Little's law: requests there over the time that they
+are predicted to stay.
+
 `cost_in_seconds` is the definition, and what is used before a few instances.  Before many
 `cost_ranking.py` finds the same one without looking at each.
 """
@@ -19,7 +27,6 @@ __all__ = [
     "cause_of",
     "cost_in_seconds",
     "cost_of",
-    "costs_of",
     "crowding_of",
 ]
 
@@ -107,24 +114,6 @@ def crowding_of(num_others: int, stay_s: float) -> float:
     return int(_BUSY_PERIOD * _STEPS * num_others / stay_s) / _STEPS
 
 
-def costs_of(request: RequestView, candidates: Sequence[InstanceView]) -> list[Cost]:
-    """Predict what each of `candidates` would cost the request and others.
-
-    Two kinds of others are delayed by x seconds of prefill.  Those that run there get no token
-    meanwhile.  And those who will come wait: with u seconds of work there, r arrivals a second and
-    load p, x more cost them r / (1 - p) * (u x + x^2 / 2) in all (the value function of an M/G/1
-    queue: E. Hyytia, A. Penttinen, S. Aalto, "Size- and state-aware dispatching problem with
-    queue-specific job sizes", EJOR 217, 2012).  The rate is that of a mean instance, by Little's
-    law: requests there over the time that they are predicted to stay.
-    """
-    own = [cost_of(request, candidate) for candidate in candidates]
-    num_others = sum(one.in_flight + one.foreign_requests for one in candidates)
-    crowding = crowding_of(
-        num_others, sum(cost.queue_s + cost.prefill_s + cost.decode_s for cost in own)
-    )
-    return [cost_of(request, candidate, crowding) for candidate in candidates]
-
-
 def cost_in_seconds(request: RequestView, candidates: Sequence[InstanceView]) -> Choice:
     """Take the instance where the least time is lost: the request's own and that of others.
 
@@ -132,7 +121,7 @@ def cost_in_seconds(request: RequestView, candidates: Sequence[InstanceView]) ->
     threshold switches: a hot prefix moves as soon as its queue costs more than computing it
     elsewhere, and what computing costs grows with those whom it delays.  Equals take turns.
     """
-    # As `costs_of`, without its records: this runs for every request.
+    # As `cost_of`, without its record for each: this runs for every request.
     prompt, output, cached = request.prompt_tokens, request.output_tokens, request.cached_tokens
     parts = []
     all_others, stay_s = 0, 0.0
