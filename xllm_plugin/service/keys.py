@@ -17,6 +17,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Self
 
@@ -205,12 +206,10 @@ class Account:
         found = ""
         for limit, bucket in (("requests", self.requests), ("tokens", self.tokens)):
             if bucket is not None:
-                left = bucket.level(now_s)
-                found += (
-                    f"x-ratelimit-limit-{limit}: {int(bucket.per_minute)}\r\n"
-                    f"x-ratelimit-remaining-{limit}: {int(left) if left > 0 else 0}\r\n"
-                    f"x-ratelimit-reset-{limit}: {_duration(bucket.reset_s(now_s))}\r\n"
-                )
+                left, reset_s = bucket.left(now_s)
+                before, between = _limit_text(limit, int(bucket.per_minute))
+                remaining = int(left) if left > 0 else 0
+                found += f"{before}{remaining}{between}{_duration(reset_s)}\r\n"
         return found
 
     def _reached(self, limit: str, allowed: str, wait_s: float, now_s: float) -> Refusal:
@@ -363,6 +362,15 @@ def _bucket(
         return None
     part = per_minute / num_replicas
     return known if known is not None and known.per_minute == part else Bucket(part, now_s)
+
+
+@lru_cache
+def _limit_text(limit: str, per_minute: int) -> tuple[str, str]:
+    """What every answer says before what is left of a limit, and between that and its reset."""
+    return (
+        f"x-ratelimit-limit-{limit}: {per_minute}\r\nx-ratelimit-remaining-{limit}: ",
+        f"\r\nx-ratelimit-reset-{limit}: ",
+    )
 
 
 def _per_minute(bucket: Bucket) -> str:
