@@ -15,6 +15,7 @@ from rich.console import Console
 from xllm_plugin.bench import plots, schema
 from xllm_plugin.bench.commands import conclude, names_in
 from xllm_plugin.bench.fleet_simulator.cache_aware import CacheAware, CacheAwareSettings
+from xllm_plugin.bench.fleet_simulator.decisions import decision_us
 from xllm_plugin.bench.fleet_simulator.profile import load_profile
 from xllm_plugin.bench.fleet_simulator.simulation import InstanceSpec, Run, simulate
 from xllm_plugin.bench.fleet_simulator.summary import Promise, Summary, quantile, summarise
@@ -103,6 +104,7 @@ CASES: Final = (
     ),
 )
 SIZES: Final = (4, 16, 64, 256, 1000)
+DECISION_SIZES: Final = (2, 8, 64, 256, 1000)
 
 
 def policy_named(name: str, traffic: Sequence[Arrival], block_tokens: int) -> RoutingPolicy:
@@ -280,8 +282,8 @@ def sizes(
         ttfts = [one.ttft_s for one in run.served]
         figures = (
             Figure.of("requests", "", [len(run.served)]),
-            Figure.of("a decision, p50", "us", [round(quantile(decisions_us, 0.5), 1)]),
-            Figure.of("a decision, p99", "us", [round(quantile(decisions_us, 0.99), 1)]),
+            Figure.of("CPU of a decision, p50", "us", [round(quantile(decisions_us, 0.5), 1)]),
+            Figure.of("CPU of a decision, p99", "us", [round(quantile(decisions_us, 0.99), 1)]),
             Figure.of("TTFT p90", "s", [round(quantile(ttfts, 0.9), 3)]),
             Figure.of("simulated", "s", [round(run.end_s, 1)]),
             Figure.of("in", "s", [round(spent_s, 1)]),
@@ -289,6 +291,26 @@ def sizes(
         found.append(Row(table="Size", labels={"instances": str(count)}, figures=figures))
         console.print(f"{count} instances: {spent_s:.1f} s", highlight=False)
     return found
+
+
+def decision_costs(counts: Sequence[int], *, decisions: int) -> list[Row]:
+    """What each policy of the service takes to choose, by the size of the fleet."""
+    policies = routing_policies(build_manager(""))
+    return [
+        Row(
+            table="CPU of a decision alone",
+            labels={"instances": str(count)},
+            figures=tuple(
+                Figure.of(
+                    name,
+                    "us",
+                    [round(one, 1) for one in decision_us(policy, count, decisions=decisions)],
+                )
+                for name, policy in policies.items()
+            ),
+        )
+        for count in counts
+    ]
 
 
 def checks(bench: Bench, cases: Sequence[Case], policies: Sequence[str]) -> list[Check]:
@@ -333,7 +355,11 @@ NOTES = (
         "draws, and, where a trace is taken several times, when each copy begins."
     ),
     "Imbalance: busy time of the busiest instance over the mean. Busy: until the last arrival.",
-    "A decision's time is processor time of this machine, with the lookup of the prompt.",
+    (
+        "A decision's time is processor time of this machine. In the table of sizes it has the "
+        "lookup of the prompt with it; the last table has the router's choice and its booking "
+        "alone, in a fleet at work (xllm_plugin/bench/fleet_simulator/decisions.py)."
+    ),
 )
 NOT_SHOWN = (
     (
@@ -387,6 +413,7 @@ def command(
     table = [*aims(bench, cases, names), *rows(bench, cases, names)]
     if with_sizes:
         table += sizes(cases[0], cases[0].loads[0], SIZES[:1] if quick else SIZES, console, few)
+        table += decision_costs(DECISION_SIZES, decisions=20 if quick else 400)
     profiles = {case.profile for case in cases}
     result = run.finish(
         peers=[_record(name) for name in names],

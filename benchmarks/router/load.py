@@ -1,7 +1,7 @@
 """A load client that costs little: a closed loop on raw sockets, in a process of its own.
 
-``python load.py --port N --clients 32 --seconds 4 [--stream] [--prompt-bytes 2000]`` writes one
-JSON line: requests, events, TTFT and duration percentiles in ms, errors.
+``python load.py --port N --clients 32 --seconds 4 [--stream] [--prompt-bytes 2000] [--key KEY]``
+writes one JSON line: requests, events, TTFT and duration percentiles in ms, errors.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from xllm_plugin.bench.curve import percentile
 _WARM_UP_S = 0.5
 
 
-def request_bytes(prompt_bytes: int, *, is_stream: bool) -> bytes:
+def request_bytes(prompt_bytes: int, *, is_stream: bool, max_tokens: int, key: str) -> bytes:
     """A chat request as the openai client sends it."""
     body = json.dumps(
         {
             "messages": [{"role": "user", "content": "word " * (prompt_bytes // 5)}],
             "model": "mock",
-            "max_tokens": 64,
+            "max_tokens": max_tokens,
             "stream": is_stream,
         }
     ).encode()
@@ -35,7 +35,7 @@ def request_bytes(prompt_bytes: int, *, is_stream: bool) -> bytes:
         "Connection: keep-alive\r\nAccept: application/json\r\nContent-Type: application/json\r\n"
         "User-Agent: OpenAI/Python 2.25.0\r\nX-Stainless-Lang: python\r\n"
         "X-Stainless-Package-Version: 2.25.0\r\nX-Stainless-OS: Linux\r\n"
-        f"Authorization: Bearer none\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"Authorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
 
@@ -133,9 +133,20 @@ async def _load(port: int, num_clients: int, seconds: float, request: bytes) -> 
 @click.option("--seconds", type=float, default=4.0)
 @click.option("--stream", "is_stream", is_flag=True)
 @click.option("--prompt-bytes", type=int, default=2000)
-def main(port: int, clients: int, seconds: float, is_stream: bool, prompt_bytes: int) -> None:
+@click.option("--max-tokens", type=int, default=64)
+@click.option("--key", default="none")
+def main(
+    *,
+    port: int,
+    clients: int,
+    seconds: float,
+    is_stream: bool,
+    prompt_bytes: int,
+    max_tokens: int,
+    key: str,
+) -> None:
     """Load one port and write what came of it."""
-    request = request_bytes(prompt_bytes, is_stream=is_stream)
+    request = request_bytes(prompt_bytes, is_stream=is_stream, max_tokens=max_tokens, key=key)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         print(json.dumps(runner.run(_load(port, clients, seconds, request))), flush=True)
 

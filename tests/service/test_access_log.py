@@ -104,7 +104,7 @@ class _Known:
 
     is_useful = True
 
-    async def read(self, *_: object) -> Prompt:
+    def look(self, *_: object) -> Prompt:
         return Prompt(packed([1] * 7), ())
 
     def lookup(self, *_: object) -> dict[str, float]:
@@ -146,3 +146,57 @@ def test_standard_output_gets_the_bare_line(file: Path, capsys: pytest.CaptureFi
     access_log.open_log(None)
     logging.getLogger("xllm_plugin.service.access").info("{}")
     assert capsys.readouterr().out == "{}\n"
+
+
+class _Turn:
+    """An event loop that ends its turn when it is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def call_soon(self, call: Any) -> None:
+        self.calls.append(call)
+
+    def end(self) -> None:
+        calls, self.calls = self.calls, []
+        for call in calls:
+            call()
+
+
+def test_a_turns_lines_are_written_at_once_and_a_lost_folder_costs_only_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = access_log.logger
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    writer, turn = access_log._Writer(), _Turn()
+    loop: Any = turn
+    try:
+        access_log.open_log(folder / "a.log")
+        monkeypatch.setattr(access_log, "_LOOK_S", -1.0)
+        writer.add("1\n", loop)
+        writer.add("2 % s\n", loop)
+        assert len(turn.calls) == 1
+        turn.end()
+        assert (folder / "a.log").read_text() == "1\n2 % s\n"
+        folder.rename(tmp_path / "moved")
+        writer.add("3\n", loop)
+        turn.end()
+        assert "the access log cannot be written" in caplog.text
+        folder.mkdir()
+        writer.add("4 % s\n", loop)
+        turn.end()
+        writer.add("5\n", loop)
+        turn.end()
+        assert (folder / "a.log").read_text() == "4 % s\n5\n"
+        other = _Turn()
+        writer.add("6\n", loop)  # a turn that never ends
+        writer.add("7\n", other)  # type: ignore[arg-type]
+        other.end()
+        turn.end()
+        assert (folder / "a.log").read_text() == "4 % s\n5\n6\n7\n"
+    finally:
+        for handler in logger.handlers:
+            handler.close()
+        logger.handlers, logger.level, logger.propagate = before

@@ -17,8 +17,9 @@ import aiohttp
 import pytest
 
 from xllm_plugin.errors import ConfigError, NotNowError
-from xllm_plugin.service.app import Service, token_path
+from xllm_plugin.service.app import Service, check, token_path
 from xllm_plugin.service.config import ServiceConfig
+from xllm_plugin.service.keys import KeyRecord, write
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.testing.fake_instance import FakeInstance, stream
 from xllm_plugin.testing.service_harness import PATIENCE_S
@@ -296,6 +297,21 @@ def test_a_port_that_is_taken_and_a_policy_that_is_not_there(run: Any) -> None:
             Service(settings(routing={"policy": "best"}))
 
     run(check())
+
+
+def test_several_processes_where_they_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    several = settings(service={"processes": 2}, keys={"file": tmp_path / "keys.yaml"})
+    records = [KeyRecord(name=f"k{number}", sha256=f"{number:064x}") for number in (1, 2)]
+    write(tmp_path / "keys.yaml", records)
+    check(several)
+    monkeypatch.setattr("xllm_plugin.service.processes.shared.MAX_KEYS", 1)
+    with pytest.raises(ConfigError, match="processes=2: they share the limits of 1 API keys"):
+        check(several)
+    monkeypatch.setattr("sys.platform", "darwin")
+    with pytest.raises(ConfigError, match="processes=2: they share a port"):
+        check(several)
 
 
 def test_a_token_that_was_made_is_left_for_its_user_only(

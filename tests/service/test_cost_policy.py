@@ -19,14 +19,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm_plugin.service.policies import (
-    Cost,
-    cost_in_seconds,
-    cost_of,
-    costs_of,
-    least_loaded,
-    round_robin,
-)
+from xllm_plugin.service.cost import Cost, cost_in_seconds, cost_of, crowding_of
+from xllm_plugin.service.policies import least_loaded, round_robin
 from xllm_plugin.service.policy import Choice
 from xllm_plugin.service.router import Asked
 from xllm_plugin.service.speed import Speed, SpeedMeter
@@ -55,6 +49,13 @@ def asked(prompt: int = 1000, output: int = 100, sequence: int = 0, **cached: fl
     return Asked(sequence, 0, "", prompt + output, prompt, output, cached)
 
 
+def costs_of(request: Asked, views: Sequence[View]) -> list[Cost]:
+    own = [cost_of(request, view) for view in views]
+    num_others = sum(view.in_flight + view.foreign_requests for view in views)
+    crowding = crowding_of(num_others, sum(cost.total_s for cost in own))
+    return [cost_of(request, view, crowding) for view in views]
+
+
 def test_the_cost_is_seconds_of_each_part() -> None:
     one = View("a", in_flight=4, prefill_tokens=500)
     own = Cost(0.1, 0.01 + 400 * PREFILL_S, 100 * (TPOT_S + 5 * TPOT_MORE_S))
@@ -65,8 +66,8 @@ def test_the_cost_is_seconds_of_each_part() -> None:
     assert cost == pytest.approx(own._replace(delay_s=delay_s))
     assert cost.total_s == pytest.approx(own.total_s + delay_s)
     choice = cost_in_seconds(asked(a=600), [one])
-    assert "queue 0.100 + prefill 0.090 (600 of 1000 tokens cached)" in choice.reason
-    assert f"delay of others {delay_s:.3f}" in choice.reason
+    assert "queue 0.100 + prefill 0.090 (600 of 1000 tokens cached)" in str(choice.reason)
+    assert f"delay of others {delay_s:.3f}" in str(choice.reason)
 
 
 def test_a_cache_is_worth_its_prefill_and_no_more() -> None:

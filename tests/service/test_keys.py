@@ -141,13 +141,13 @@ def test_a_running_service_follows_the_file(file: Path, caplog: pytest.LogCaptur
     clock = Clock()
     write(file, [record(requests_per_minute=2)])
     ring = KeyRing(file, 1, clock)
-    grant = ring.grant(b"Bearer " + KEY.encode())
-    grant.account.admit(1, clock.now_s)
+    account = ring.account(b"Bearer " + KEY.encode())
+    account.admit(1, clock.now_s)
     write(file, [record(requests_per_minute=2, max_concurrency=1), record("bob", OTHER)])
     ring.refresh()
-    assert ring.grant(b"bearer  " + OTHER.encode()).tenant == "bob"
-    again = ring.grant(b"Bearer " + KEY.encode()).account
-    assert again is grant.account, "what was used stays used"
+    assert ring.account(b"bearer  " + OTHER.encode()).record.tenant == "bob"
+    again = ring.account(b"Bearer " + KEY.encode())
+    assert again is account, "what was used stays used"
     assert again.in_flight == 1
     assert again.max_concurrency == 1
     assert again.requests is not None
@@ -160,7 +160,7 @@ def test_a_running_service_follows_the_file(file: Path, caplog: pytest.LogCaptur
     write(file, [record("bob", OTHER)])
     ring.refresh()
     with pytest.raises(Refusal, match="or no longer"):
-        ring.grant(b"Bearer " + KEY.encode())
+        ring.account(b"Bearer " + KEY.encode())
     ring.num_replicas = 2
     assert len(list(ring)) == 1
 
@@ -218,6 +218,41 @@ def test_who_shows_no_key_is_told_so_before_the_body_is_read(
             assert not harness.instances[0].requests
             await client.read_all()
             await harness.settle()
+
+    run(check())
+
+
+def test_a_connection_is_worth_no_key(run: Any, file: Path) -> None:
+    """A key that was accepted on a connection is asked for again, and anew once keys change."""
+
+    async def check() -> None:
+        keys = keys_at(file, record(), record("bob", OTHER))
+        async with serving(FakeInstance(), keys=keys) as harness:
+            client = await harness.connect()
+
+            async def asked(headers: bytes) -> bytes:
+                client.send(request(headers=headers))
+                head, _ = await client.read_answer()
+                return head.split(b" ")[1]
+
+            assert [await asked(shown()) for _ in range(3)] == [b"200"] * 3
+            assert await asked(shown(OTHER)) == b"200"
+            tenants = [
+                one.headers()["x-xllm-tenant"]
+                for one in harness.instances[0].requests
+                if one.target == b"/v1/completions"
+            ]
+            assert tenants == ["ann", "ann", "ann", "bob"]
+            assert await asked(shown()) == b"200"
+            write(file, [record("bob", OTHER)])
+            assert harness.proxy.keys is not None
+            harness.proxy.keys.refresh()
+            assert await asked(shown()) == b"401"
+
+            again = await harness.connect()
+            again.send(request(headers=shown(OTHER)) + request())
+            assert (await again.read_answer())[0].startswith(b"HTTP/1.1 200")
+            assert (await again.read_answer())[0].startswith(b"HTTP/1.1 401")
 
     run(check())
 

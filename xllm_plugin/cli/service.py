@@ -30,6 +30,7 @@ ADMIN_URL = "http://127.0.0.1:8001"
 @click.option("--admin-port", type=int, help="[default: 8001]")
 @click.option("--instance", "instances", multiple=True, metavar="URL", help="Repeat for each.")
 @click.option("--etcd", metavar="URL", help="etcd://host:2379, shared with other services.")
+@click.option("--processes", type=int, help="That carry traffic.  [default: 1]")
 @click.option("--policy", help="Routing policy.  [default: cost]")
 @click.option(
     "--set", "others", multiple=True, metavar="SECTION.NAME=VALUE", help="Any other setting."
@@ -48,6 +49,7 @@ def service(
     admin_port: int | None,
     instances: tuple[str, ...],
     etcd: str | None,
+    processes: int | None,
     policy: str | None,
     others: tuple[str, ...],
     check: bool,
@@ -69,6 +71,7 @@ def service(
             "admin.port": admin_port,
             "instances.static": list(instances) or None,
             "etcd.url": etcd,
+            "service.processes": processes,
             "routing.policy": policy,
         },
         others,

@@ -5,6 +5,7 @@ Nothing of a body is in it but its length, and of the headers only `x-request-id
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 import time
@@ -23,9 +24,12 @@ if TYPE_CHECKING:
 __all__ = ["log", "open_log"]
 
 logger = logging.getLogger("xllm_plugin.service.access")
+_other = logging.getLogger(__name__)
 
 _MAX_ID_CHARS = 128
 _MAX_MODEL_CHARS = 256
+_LOOK_S = 1.0
+"""Between two looks whether the file was moved."""
 
 
 def open_log(path: Path | None) -> None:
@@ -52,9 +56,56 @@ def open_log(path: Path | None) -> None:
     logger.propagate = False
 
 
+class _Writer:
+    """Writes at once what one turn of the event loop has logged.
+
+    A log record, its caller and its format would cost more than all that a line says.
+    """
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._looked_s = 0.0
+
+    def add(self, line: str, loop: asyncio.AbstractEventLoop) -> None:
+        """Write `line` before anything else is read."""
+        self._lines.append(line)
+        if len(self._lines) == 1 or self._loop is not loop:
+            self._loop = loop
+            loop.call_soon(self._write)
+
+    def _write(self) -> None:
+        text, self._lines = "".join(self._lines), []
+        now_s = time.monotonic()
+        is_late = now_s - self._looked_s > _LOOK_S
+        if is_late:
+            self._looked_s = now_s
+        for handler in logger.handlers:
+            if not isinstance(handler, logging.StreamHandler):
+                continue
+            try:
+                if is_late and isinstance(handler, WatchedFileHandler):
+                    handler.reopenIfNeeded()
+                stream = handler.stream
+                if stream is None:  # it could not be opened anew; this tries again
+                    handler.handle(logging.makeLogRecord({"msg": text[:-1]}))
+                    continue
+                stream.write(text)
+                stream.flush()
+            except OSError as error:
+                _other.error("the access log cannot be written: %s", error)
+
+
+_writer = _Writer()
+
+
 def log(exchange: Exchange, ending: Ending) -> None:
     """Write the line of a finished request."""
-    logger.info("%s", msgspec.json.encode(_described(exchange, ending)).decode())
+    line = msgspec.json.encode(_described(exchange, ending)).decode()
+    if logger.propagate:  # it was not opened: where it goes is for who embeds the service to say
+        logger.info("%s", line)
+    else:
+        _writer.add(line + "\n", exchange.proxy.loop)
 
 
 def _described(exchange: Exchange, ending: Ending) -> dict[str, Any]:

@@ -123,7 +123,10 @@ class AdminApi:
         states = [instance.life.state.value for instance in self._proxy.fleet]
         counts = {state: states.count(state) for state in sorted(set(states))}
         registry = self._registrations.describe().get("state", "ok")
-        return web.json_response({"status": "ok", "instances": counts, "registry": registry})
+        health: dict[str, Any] = {"status": "ok", "instances": counts, "registry": registry}
+        if workers := self._proxy.workers:
+            health["workers"] = {"up": sum(one.is_up for one in workers), "of": len(workers)}
+        return web.json_response(health)
 
     async def _exposition(self, _: web.Request) -> web.Response:
         return web.Response(
@@ -137,7 +140,7 @@ class AdminApi:
         return web.json_response({"instances": found, "registry": self._registrations.describe()})
 
     async def _decisions(self, _: web.Request) -> web.Response:
-        decisions = [decision._asdict() for decision in self._proxy.router.decisions]
+        decisions = [decision.described() for decision in self._proxy.router.decisions]
         return web.json_response({"decisions": decisions})
 
     async def _overview(self, request: web.Request) -> web.Response:
@@ -262,7 +265,7 @@ def _described(instance: Instance, now_s: float) -> dict[str, Any]:
         "reported": instance.reported,
         "speed": asdict(instance.speed),
         "prefill_tokens": round(instance.prefill_tokens),
-        "idle_connections": len(instance.pool),
+        "idle_connections": instance.num_idle_connections,
         "errors": instance.stats.errors,
         "retries": instance.stats.retries,
         "resumes": instance.stats.resumes,

@@ -11,47 +11,29 @@ import logging
 import os
 import secrets
 import signal
-import ssl
 import sys
-import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 from aiohttp import web
 
 from xllm_plugin.channel.paths import channel_directory, require_private_directory
-from xllm_plugin.errors import ConfigError, NotNowError, PlatformError
+from xllm_plugin.errors import ConfigError
 from xllm_plugin.etcd.config import tls_context
-from xllm_plugin.plugins import manager_here, routing_policies
-from xllm_plugin.service import access_log, keys
+from xllm_plugin.service import keys
 from xllm_plugin.service.admin import AdminApi
-from xllm_plugin.service.config import InstanceEntry, ServiceConfig
+from xllm_plugin.service.carrier import Carrier, chosen_policy, opened, said
+from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.etcd_registry import EtcdRegistry
-from xllm_plugin.service.fleet import Fleet
-from xllm_plugin.service.kv_index.directory import KvDirectory
-from xllm_plugin.service.kv_index.tokens import PromptReader
-from xllm_plugin.service.policy import RoutingPolicy
 from xllm_plugin.service.probes import Prober
-from xllm_plugin.service.proxy import Proxy
+from xllm_plugin.service.process import loop_factory, prepare_process
 from xllm_plugin.service.registry import Embedded, Registry, StaticList, WatchedFile, read_entries
-from xllm_plugin.service.router import Router
 from xllm_plugin.service.tls import load_certificate, server_context
-from xllm_plugin.service.tracing import Tracing, exporting_provider
-from xllm_plugin.service.upstream import Pool
 
-__all__ = ["Service", "check", "chosen_policy", "run", "token_path"]
+__all__ = ["Service", "check", "run", "token_path"]
 
 logger = logging.getLogger(__name__)
-
-
-def chosen_policy(name: str) -> RoutingPolicy:
-    """The policy of that name.  Raises `ConfigError` with the names that there are."""
-    policies = routing_policies(manager_here())
-    if name not in policies:
-        raise ConfigError(f"routing.policy={name!r}: known are {', '.join(policies)}.")
-    return policies[name]
 
 
 def check(config: ServiceConfig) -> None:
@@ -59,12 +41,26 @@ def check(config: ServiceConfig) -> None:
     chosen_policy(config.routing.policy)
     if config.instances.file is not None:
         read_entries(config.instances.file)
-    if config.keys.file is not None:
-        keys.read(config.keys.file)
+    num_keys = len(keys.read(config.keys.file)) if config.keys.file is not None else 0
+    if config.service.processes > 1:
+        _check_processes(config, num_keys)
     server_context(config.listen, "listen")
     server_context(config.admin, "admin")
     if config.etcd.url:
         tls_context(config.etcd)
+
+
+def _check_processes(config: ServiceConfig, num_keys: int) -> None:
+    from xllm_plugin.service.processes.shared import MAX_KEYS
+
+    given = f"service.processes={config.service.processes}"
+    if sys.platform != "linux":
+        raise ConfigError(f"{given}: they share a port and memory as Linux has them; use 1 here.")
+    if num_keys > MAX_KEYS:
+        raise ConfigError(
+            f"{given}: they share the limits of {MAX_KEYS} API keys, and keys.file has {num_keys}; "
+            "remove some, or use 1."
+        )
 
 
 def token_path(port: int) -> Path:
@@ -86,31 +82,17 @@ class Service:
         check(config)
         self.config = config
         self._load = load or (lambda: config)
-        self._tls = ssl.create_default_context()
-        self._listen_tls = server_context(config.listen, "listen")
         self._admin_tls = server_context(config.admin, "admin")
-        self._certificates = [
-            (context, section, name)
-            for context, section, name in (
-                (self._listen_tls, config.listen, "listen"),
-                (self._admin_tls, config.admin, "admin"),
-            )
-            if context is not None
-        ]
-        self.fleet = Fleet(config.instances.timings(), self._make_pool)
-        self.router = Router(
-            self.fleet,
-            chosen_policy(config.routing.policy),
-            num_decisions=config.admin.num_decisions,
-            retry_after_s=config.routing.retry_after_s,
-            clock=time.time,
-        )
-        self.proxy = Proxy(config, self.fleet, self.router)
+        self._admin = config.admin
+        self._stack = contextlib.AsyncExitStack()
+        self.carrier = self._make_carrier()
+        self.fleet = self.carrier.fleet
+        self.router = self.carrier.router
+        self.proxy = self.carrier.proxy
         self.registrations = (
             EtcdRegistry(self.fleet, config.etcd) if config.etcd.url else Embedded(self.fleet)
         )
         self.port = self.admin_port = 0
-        self._stack = contextlib.AsyncExitStack()
         self._registries: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -121,82 +103,75 @@ class Service:
             ConfigError: an address is not one of this machine, or the token cannot be kept.
         """
         session = await self._stack.enter_async_context(
-            aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self._tls, limit=0))
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self.carrier.tls, limit=0))
         )
         self._prober = Prober(self.fleet, session, self.config.instances)
-        self._directory = KvDirectory(self.fleet, self.config.kv_index)
-        self._prompts = PromptReader(session, self.config)
-        self._stack.callback(self._prompts.close)
-        if self.config.tracing.enabled:
-            tracing = Tracing(exporting_provider())
-            self._stack.callback(tracing.close)
-            self.proxy.use_tracing(tracing)
-        self.proxy.use_kv_index(self._directory, self._prompts)
+        self._prepare(session)
         self.admin_port = await self._open_admin(session)
-        listen = self.config.listen
-        self.port = await _opened(
-            self.proxy.listen(tls=self._listen_tls), "listen", listen.host, listen.port
-        )
+        self.port = await self._open_public()
         self._follow_registries()
         measuring = self.proxy.telemetry.run(self.config.admin.sample_interval_s)
         self._running = [
-            asyncio.create_task(_said(self._prober.run(), "probing")),
-            asyncio.create_task(_said(self._directory.run(), "following KV events")),
-            asyncio.create_task(_said(measuring, "measuring")),
-            asyncio.create_task(_said(self.registrations.run(self.fleet), "following instances")),
+            asyncio.create_task(said(self._prober.run(), "probing")),
+            asyncio.create_task(said(measuring, "measuring")),
+            asyncio.create_task(said(self.registrations.run(self.fleet), "following instances")),
+            asyncio.create_task(said(self._beside(), "what runs beside traffic")),
         ]
-        logger.info("serving on %s:%d", listen.host, self.port)
+        logger.info("serving on %s:%d", self.config.listen.host, self.port)
 
     def reload(self) -> None:
         """Take new settings; wrong ones change nothing."""
         try:
             config = self._load()
             check(config)
-            for context, port, name in self._certificates:
-                load_certificate(context, port, name)  # renewed under the same name
+            self.carrier.renew_certificate()
+            if self._admin_tls is not None:
+                load_certificate(self._admin_tls, self._admin, "admin")
         except ConfigError as error:
             logger.error("not reloaded, the settings stay as they were: %s", error)  # noqa: TRY400
             return
-        for section in ("listen", "admin", "etcd", "tracing"):
+        for section in ("listen", "admin", "etcd", "tracing", "service"):
             if getattr(config, section) != getattr(self.config, section):
                 logger.warning("%s settings have changed and need a restart", section)
         self.config = config
-        logging.getLogger("xllm_plugin").setLevel(config.log.level.upper())
-        self.fleet.timings = config.instances.timings()
-        self.router.policy = chosen_policy(config.routing.policy)
-        self.router.retry_after_s = config.routing.retry_after_s
-        self.proxy.reconfigure(config)
+        self.carrier.reconfigure(config)
         self._prober.config = config.instances
-        self._directory.config = config.kv_index
-        self._prompts.config = config
-        for instance in self.fleet:
-            instance.pool.connect_timeout_s = config.timeouts.connect_s
         self._follow_registries()
         logger.info("reloaded: %d instances configured", len(config.instances.static))
 
     async def abandon(self) -> None:
         """Close what `start` had opened when it failed."""
-        await self.proxy.drain(0.0)
+        await self._drain(0.0)
         await self._stack.aclose()
 
     async def stop(self) -> None:
         """Drain within the configured time, then close everything."""
-        num_cut = await self.proxy.drain(self.config.timeouts.drain_s)
-        if num_cut:
-            logger.warning("%d clients were cut off after the drain's time", num_cut)
+        await self._drain(self.config.timeouts.drain_s)
         tasks = (*self._registries, *self._running)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._stack.aclose()
 
-    def _make_pool(self, entry: InstanceEntry) -> Pool:
-        return Pool(
-            entry.host,
-            entry.port,
-            tls=self._tls if entry.is_tls else None,
-            connect_timeout_s=self.config.timeouts.connect_s,
-        )
+    # -- what is otherwise where others carry the traffic ---------------------------------------
+
+    def _make_carrier(self) -> Carrier:
+        return Carrier(self.config)
+
+    def _prepare(self, session: aiohttp.ClientSession) -> None:
+        self.carrier.prepare(session, self._stack)
+
+    async def _beside(self) -> None:
+        """What has to run beside traffic."""
+        await self.carrier.follow_caches()
+
+    async def _open_public(self) -> int:
+        return await self.carrier.listen()
+
+    async def _drain(self, timeout_s: float) -> None:
+        await self.carrier.drain(timeout_s)
+
+    # -- parts ----------------------------------------------------------------------------------
 
     def _follow_registries(self) -> None:
         for task in self._registries:
@@ -208,7 +183,7 @@ class Service:
         else:
             WatchedFile.forget(self.fleet)
         self._registries = [
-            asyncio.create_task(_said(registry.run(self.fleet), type(registry).__name__))
+            asyncio.create_task(said(registry.run(self.fleet), type(registry).__name__))
             for registry in registries
         ]
 
@@ -220,7 +195,7 @@ class Service:
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
         site = web.TCPSite(runner, admin.host, admin.port, ssl_context=self._admin_tls)
-        await _opened(site.start(), "admin", admin.host, admin.port)
+        await opened(site.start(), "admin", admin.host, admin.port)
         port = int(runner.addresses[0][1])
         if admin.token is None:
             self._keep_token(port, token)
@@ -236,27 +211,16 @@ class Service:
         self._stack.callback(path.unlink, missing_ok=True)
 
 
-async def _opened(opening: Coroutine[Any, Any, Any], section: str, host: str, port: int) -> Any:
-    try:
-        return await opening
-    except OSError as error:
-        raise NotNowError(
-            f"cannot listen on {host}:{port} ({error.strerror or error}); free it, or set "
-            f"{section}.host and {section}.port."
-        ) from error
+def _made(config: ServiceConfig, load: Callable[[], ServiceConfig]) -> Service:
+    if config.service.processes == 1:
+        return Service(config, load)
+    from xllm_plugin.service.processes.control import ControlService
 
-
-async def _said(running: Coroutine[Any, Any, None], name: str) -> None:
-    """Run a part that nobody awaits; if it fails, that is said at once."""
-    try:
-        await running
-    except Exception:  # whatever it is, somebody has to say it; raised again
-        logger.exception("%s has stopped; please report this", name)
-        raise
+    return ControlService(config, load)
 
 
 async def _serve(config: ServiceConfig, load: Callable[[], ServiceConfig]) -> None:
-    service = Service(config, load)
+    service = _made(config, load)
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
 
@@ -283,29 +247,6 @@ def run(config: ServiceConfig, load: Callable[[], ServiceConfig]) -> None:
     Raises:
         PlatformError: uvloop should be here and is not.
     """
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    access_log.open_log(config.log.access_file)
-    logging.getLogger("xllm_plugin").setLevel(config.log.level.upper())
-    _raise_file_limit()
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    prepare_process(config.log)
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(_serve(config, load))
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    if sys.platform == "win32":  # uvloop is not made for it
-        return None
-    try:
-        import uvloop
-    except ImportError as error:
-        raise PlatformError(
-            f"uvloop is not installed ({error}): pip install 'xllm-plugin[service]'."
-        ) from error
-    return uvloop.new_event_loop
-
-
-def _raise_file_limit() -> None:
-    """A stream takes two descriptors; shells give 1,024, and allow more if asked."""
-    import resource
-
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -18,6 +18,7 @@ import httptools
 from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.exchange import Exchange
 from xllm_plugin.service.flow.wishes import HEADERS, TENANT_HEADER
+from xllm_plugin.service.keys import Account, Grant, KeyRing
 from xllm_plugin.service.replies import Refusal, json_reply, unknown_model
 from xllm_plugin.service.routes import Kind, Route, route_of
 
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 EXPLAIN_HEADER = b"x-xllm-explain"
 TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})  # W3C Trace Context
 _NEVER = float("inf")
+_NO_PROMISES: dict[str, str] = {}
 _LINGER_S = 2.0
 _PARSE_BELOW_BYTES = 64 * 1024
 _MAX_EARLY_BYTES = 64 * 1024
@@ -97,6 +99,7 @@ class ClientConnection(asyncio.Protocol):
         "_overhead_bytes",
         "_parser",
         "_remaining_bytes",
+        "_shown",
         "_target",
         "_tunnel",
         "_upgrading",
@@ -121,6 +124,8 @@ class ClientConnection(asyncio.Protocol):
         self.peer: Any = None
         """Address, and port, as the socket gives them."""
         self.deadline_s = _NEVER
+        self._shown: tuple[object, bytes, Account] | None = None
+        """The keys in force when a key was shown, its header, and whose it is."""
         self._parser = httptools.HttpRequestParser(self)
         self._waiting: deque[Exchange] = deque()
         self._incoming: Exchange | None = None
@@ -518,12 +523,28 @@ class ClientConnection(asyncio.Protocol):
         # As vLLM has it: browsers ask what they may without a key.
         is_open = exchange.route.kind is Kind.HEALTH or exchange.method == b"OPTIONS"
         if keys is not None and not is_open:
-            exchange.grant = keys.grant(special.get(_AUTHORIZATION, b""))
+            exchange.grant = Grant(self._account(keys, special.get(_AUTHORIZATION, b"")))
+        if special.keys().isdisjoint(HEADERS):
+            exchange.promised = _NO_PROMISES
+            return
         exchange.promised = {
             HEADERS[name]: value.decode("latin-1")
             for name, value in special.items()
             if name in HEADERS
         }
+
+    def _account(self, keys: KeyRing, authorization: bytes) -> Account:
+        """Whose the key in a header is, hashed once for a connection.
+
+        It is compared with what this same client has shown before, never with what another one
+        has: how long that takes tells nothing that the client does not know.
+        """
+        shown = self._shown
+        if shown is not None and shown[0] is keys.edition and shown[1] == authorization:
+            return shown[2]
+        account = keys.account(authorization)
+        self._shown = (keys.edition, authorization, account)
+        return account
 
     def _heed_connection(
         self,

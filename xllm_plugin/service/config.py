@@ -36,6 +36,7 @@ __all__ = [
     "LimitsConfig",
     "ListenConfig",
     "LogConfig",
+    "ProcessesConfig",
     "RoutingConfig",
     "ServiceConfig",
     "SloConfig",
@@ -132,7 +133,7 @@ class KvIndexConfig(_Section):
         default=1.0, gt=0, description="then a request is routed without its tokens"
     )
     token_cache_bytes: int = Field(
-        default=64 * _MIB, ge=0, description="token ids of prompts that are remembered"
+        default=64 * _MIB, ge=0, description="prompts and their token ids that are remembered"
     )
 
 
@@ -298,6 +299,14 @@ class LogConfig(_Section):
     )
 
 
+class ProcessesConfig(_Section):
+    """How the service itself runs."""
+
+    processes: int = Field(
+        default=1, ge=1, le=64, description="carry traffic; beside several, one controls them"
+    )
+
+
 class TracingConfig(_Section):
     """OpenTelemetry."""
 
@@ -330,6 +339,7 @@ class ServiceConfig(BaseSettings):
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     slo: SloConfig = Field(default_factory=SloConfig)
+    service: ProcessesConfig = Field(default_factory=ProcessesConfig)
     tracing: TracingConfig = Field(default_factory=TracingConfig)
 
 

@@ -702,7 +702,7 @@ class Exchange:
         if not self.keep_alive:
             kept.append(b"connection: close")
         if self.wants_reason and self.decision is not None:
-            kept.append(b"x-xllm-explain: " + json.dumps(self.decision._asdict()).encode())
+            kept.append(b"x-xllm-explain: " + json.dumps(self.decision.described()).encode())
         return b"\r\n".join((status_line, *kept, b"", b""))
 
     def _finish(self, ending: Ending) -> None:

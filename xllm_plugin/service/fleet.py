@@ -1,7 +1,8 @@
 """The instances that the service knows, with their load and state.  One object owns all of it.
 
 Registries and probes report events; `Fleet` runs them through `lifecycle` and keeps the lists of
-candidates that routing reads.  Routing changes load counters only, through `book` and `release`.
+candidates that routing reads.  Routing changes load counters only, through `book`, `release` and
+`expect_prefill`.  Whatever a policy may look at changes here, or is said here (`touched`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from xllm_plugin.errors import InternalError, MisuseError
 from xllm_plugin.registration import KvEventSource, Load
@@ -22,9 +23,18 @@ from xllm_plugin.service.lifecycle import Life, State, Timings
 from xllm_plugin.service.speed import Paces, Speed, SpeedMeter
 from xllm_plugin.service.upstream import Pool
 
-__all__ = ["Fleet", "Instance", "Queue", "Stats"]
+__all__ = ["Fleet", "Instance", "Queue", "Stats", "add_counts"]
 
 logger = logging.getLogger(__name__)
+
+
+K = TypeVar("K")
+
+
+def add_counts(counts: dict[K, int], more: Mapping[K, int]) -> None:
+    """Add counters by key."""
+    for key, count in more.items():
+        counts[key] = counts.get(key, 0) + count
 
 
 @dataclass(slots=True)
@@ -53,6 +63,39 @@ class Stats:
         """Count one attempt that failed."""
         self.errors[reason] = self.errors.get(reason, 0) + 1
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was counted."""
+        times = (self.ttft, self.tpot, self.duration)
+        counts = (self.retries, self.resumes, self.bytes_to, self.bytes_from, self.output_tokens)
+        return not (self.answered or self.errors or any(counts) or any(one.sum_s for one in times))
+
+    def add(self, other: Stats) -> None:
+        """Count what another process has counted."""
+        add_counts(self.answered, other.answered)
+        add_counts(self.errors, other.errors)
+        self.retries += other.retries
+        self.resumes += other.resumes
+        self.bytes_to += other.bytes_to
+        self.bytes_from += other.bytes_from
+        self.output_tokens += other.output_tokens
+        self.ttft.add(other.ttft)
+        self.tpot.add(other.tpot)
+        self.duration.add(other.duration)
+
+
+class _Models(NamedTuple):
+    """What is served, summed up over instances."""
+
+    candidates: Sequence[Instance]
+    """Of any model."""
+    merged: dict[str, dict[str, Any]]
+    """Name -> record; of equal names, the first candidate's."""
+    common: frozenset[str]
+    """That every candidate has."""
+    names: frozenset[str]
+    """That any instance has, in whatever state."""
+
 
 class Queue(NamedTuple):
     """What an instance has on its hands, requests of others included, as it said last."""
@@ -79,6 +122,8 @@ class Instance:
         self.name_hash = int.from_bytes(digest, "little")
         self.models: dict[str, dict[str, Any]] = {}
         """Name -> its record in /v1/models."""
+        self.slot = -1
+        """Its column in counters that several processes share (`processes/`)."""
         self.in_flight = 0
         self.outstanding_tokens = 0
         self.foreign_requests = 0
@@ -90,11 +135,18 @@ class Instance:
         """What its heartbeat said last; plain servers send none."""
         self.kv_events: tuple[KvEventSource, ...] = ()
         """Where it says that it publishes its prefix cache, if its entry does not."""
-        self.prefill_tokens = 0.0
+        self.prefill_tokens = 0
         """Prompt tokens sent there that it has not computed yet, as far as we know."""
         self.paces = Paces()
         self.speed = Speed()
         self.stats = Stats()
+        self.num_idle_elsewhere = 0
+        """Idle connections that other processes of ours have there."""
+
+    @property
+    def num_idle_connections(self) -> int:
+        """Open, and unused at the moment."""
+        return len(self.pool) + self.num_idle_elsewhere
 
     @property
     def queue(self) -> Queue | None:
@@ -131,6 +183,8 @@ class Fleet:
         self._make_pool = make_pool
         self._instances: dict[str, Instance] = {}
         self._candidates: dict[str | None, list[Instance]] = {}
+        self._models: _Models | None = None
+        self._watchers: list[set[Instance]] = []
         self._meter = SpeedMeter()
         """Of all instances together, as if each had capacity 1: where a new one begins."""
         self._ticked_s = clock()
@@ -212,6 +266,7 @@ class Fleet:
         num_requests = load.num_running + load.num_waiting
         instance.foreign_requests = max(0, num_requests - instance.in_flight)
         instance.num_waiting = load.num_waiting
+        self.touched(instance)
         if load.tpot_s is not None:
             instance.paces.tpot.observe(max(1, load.num_running), load.tpot_s)
             self._meter.observe_tpot(load.num_running, load.tpot_s * instance.capacity)
@@ -229,7 +284,10 @@ class Fleet:
             fleet.tpot_base_s / capacity,
             fleet.tpot_s_per_request / capacity,
         )
-        instance.speed = instance.paces.speed(prior)
+        speed = instance.paces.speed(prior)
+        if speed != instance.speed:
+            instance.speed = speed
+            self.touched(instance)
 
     def candidates(self, model: str | None) -> Sequence[Instance]:
         """Who can take a request for `model` (None: for any): the ready, or else the suspect."""
@@ -241,34 +299,57 @@ class Fleet:
         return found
 
     def models(self) -> dict[str, dict[str, Any]]:
-        """Every model of every usable instance; of equal names, the first."""
-        merged: dict[str, dict[str, Any]] = {}
-        for instance in self.candidates(None):
-            for name, record in instance.models.items():
-                merged.setdefault(name, record)
-        return merged
+        """Every model of every usable instance; of equal names, the first.  Not to be changed."""
+        return self._all_models().merged
+
+    def common_models(self) -> frozenset[str]:
+        """Names of the models that every usable instance has."""
+        return self._all_models().common
+
+    def watch(self) -> set[Instance]:
+        """A set that gets every instance that changes for policies."""
+        changed: set[Instance] = set()
+        self._watchers.append(changed)
+        return changed
+
+    def unwatch(self, changed: set[Instance]) -> None:
+        """Give back what `watch` gave."""
+        self._watchers = [one for one in self._watchers if one is not changed]
+
+    def touched(self, instance: Instance) -> None:
+        """What a policy may know of `instance` has changed."""
+        for changed in self._watchers:
+            changed.add(instance)
 
     def book(self, instance: Instance, cost_tokens: int) -> None:
         """Count a request as running there, from dispatch on."""
         instance.in_flight += 1
         instance.outstanding_tokens += cost_tokens
+        self.touched(instance)
 
     def release(self, instance: Instance, cost_tokens: int) -> None:
         """Take back what `book` counted."""
         instance.in_flight -= 1
         instance.outstanding_tokens -= cost_tokens
+        self.touched(instance)
+
+    def expect_prefill(self, instance: Instance, num_tokens: int) -> None:
+        """Count prompt tokens that it has to compute; below 0: take them back."""
+        instance.prefill_tokens += num_tokens
+        self.touched(instance)
 
     def check_integrity(self) -> None:
         """Raise `InternalError` unless the counters are those of no request."""
         for instance in self:
-            to_compute = round(instance.prefill_tokens)  # a sum of floats
-            if instance.in_flight or instance.outstanding_tokens or to_compute:
+            if instance.in_flight or instance.outstanding_tokens or instance.prefill_tokens:
                 raise InternalError(
                     f"idle, but {instance.name} counts {instance.in_flight} requests, "
-                    f"{instance.outstanding_tokens} tokens and {to_compute} to compute"
+                    f"{instance.outstanding_tokens} tokens and {instance.prefill_tokens} to compute"
                 )
 
     def _find(self, model: str | None) -> list[Instance]:
+        if model is not None and model not in self._all_models().names:
+            return []  # clients may ask for any name, as often as they like
         for state in (State.READY, State.SUSPECT):
             found = [
                 instance
@@ -278,6 +359,20 @@ class Fleet:
             if found:
                 return found
         return []
+
+    def _all_models(self) -> _Models:
+        """Kept for as long as the candidates are these."""
+        candidates, found = self.candidates(None), self._models
+        if found is None or found.candidates is not candidates:
+            merged: dict[str, dict[str, Any]] = {}
+            for instance in candidates:
+                for name, record in instance.models.items():
+                    merged.setdefault(name, record)
+            own = [frozenset(instance.models) for instance in candidates]
+            common = frozenset.intersection(*own) if own else frozenset()
+            names = frozenset(name for one in self._instances.values() for name in one.models)
+            found = self._models = _Models(candidates, merged, common, names)
+        return found
 
     def _forget_incarnation(self, instance: Instance) -> None:
         instance.pool.close_idle()

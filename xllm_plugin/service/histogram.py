@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from itertools import accumulate
-from typing import Final
+from typing import Any, Final, Self
 
 __all__ = ["BOUNDS_S", "Histogram"]
 
@@ -59,6 +59,27 @@ class Histogram:
         low_s = BOUNDS_S[bucket - 1] if bucket else 0.0
         inside = (wanted - sum(counts[:bucket])) / counts[bucket]
         return low_s + inside * (BOUNDS_S[bucket] - low_s)
+
+    def add(self, other: Histogram) -> None:
+        """Count what another one has counted."""
+        for bucket, count in enumerate(other.counts):
+            if count:
+                self.counts[bucket] += count
+                self._recent[bucket] += count
+        self.sum_s += other.sum_s
+
+    def packed(self) -> tuple[float, dict[int, int]]:
+        """Sum and counts by bucket, for `unpacked` in another process."""
+        return self.sum_s, {bucket: count for bucket, count in enumerate(self.counts) if count}
+
+    @classmethod
+    def unpacked(cls, packed: Any) -> Self:
+        """What `packed` gave, as counted just now."""
+        found = cls()
+        found.sum_s = packed[0]
+        for bucket, count in packed[1].items():
+            found.counts[bucket] = found._recent[bucket] = count
+        return found
 
     def exposed(self) -> list[tuple[str, float]]:
         """Cumulative counts under Prometheus' `le`; every fourth bound, each twice the last."""

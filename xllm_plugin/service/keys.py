@@ -17,6 +17,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Self
 
@@ -205,12 +206,10 @@ class Account:
         found = ""
         for limit, bucket in (("requests", self.requests), ("tokens", self.tokens)):
             if bucket is not None:
-                left = bucket.level(now_s)
-                found += (
-                    f"x-ratelimit-limit-{limit}: {int(bucket.per_minute)}\r\n"
-                    f"x-ratelimit-remaining-{limit}: {int(left) if left > 0 else 0}\r\n"
-                    f"x-ratelimit-reset-{limit}: {_duration(bucket.reset_s(now_s))}\r\n"
-                )
+                left, reset_s = bucket.left(now_s)
+                before, between = _limit_text(limit, int(bucket.per_minute))
+                remaining = int(left) if left > 0 else 0
+                found += f"{before}{remaining}{between}{_duration(reset_s)}\r\n"
         return found
 
     def _reached(self, limit: str, allowed: str, wait_s: float, now_s: float) -> Refusal:
@@ -285,12 +284,17 @@ class KeyRing:
         self._num_replicas = num_replicas
         self._clock = clock
         self._accounts: dict[str, Account] = {}
-        """By the hash of the key."""
+        """By the hash of the key; another object after every change."""
         self._stamp = self._look()
         self._take(read(path))
 
     def __iter__(self) -> Iterator[Account]:
         return iter(tuple(self._accounts.values()))
+
+    @property
+    def edition(self) -> object:
+        """Stands for the keys as they are: another object once they have changed."""
+        return self._accounts
 
     @property
     def num_replicas(self) -> int:
@@ -304,7 +308,7 @@ class KeyRing:
         self._num_replicas = number
         self._take([account.record for account in self])
 
-    def grant(self, authorization: bytes) -> Grant:
+    def account(self, authorization: bytes) -> Account:
         """Who shows this Authorization header.  Raises `Refusal`: 401, nobody we know."""
         scheme, _, key = authorization.partition(b" ")
         if scheme.lower() != b"bearer" or not key:
@@ -312,7 +316,7 @@ class KeyRing:
         account = self._accounts.get(hashlib.sha256(key.strip()).hexdigest())
         if account is None:
             raise _unauthorized("The API key is not one of this service, or no longer.")
-        return Grant(account)
+        return account
 
     def refresh(self) -> None:
         """Take over the file if it has changed; one that cannot be read changes nothing."""
@@ -322,10 +326,10 @@ class KeyRing:
         self._stamp = stamp
         try:
             records = read(self.path)
+            self._take(records)
         except ConfigError as error:
             logger.error("%s The keys stay as they are.", error)  # noqa: TRY400 - the user's
             return
-        self._take(records)
         logger.info("%d API keys are in force", len(records))
 
     def _take(self, records: Iterable[KeyRecord]) -> None:
@@ -335,10 +339,13 @@ class KeyRing:
         for record in records:
             account = known.get(record.name)
             if account is None:
-                account = Account(record, self._num_replicas, now_s)
+                account = self._open(record, now_s)
             else:
                 account.take_over(record, self._num_replicas, now_s)
             self._accounts[record.sha256] = account
+
+    def _open(self, record: KeyRecord, now_s: float) -> Account:
+        return Account(record, self._num_replicas, now_s)
 
     def _look(self) -> object:
         try:
@@ -355,6 +362,15 @@ def _bucket(
         return None
     part = per_minute / num_replicas
     return known if known is not None and known.per_minute == part else Bucket(part, now_s)
+
+
+@lru_cache
+def _limit_text(limit: str, per_minute: int) -> tuple[str, str]:
+    """What every answer says before what is left of a limit, and between that and its reset."""
+    return (
+        f"x-ratelimit-limit-{limit}: {per_minute}\r\nx-ratelimit-remaining-{limit}: ",
+        f"\r\nx-ratelimit-reset-{limit}: ",
+    )
 
 
 def _per_minute(bucket: Bucket) -> str:

@@ -7,6 +7,7 @@ The label of an instance's name is `server`: `instance` is Prometheus' own, for 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -25,9 +26,21 @@ from xllm_plugin.service.lifecycle import State
 from xllm_plugin.service.proxy import Proxy
 from xllm_plugin.service.registry import Registrations
 
-__all__ = ["ServiceCollector"]
+__all__ = ["ServiceCollector", "WorkerFigures"]
 
 _PREFIX = "xllm_service_"
+
+
+@dataclass(slots=True)
+class WorkerFigures:
+    """One process that carries traffic, by its last report."""
+
+    index: int
+    is_up: bool = False
+    num_restarts: int = 0
+    num_clients: int = 0
+    cpu_s: float = 0.0
+    resident_bytes: int = 0
 
 
 class ServiceCollector(Collector):
@@ -46,6 +59,7 @@ class ServiceCollector(Collector):
         yield from self._kv_index()
         yield from self._etcd()
         yield from self._latencies()
+        yield from self._workers()
         yield from flow_metrics.collect(self._proxy)
 
     def _counters(self) -> Iterator[Metric]:
@@ -85,12 +99,12 @@ class ServiceCollector(Collector):
         policy = self._proxy.router.policy.name
         about.add_metric([], {"version": xllm_plugin.__version__, "policy": policy})
         clients = _gauge("client_connections", "Open connections of clients.")
-        clients.add_metric([], len(self._proxy.clients))
+        clients.add_metric([], self._proxy.num_clients)
         degraded = _gauge("degraded", "1 for each part that the service goes on without.", "part")
         for part in {found["part"] for found in degradations(self._proxy)}:
             degraded.add_metric([part], 1)
         unread = _counter("prompts_unread", "Prompts routed without their tokens, on an error.")
-        unread.add_metric([], self._proxy.prompts.num_failures if self._proxy.prompts else 0)
+        unread.add_metric([], self._proxy.num_prompts_unread)
         yield from (about, clients, degraded, unread)
 
     def _instances(self) -> Iterator[Metric]:
@@ -149,6 +163,21 @@ class ServiceCollector(Collector):
             for family, kept in pairs:
                 family.add_metric([instance.name], kept.exposed(), sum_value=kept.sum_s)
         yield from (ttft, tpot, duration)
+
+    def _workers(self) -> Iterator[Metric]:
+        up = _gauge("worker_up", "1 while it takes connections.", "worker")
+        restarts = _counter("worker_restarts", "Ended, and started again.", "worker")
+        clients = _gauge("worker_client_connections", "Open connections of clients.", "worker")
+        cpu = _counter("worker_cpu_seconds", "Of the process that runs now.", "worker")
+        resident = _gauge("worker_resident_memory_bytes", "Of the same.", "worker")
+        for one in self._proxy.workers:
+            name = str(one.index)
+            up.add_metric([name], one.is_up)
+            restarts.add_metric([name], one.num_restarts)
+            clients.add_metric([name], one.num_clients)
+            cpu.add_metric([name], one.cpu_s)
+            resident.add_metric([name], one.resident_bytes)
+        yield from (up, restarts, clients, cpu, resident)
 
 
 def _counter(name: str, text: str, *labels: str) -> CounterMetricFamily:

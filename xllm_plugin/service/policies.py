@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from heapq import nlargest
 
 from xllm_plugin.hookspecs import hookimpl
+from xllm_plugin.service.cost import cost_in_seconds
+from xllm_plugin.service.cost_ranking import CostRanking
 from xllm_plugin.service.policy import Choice, InstanceView, RequestView, RoutingPolicy
 
 __all__ = [
     "FOREIGN_REQUEST_TOKENS",
-    "Cost",
-    "cost_in_seconds",
-    "cost_of",
-    "costs_of",
+    "LeastLoadedRanking",
+    "SessionRanking",
     "least_loaded",
     "power_of_two",
     "round_robin",
@@ -27,13 +28,8 @@ FOREIGN_REQUEST_TOKENS = 512
 """What a request of somebody else counts for; its size is not known."""
 
 _MASK = 2**64 - 1
-_BUSY_PERIOD = 5.0
-"""A second of work delays those who come before the instance is next without any: 1 / (1 - load),
-at a load of 0.8.  From 3 to 20 the simulated fleet hardly cares (benchmarks/fleet)."""
-
-_STALL_WEIGHT = 0.3
-"""Of a second in which a stream stands still, beside one of waiting for the first token.  At 1 long
-prompts gather where few streams run, and wait there (Azure's conversations, simulated)."""
+_NUM_PLACES = 8
+_MAX_SESSIONS = 4096
 
 
 def work_tokens(instance: InstanceView) -> float:
@@ -73,93 +69,56 @@ def least_loaded(request: RequestView, candidates: Sequence[InstanceView]) -> Ch
     return Choice(best, f"{least:.0f} tokens outstanding", "load")
 
 
-class Cost(NamedTuple):
-    """What a request is predicted to cost at one instance, in seconds."""
+class LeastLoadedRanking:
+    """A `Ranking` that gives what `least_loaded` does: candidates sorted by their work.
 
-    queue_s: float
-    """Until the prompts in front of it are computed."""
-    prefill_s: float
-    """Of the part of its prompt that is not cached there."""
-    decode_s: float
-    """Of its output, among the requests that run there."""
-    delay_s: float = 0.0
-    """Of others, all together, by the computing of its prompt."""
-    transfer_s: float = 0.0
-    """Of KV blocks from elsewhere; nothing moves them yet."""
+    Args:
+        candidates: all of them, closed at first.
+    """
+
+    def __init__(self, candidates: Sequence[InstanceView]) -> None:
+        self.candidates = candidates
+        self._work: list[float | None] = [None] * len(candidates)
+        """None of those that are closed."""
+        self._open: list[int] = []
+        self._by_work: list[tuple[float, int]] = []
 
     @property
-    def total_s(self) -> float:
-        """What decides."""
-        return self.queue_s + self.prefill_s + self.decode_s + self.delay_s + self.transfer_s
+    def num_open(self) -> int:
+        """Candidates that can take a request."""
+        return len(self._open)
 
+    def is_open(self, index: int) -> bool:
+        """Whether candidate `index` can take a request."""
+        return self._work[index] is not None
 
-def cost_of(request: RequestView, instance: InstanceView) -> Cost:
-    """Predict what `instance` would cost the request itself; what it costs others is left at 0."""
-    speed = instance.speed
-    uncached = max(1.0, request.prompt_tokens - request.cached_tokens.get(instance.name, 0.0))
-    num_running = instance.in_flight + instance.foreign_requests + 1
-    tpot_s = speed.tpot_base_s + speed.tpot_s_per_request * num_running
-    return Cost(
-        queue_s=speed.prefill_s_per_token * instance.prefill_tokens,
-        prefill_s=speed.ttft_base_s + speed.prefill_s_per_token * uncached,
-        decode_s=tpot_s * request.output_tokens,
-    )
+    def put(self, index: int) -> None:
+        """Candidate `index` can take a request; it is new, or looks different."""
+        before, work = self._work[index], work_tokens(self.candidates[index])
+        if before == work:
+            return
+        if before is None:
+            insort(self._open, index)
+        else:
+            del self._by_work[bisect_left(self._by_work, (before, index))]
+        self._work[index] = work
+        insort(self._by_work, (work, index))
 
+    def drop(self, index: int) -> None:
+        """Candidate `index` can take none."""
+        before = self._work[index]
+        if before is not None:
+            self._work[index] = None
+            del self._open[bisect_left(self._open, index)]
+            del self._by_work[bisect_left(self._by_work, (before, index))]
 
-def costs_of(request: RequestView, candidates: Sequence[InstanceView]) -> list[Cost]:
-    """Predict what each of `candidates` would cost the request and others.
-
-    Two kinds of others are delayed by x seconds of prefill.  Those that run there get no token
-    meanwhile.  And those who will come wait: with u seconds of work there, r arrivals a second and
-    load p, x more cost them r / (1 - p) * (u x + x^2 / 2) in all (the value function of an M/G/1
-    queue: E. Hyytia, A. Penttinen, S. Aalto, "Size- and state-aware dispatching problem with
-    queue-specific job sizes", EJOR 217, 2012).  The rate is that of a mean instance, by Little's
-    law: requests there over the time that they are predicted to stay.
-    """
-    own = [cost_of(request, candidate) for candidate in candidates]
-    others = [candidate.in_flight + candidate.foreign_requests for candidate in candidates]
-    stay_s = sum(cost.queue_s + cost.prefill_s + cost.decode_s for cost in own)
-    crowding = _BUSY_PERIOD * sum(others) / stay_s if stay_s > 0 else 0.0
-    return [
-        Cost(
-            queue_s,
-            prefill_s,
-            decode_s,
-            prefill_s * (_STALL_WEIGHT * num_others + crowding * (queue_s + prefill_s / 2)),
-        )
-        for (queue_s, prefill_s, decode_s, *_), num_others in zip(own, others, strict=True)
-    ]
-
-
-def cost_in_seconds(request: RequestView, candidates: Sequence[InstanceView]) -> Choice:
-    """Take the instance where the least time is lost: the request's own and that of others.
-
-    One sum in one unit.  Affinity to a cache and balance of load are not modes between which a
-    threshold switches: a hot prefix moves as soon as its queue costs more than computing it
-    elsewhere, and what computing costs grows with those whom it delays.  Equals take turns.
-    """
-    costs = costs_of(request, candidates)
-    totals = [cost.total_s for cost in costs]
-    # Begin at another one each time, so that equals take turns.
-    begin = request.sequence % len(totals)
-    least_s = min(totals)
-    best = totals.index(least_s, begin) if least_s in totals[begin:] else totals.index(least_s)
-    least = costs[best]
-    next_s = min(totals[:best] + totals[best + 1 :], default=float("inf"))
-    cached = request.cached_tokens.get(candidates[best].name, 0.0)
-    return Choice(
-        best,
-        f"{least.total_s:.3f} s = queue {least.queue_s:.3f} + prefill {least.prefill_s:.3f} "
-        f"({cached:.0f} of {request.prompt_tokens} tokens cached) + decode {least.decode_s:.3f} "
-        f"+ delay of others {least.delay_s:.3f}; next best {next_s:.3f} s",
-        _cause(cached, request.cached_tokens),
-    )
-
-
-def _cause(cached: float, held: Mapping[str, float]) -> str:
-    if not held:
-        return "load"
-    return "prefix" if cached >= max(held.values()) else "load over prefix"
+    def choose(self, request: RequestView) -> Choice:
+        """The least loaded of those that are open; equals take turns."""
+        least, best = self._by_work[0]
+        turn = self._open[request.sequence % len(self._open)]
+        if self._work[turn] == least:
+            best = turn
+        return Choice(best, f"{least:.0f} tokens outstanding", "load")
 
 
 def session_affinity(request: RequestView, candidates: Sequence[InstanceView]) -> Choice:
@@ -180,14 +139,81 @@ def session_affinity(request: RequestView, candidates: Sequence[InstanceView]) -
     return Choice(best, "its session's place", "session")
 
 
+class SessionRanking:
+    """A `Ranking` that gives what `session_affinity` does.
+
+    The first places of a session are remembered: they change only with the candidates.
+
+    Args:
+        candidates: all of them, closed at first.
+    """
+
+    def __init__(self, candidates: Sequence[InstanceView]) -> None:
+        self._hashes = [one.name_hash for one in candidates]
+        self._by_load = LeastLoadedRanking(candidates)
+        self._places: dict[str, list[int]] = {}
+
+    @property
+    def num_open(self) -> int:
+        """Candidates that can take a request."""
+        return self._by_load.num_open
+
+    def put(self, index: int) -> None:
+        """Candidate `index` can take a request; it is new, or looks different."""
+        self._by_load.put(index)
+
+    def drop(self, index: int) -> None:
+        """Candidate `index` can take none."""
+        self._by_load.drop(index)
+
+    def choose(self, request: RequestView) -> Choice:
+        """The open candidate with the highest weight."""
+        session = request.session_key
+        if not session:
+            choice = self._by_load.choose(request)
+            return Choice(choice.index, f"no session key; {choice.reason}", choice.cause)
+        is_open = self._by_load.is_open
+        places = self._places.get(session) or self._first(1, session)
+        best = next(filter(is_open, places), None)
+        if best is None:
+            best = next(filter(is_open, self._first(len(self._hashes), session)))
+        return Choice(best, "its session's place", "session")
+
+    def _first(self, count: int, session: str) -> list[int]:
+        """The first so many candidates for a session; some of them are remembered."""
+        key = _key_hash(session)
+        weights = [_mix(key ^ one) for one in self._hashes]
+        places = nlargest(count, range(len(weights)), key=weights.__getitem__)
+        self._places[session] = places[:_NUM_PLACES]
+        if len(self._places) > _MAX_SESSIONS:
+            del self._places[next(iter(self._places))]
+        return places
+
+
 @hookimpl
 def register_routing_policies(register: Callable[[RoutingPolicy], None]) -> None:
     """Register the policies of this module."""
-    register(RoutingPolicy("cost", "least predicted seconds", cost_in_seconds, uses_prefixes=True))
-    register(RoutingPolicy("least-loaded", "fewest outstanding tokens", least_loaded))
+    register(
+        RoutingPolicy(
+            "cost",
+            "least predicted seconds",
+            cost_in_seconds,
+            uses_prefixes=True,
+            ranking=CostRanking,
+        )
+    )
+    register(
+        RoutingPolicy(
+            "least-loaded", "fewest outstanding tokens", least_loaded, ranking=LeastLoadedRanking
+        )
+    )
     register(RoutingPolicy("round-robin", "each in turn", round_robin))
     register(RoutingPolicy("power-of-two", "the less loaded of two drawn", power_of_two))
-    register(RoutingPolicy("session", "a session stays at its place", session_affinity))
+    register(
+        RoutingPolicy(
+            "session", "a session stays at its place", session_affinity, ranking=SessionRanking
+        )
+    )
 
 
 @lru_cache(maxsize=4096)

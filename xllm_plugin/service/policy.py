@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from xllm_plugin.service.speed import Speed
 
-__all__ = ["Choice", "InstanceView", "RequestView", "RoutingPolicy"]
+__all__ = ["Choice", "InstanceView", "Ranking", "RequestView", "RoutingPolicy"]
 
 
 class RequestView(Protocol):
@@ -83,14 +85,37 @@ class InstanceView(Protocol):
         """How fast it is, by what was measured."""
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """An index into the candidates, and the figure that decided, for people."""
 
     index: int
-    reason: str
+    reason: object
+    """Its `str` is the text: some are made only if somebody reads them."""
     cause: str = ""
     """The same in a few words that many choices share: they are counted by it."""
+
+
+class Ranking(Protocol):
+    """A policy before many candidates: the same choices, without a look at each for every request.
+
+    It keeps what it needs between requests, and is told whatever changes.
+    """
+
+    @property
+    def num_open(self) -> int:
+        """Candidates that can take a request."""
+
+    def put(self, index: int) -> None:
+        """Candidate `index` can take a request; it is new, or looks different."""
+
+    def drop(self, index: int) -> None:
+        """Candidate `index` can take none; may be called again."""
+
+    def choose(self, request: RequestView) -> Choice:
+        """What the policy's function gives for the open candidates, in their order.
+
+        The index is one into all candidates.  Not called while none is open.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,3 +127,6 @@ class RoutingPolicy:
     choose: Callable[[RequestView, Sequence[InstanceView]], Choice]
     uses_prefixes: bool = False
     """Whether it looks at `cached_tokens`; else nobody tokenises for it."""
+    ranking: Callable[[Sequence[InstanceView]], Ranking] | None = None
+    """Makes what takes the place of `choose` before many candidates; all of them closed at first.
+    None: `choose` gets a list of those that are open."""

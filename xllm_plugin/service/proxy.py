@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xllm_plugin.service import access_log
 from xllm_plugin.service.client import ClientConnection, headers_of_note
-from xllm_plugin.service.config import ServiceConfig
+from xllm_plugin.service.config import FlowConfig, ServiceConfig
 from xllm_plugin.service.fleet import Fleet
 from xllm_plugin.service.flow.control import FlowControl
 from xllm_plugin.service.keys import KeyRing
+from xllm_plugin.service.kv_index.tokens import Unread
 from xllm_plugin.service.replies import Refusal
 from xllm_plugin.service.router import Router, Sent
 from xllm_plugin.service.routes import Kind
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from xllm_plugin.service.exchange import Exchange
     from xllm_plugin.service.kv_index.directory import KvDirectory
     from xllm_plugin.service.kv_index.tokens import PromptReader
+    from xllm_plugin.service.metrics import WorkerFigures
     from xllm_plugin.service.tracing import Tracing
 
 __all__ = ["Proxy"]
@@ -59,6 +62,8 @@ class Proxy:
         """Who may ask; None: everybody."""
         self.directory: KvDirectory | None = None
         self.prompts: PromptReader | None = None
+        self.workers: list[WorkerFigures] = []
+        """Processes that carry this one's traffic; none where it carries it itself."""
         self._reading: set[asyncio.Task[None]] = set()
         self.reconfigure(config)
 
@@ -88,27 +93,35 @@ class Proxy:
             or not directory.is_useful
             or not self.router.policy.uses_prefixes
             or exchange.route.kind is not Kind.INFERENCE
-            or len(self.fleet.candidates(model)) < 2  # noqa: PLR2004 - no choice, no question
+            or len(candidates := self.fleet.candidates(model)) < 2  # noqa: PLR2004 - no choice
         ):
-            if self.flow is None:
-                exchange.dispatch()
-            else:
-                self.flow.enter(exchange)
+            self._enter(exchange)
             return
-        task = self.loop.create_task(self._read_and_dispatch(exchange, model))
-        self._reading.add(task)
-        task.add_done_callback(self._reading.discard)
-
-    async def _read_and_dispatch(self, exchange: Exchange, model: str) -> None:
         assert self.prompts is not None
         try:
-            exchange.prompt = await self.prompts.read(
-                exchange.route.path, exchange.body, model, self.fleet.candidates(model)
-            )
+            found = self.prompts.look(exchange.route.path, exchange.body, model, candidates)
         except Exception:  # what it would have told helps to choose; no request is lost for it
             logger.exception("a prompt could not be read; please report this")
-        if exchange.is_done:
+            found = None
+        if isinstance(found, Unread):
+            task = self.loop.create_task(self._read_and_dispatch(exchange, found, model))
+            self._reading.add(task)
+            task.add_done_callback(self._reading.discard)
             return
+        exchange.prompt = found
+        self._enter(exchange)
+
+    async def _read_and_dispatch(self, exchange: Exchange, unread: Unread, model: str) -> None:
+        assert self.prompts is not None
+        try:
+            candidates = self.fleet.candidates(model)
+            exchange.prompt = await self.prompts.read(unread, model, candidates)
+        except Exception:  # as above
+            logger.exception("a prompt could not be read; please report this")
+        if not exchange.is_done:
+            self._enter(exchange)
+
+    def _enter(self, exchange: Exchange) -> None:
         if self.flow is None:
             self._send(exchange)
         else:
@@ -146,7 +159,7 @@ class Proxy:
         if before is not None:
             before.reconfigure(config.flow, retry_after_s)
             return
-        self.flow = FlowControl(config.flow, self.fleet, self._send, retry_after_s)
+        self.flow = self._make_flow(config.flow, retry_after_s)
         self.router.has_room = self.flow.has_room
 
     def _reconfigure_keys(self, config: ServiceConfig) -> None:
@@ -154,7 +167,7 @@ class Proxy:
         if path is None:
             self.keys = None
         elif self.keys is None or self.keys.path != path:
-            self.keys = KeyRing(path, num_replicas, self.loop.time)
+            self.keys = self._make_keys(path, num_replicas)
         else:
             self.keys.num_replicas = num_replicas
         key = config.instances.api_key
@@ -165,22 +178,47 @@ class Proxy:
                 key.get_secret_value().encode()
             )
 
-    async def listen(self, sweep_s: float = _SWEEP_S, tls: ssl.SSLContext | None = None) -> int:
-        """Begin to accept clients; returns the port.  Raises OSError if it is taken."""
+    def _make_flow(self, config: FlowConfig, retry_after_s: float) -> FlowControl:
+        return FlowControl(config, self.fleet, self._send, retry_after_s)
+
+    def _make_keys(self, path: Path, num_replicas: int) -> KeyRing:
+        return KeyRing(path, num_replicas, self.loop.time)
+
+    async def listen(
+        self,
+        sweep_s: float = _SWEEP_S,
+        tls: ssl.SSLContext | None = None,
+        *,
+        port: int | None = None,
+    ) -> int:
+        """Begin to accept clients.
+
+        Args:
+            sweep_s: between two looks at how long everything takes.
+            tls: of HTTPS.
+            port: shared with other processes that say the same; None: `listen.port`, alone.
+
+        Returns:
+            The port.
+
+        Raises:
+            OSError: it is taken.
+        """
         listen = self.config.listen
         self._server = await self.loop.create_server(
             lambda: ClientConnection(self),
             listen.host,
-            listen.port,
+            listen.port if port is None else port,
             backlog=listen.backlog,
+            reuse_port=port is not None,
             ssl=tls,
             # A client that dawdles over its handshake is closed as one that does over its headers.
             ssl_handshake_timeout=self.config.timeouts.header_s if tls else None,
         )
         self._sweep_s = sweep_s
         self._sweeper = self.loop.call_later(sweep_s, self._sweep)
-        port: int = self._server.sockets[0].getsockname()[1]
-        return port
+        opened: int = self._server.sockets[0].getsockname()[1]
+        return opened
 
     async def drain(self, timeout_s: float) -> int:
         """Accept nothing new, let what runs finish; returns how many clients were cut off."""
@@ -207,6 +245,16 @@ class Proxy:
         for client in clients:
             client.abort()
         return len(clients)
+
+    @property
+    def num_clients(self) -> int:
+        """Open connections of clients."""
+        return len(self.clients)
+
+    @property
+    def num_prompts_unread(self) -> int:
+        """Prompts routed without their tokens, on an error."""
+        return self.prompts.num_failures if self.prompts is not None else 0
 
     def count_refusal(self, status: int) -> None:
         """Count an error that the service answered with."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.lifecycle import State
-from xllm_plugin.service.policies import cost_of
 from xllm_plugin.service.policy import Choice, RoutingPolicy
 from xllm_plugin.service.replies import Refusal, unknown_model
+from xllm_plugin.service.roster import MANY, Roster
 from xllm_plugin.service.routes import Kind
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ _MAX_OWNERS = 65536
 _MAX_CAUSES = 256
 _BYTES_PER_TOKEN: Final = 4  # as an exchange estimates its cost_tokens
 _MAX_PROMPT_TOKENS: Final = 100_000
-_SEARCH_BELOW_BYTES = 2**20
-_STREAMS = re.compile(rb'"stream"\s*:\s*true')
 
 
 class Decision(NamedTuple):
@@ -38,12 +35,21 @@ class Decision(NamedTuple):
     model: str | None
     instance: str
     policy: str
-    reason: str
+    reason: Any
+    """For people; `str` makes the text, which few read."""
     num_candidates: int
     attempt: int
     """1 for the first instance, 2 for the one after it failed, ..."""
     cause: str
     """The reason in a few words that many decisions share."""
+
+    def settled(self) -> Decision:
+        """The same with its reason as text, for those who keep or send it."""
+        return self._replace(reason=str(self.reason))
+
+    def described(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return self.settled()._asdict()
 
 
 class Asked(NamedTuple):
@@ -67,7 +73,7 @@ class Sent:
     cached_tokens: Mapping[str, float] = field(default_factory=dict)
     instance: Instance | None = None
     """Where `uncached_tokens` are counted as not computed yet."""
-    uncached_tokens: float = 0.0
+    uncached_tokens: int = 0
     ahead_tokens: float = 0.0
     """That had to be computed before, when it was sent."""
     is_exact: bool = False
@@ -102,12 +108,15 @@ class Router:
         self.retry_after_s = retry_after_s
         self.has_room: Callable[[Instance], bool] | None = None
         """With flow control: instances without room are chosen if no other is left."""
+        self.tell_owner: Callable[[str, str], None] | None = None
+        """Takes a response and the name of who made it to other processes, if there are any."""
         self.decisions: deque[Decision] = deque(maxlen=num_decisions)
         self.causes: dict[tuple[str, str], int] = {}
         """(policy, cause) -> how many decisions since the start."""
         self._clock = clock
         self._sequence = 0
         self._owners: OrderedDict[str, str] = OrderedDict()
+        self._rosters: dict[str | None, Roster] = {}
 
     def choose(self, request: Exchange) -> Instance:
         """The instance for `request`, none of those that it has tried.
@@ -118,26 +127,21 @@ class Router:
         candidates = self.fleet.candidates(request.model)
         if not candidates:
             raise self._none_for(request.model)
-        if request.tried:
-            candidates = [one for one in candidates if one not in request.tried]
-            if not candidates:
-                raise self.no_instance("every instance was tried")
-        if self.has_room is not None:
-            candidates = [one for one in candidates if self.has_room(one)] or candidates
         if request.response_id:
             owner = self._owner(request.response_id)
             if owner is not None and owner not in request.tried:
-                return self._decided(
-                    request, owner, "owner", Choice(0, "made this response", "owner"), 1
-                )
+                if request.body:
+                    self._send(request, self._asked(request), owner)
+                choice = Choice(0, "made this response", "owner")
+                return self._decided(request, owner, "owner", choice, 1)
         if request.model is None and request.route.kind is Kind.INFERENCE:
             self._require_one_model()
         request.sequence = self._sequence
         self._sequence += 1
         asked = self._asked(request)
-        choice, instance = self._ask_policy(asked, candidates)
+        choice, instance, num_candidates = self._ask_policy(request, asked, candidates)
         self._send(request, asked, instance)
-        return self._decided(request, instance, self.policy.name, choice, len(candidates))
+        return self._decided(request, instance, self.policy.name, choice, num_candidates)
 
     def first_byte(self, request: Exchange, *, is_measure: bool) -> None:
         """An answer begins: its prompt is computed.
@@ -166,8 +170,14 @@ class Router:
             503, f"No instance can take this request now: {why}.", retry_after_s=self.retry_after_s
         )
 
+    def owner_of(self, response_id: str) -> str:
+        """Name of the instance that made this response; empty if that is not known."""
+        return self._owners.get(response_id, "")
+
     def remember_owner(self, response_id: str, instance: Instance) -> None:
         """Later requests about this response go to `instance`."""
+        if self.tell_owner is not None:
+            self.tell_owner(response_id, instance.name)
         self._owners[response_id] = instance.name
         self._owners.move_to_end(response_id)
         if len(self._owners) > _MAX_OWNERS:
@@ -194,32 +204,61 @@ class Router:
             asked.prompt_tokens,
             asked.cached_tokens,
             instance,
-            uncached_tokens=max(1.0, asked.prompt_tokens - cached),
+            uncached_tokens=max(1, round(asked.prompt_tokens - cached)),
             ahead_tokens=instance.prefill_tokens,
             is_exact=request.sent is not None and request.sent.is_exact,
         )
-        # Large bodies are not searched: their prompts count until the answer begins.
-        if len(request.body) < _SEARCH_BELOW_BYTES and not _STREAMS.search(request.body):
+        if not request.wants_stream:
             # Its first byte is its last: when its prompt is computed can only be predicted.
-            cost = cost_of(asked, instance)
-            request.proxy.loop.call_later(cost.queue_s + cost.prefill_s, self._computed, sent)
-        instance.prefill_tokens += sent.uncached_tokens
+            speed, num_tokens = instance.speed, sent.ahead_tokens + sent.uncached_tokens
+            computed_s = speed.ttft_base_s + speed.prefill_s_per_token * num_tokens
+            request.proxy.loop.call_later(computed_s, self._computed, sent)
+        self.fleet.expect_prefill(instance, sent.uncached_tokens)
 
-    @staticmethod
-    def _computed(sent: Sent) -> None:
+    def _computed(self, sent: Sent) -> None:
         if sent.instance is not None:
-            sent.instance.prefill_tokens -= sent.uncached_tokens
+            self.fleet.expect_prefill(sent.instance, -sent.uncached_tokens)
             sent.instance = None
 
     def _ask_policy(
-        self, request: Asked, candidates: Sequence[Instance]
-    ) -> tuple[Choice, Instance]:
+        self, request: Exchange, asked: Asked, candidates: Sequence[Instance]
+    ) -> tuple[Choice, Instance, int]:
+        """The choice, whom it means, and among how many."""
+        policy, tried = self.policy, request.tried
+        if tried:
+            candidates = [one for one in candidates if one not in tried]
+            if not candidates:
+                raise self.no_instance("every instance was tried")
         try:
-            choice = self.policy.choose(request, candidates)
-            return choice, candidates[choice.index]
+            if len(candidates) >= MANY and not tried and self._ranks():
+                found = self._roster(request.model, candidates).choose(asked)
+                if found is not None:
+                    choice, num_open = found
+                    return choice, candidates[choice.index], num_open
+            elif self.has_room is not None:
+                candidates = [one for one in candidates if self.has_room(one)] or candidates
+            choice = policy.choose(asked, candidates)
+            return choice, candidates[choice.index], len(candidates)
         except Exception as error:  # a plugin's function may raise anything
-            logger.exception("routing policy %r has failed", self.policy.name)
-            raise Refusal(500, f"Routing policy {self.policy.name!r} has failed.") from error
+            logger.exception("routing policy %r has failed", policy.name)
+            raise Refusal(500, f"Routing policy {policy.name!r} has failed.") from error
+
+    def _ranks(self) -> bool:
+        """Whether looking at each of many candidates can be helped."""
+        return self.policy.ranking is not None or self.has_room is not None
+
+    def _roster(self, model: str | None, candidates: Sequence[Instance]) -> Roster:
+        """These candidates in the order of the policy in force."""
+        fleet, policy, has_room = self.fleet, self.policy, self.has_room
+        roster = self._rosters.get(model)
+        if roster is not None and roster.is_of(candidates, policy, has_room):
+            return roster
+        for name, other in tuple(self._rosters.items()):
+            if not other.is_of(fleet.candidates(name), policy, has_room):
+                fleet.unwatch(other.changed)
+                del self._rosters[name]
+        roster = self._rosters[model] = Roster(candidates, policy, has_room, fleet.watch())
+        return roster
 
     def _owner(self, response_id: str) -> Instance | None:
         instance = self.fleet.get(self._owners.get(response_id, ""))
@@ -228,9 +267,8 @@ class Router:
         return instance
 
     def _require_one_model(self) -> None:
-        names = [set(instance.models) for instance in self.fleet.candidates(None)]
-        if not set.intersection(*names):
-            known = ", ".join(f"`{name}`" for name in sorted(set.union(*names)))
+        if not self.fleet.common_models():
+            known = ", ".join(f"`{name}`" for name in sorted(self.fleet.models()))
             raise Refusal(400, f"Name a `model`; served here are {known}.", param="model")
 
     def _none_for(self, model: str | None) -> Refusal:

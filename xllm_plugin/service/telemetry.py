@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -20,7 +21,7 @@ from xllm_plugin.service.routes import Kind
 if TYPE_CHECKING:
     from xllm_plugin.service.exchange import Exchange
 
-__all__ = ["Ending", "Outcome", "Sample", "Telemetry"]
+__all__ = ["Ending", "Measured", "Outcome", "Sample", "Telemetry"]
 
 _TURN_S: Final = 30.0
 """An instance's latencies are shown of the last 30 to 60 s."""
@@ -76,6 +77,18 @@ class Sample(NamedTuple):
     in_flight: int
     waiting: int
     """Requests in the instances' queues, as they said last."""
+
+
+@dataclass(slots=True)
+class Measured:
+    """What the requests of another process have shown since it last said so."""
+
+    num_requests: int = 0
+    num_failed: int = 0
+    num_tokens: int = 0
+    outcomes: dict[Outcome, int] = field(default_factory=dict)
+    ttft: Histogram = field(default_factory=Histogram)
+    tpot: Histogram = field(default_factory=Histogram)
 
 
 class Telemetry:
@@ -177,6 +190,33 @@ class Telemetry:
         if tpot_s is not None and tpot_s * 1e3 > tpot_target_ms:
             return Outcome.TPOT_MISSED
         return Outcome.KEPT
+
+    # -- requests of other processes --------------------------------------------------------------
+
+    def take(self) -> Measured:
+        """All that was measured since the last time, for `add` in another process."""
+        taken = Measured(
+            self._num_requests,
+            self._num_failed,
+            self._num_tokens,
+            {outcome: count for outcome, count in self.outcomes.items() if count},
+            self._ttft,
+            self._tpot,
+        )
+        self._num_requests = self._num_failed = self._num_tokens = 0
+        self.outcomes = dict.fromkeys(Outcome, 0)
+        self._ttft, self._tpot = Histogram(), Histogram()
+        return taken
+
+    def add(self, measured: Measured) -> None:
+        """Count what another process has measured."""
+        self._num_requests += measured.num_requests
+        self._num_failed += measured.num_failed
+        self._num_tokens += measured.num_tokens
+        for outcome, count in measured.outcomes.items():
+            self.outcomes[outcome] += count
+        self._ttft.add(measured.ttft)
+        self._tpot.add(measured.tpot)
 
     # -- history --------------------------------------------------------------------------------
 

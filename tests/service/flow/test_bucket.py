@@ -15,7 +15,7 @@ def test_a_minutes_worth_at_once_and_then_at_the_rate() -> None:
         bucket.take(1, 0.0)
     assert bucket.wait_s(1, 0.0) == 1.0
     assert bucket.wait_s(2, 0.5) == 1.5
-    assert bucket.reset_s(0.5) == 59.5
+    assert bucket.left(0.5) == (0.5, 59.5)
     assert bucket.level(1000.0) == 60, "what is not used is kept for a minute"
 
 

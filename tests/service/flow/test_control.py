@@ -145,6 +145,26 @@ def test_who_was_promised_an_early_answer_is_not_left_waiting(run: Any) -> None:
     run(check())
 
 
+def test_what_was_waited_is_taken_off_the_promise(run: Any) -> None:
+    """The instance orders by what is left until the first token is due."""
+
+    async def check() -> None:
+        held = Held()
+        async with serving(FakeInstance(script=held), flow=ONE) as harness:
+            headers = "X-Xllm-TTFT-ms: 3600000\r\n"
+            tasks = await send(harness, post("running", headers), post("waiting", headers))
+            await asyncio.sleep(0.02)
+            held.let(2)
+            assert statuses(await asyncio.gather(*tasks)) == [200, 200]
+            first, second = (
+                int(one.headers()["x-xllm-ttft-ms"]) for one in harness.instances[0].requests
+            )
+            assert first == 3_600_000
+            assert 3_600_000 - PATIENCE_S * 1e3 < second <= 3_600_000 - 20
+
+    run(check())
+
+
 def test_nobody_waits_for_ever(run: Any) -> None:
     async def check() -> None:
         held = Held()

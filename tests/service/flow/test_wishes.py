@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from xllm_plugin.scheduler.promise import Promise, ServiceClass
-from xllm_plugin.service.flow.wishes import HEADERS, NO_WISHES, read_wishes
+from xllm_plugin.service.flow.wishes import HEADERS, NO_WISHES, read_wishes, with_ttft_left
 from xllm_plugin.service.replies import Refusal
 
 
@@ -42,3 +42,11 @@ def test_a_wrong_value_is_named_where_it_stood() -> None:
     assert (caught.value.status, caught.value.param) == (400, "x-xllm-ttft-ms")
     with pytest.raises(Refusal, match=r"^xllm_class is 'never'"):
         read_wishes({"xllm_class": "online"}, {"xllm_class": "never"}, None)
+
+
+def test_what_has_waited_is_promised_less() -> None:
+    head = b"POST /v1/x HTTP/1.1\r\nhost: h\r\nX-Xllm-TTFT-ms: 500\r\nx-other: 1\r\n\r\n"
+    assert with_ttft_left(head, 120.7) == head.replace(b"500", b"120")
+    assert with_ttft_left(head, -3.0) == head.replace(b"500", b"1"), "an instance takes no 0"
+    without = head.replace(b"X-Xllm-TTFT-ms: 500\r\n", b"")
+    assert with_ttft_left(without, 120.0) == without

@@ -9,7 +9,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from xllm_plugin.service.kv_index.index import Cache, Held, PrefixIndex, packed, prompt_extra
+from xllm_plugin.service.kv_index.index import (
+    NO_EXTRA,
+    Cache,
+    Held,
+    PrefixIndex,
+    packed,
+    prompt_extra,
+)
 from xllm_plugin.service.kv_index.wire import AllBlocksCleared, BlockRemoved, BlockStored
 
 SIZE = 4
@@ -196,6 +203,7 @@ class Caches(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.index = PrefixIndex()
+        self.chains: dict[tuple[int, ...], dict[int, list[int]]] = {}
         self.caches = [self.index.add() for _ in range(3)]
         self.model: list[dict[tuple[str, bytes], int]] = [{}, {}, {}]
 
@@ -233,6 +241,9 @@ class Caches(RuleBasedStateMachine):
     @rule(tokens=prompts)
     def look(self, tokens: list[int]) -> None:
         found = self.index.match(packed([*tokens, 1]))
+        chains = self.chains.setdefault(tuple(tokens), {})
+        again = self.index.holders(packed([*tokens, 1]), NO_EXTRA, chains)
+        assert again == self.index.holders(packed([*tokens, 1]))
         for cache, model in zip(self.caches, self.model, strict=True):
             counts = [0, 0, 0]
             for end in range(SIZE, len(tokens) + 1, SIZE):

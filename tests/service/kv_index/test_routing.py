@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,12 +12,14 @@ from typing import Any
 
 import aiohttp
 import msgspec
+import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from xllm_plugin.service.app import Service
 from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.kv_index import tokens as tokens_module
+from xllm_plugin.service.kv_index.subscriber import Follower
 from xllm_plugin.service.kv_index.wire import Batch, BlockStored
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.testing.fake_instance import FakeInstance, Received, answer
@@ -146,7 +149,7 @@ def test_a_prompt_goes_where_its_prefix_is(run: Any) -> None:
     async def check() -> None:
         one, two = Cached(), Cached()
         async with site(one, two) as it:
-            index = it.service._directory.index
+            index = it.service.proxy.directory.index
             two.cache(ids(TEXT))
             await it.until(lambda: len(index) == 6)
             prompts: list[Any] = [ids(TEXT), TEXT]
@@ -172,7 +175,7 @@ def test_a_prompt_that_has_waited_goes_where_its_prefix_is_by_then(run: Any) -> 
         one, two = Cached(), Cached()
         async with site(one, two, flow={"enabled": True, "max_in_flight": 1}) as it:
             index, fleet, flow = (
-                it.service._directory.index,
+                it.service.proxy.directory.index,
                 it.service.fleet,
                 it.service.proxy.flow,
             )
@@ -200,14 +203,14 @@ def test_texts_are_tokenised_here_once_that_is_known_to_be_the_same(run: Any) ->
         one, two = Cached(), Cached()
         async with site(one, two) as it:
             two.cache(ids(TEXT))
-            await it.until(lambda: it.service._directory.is_useful)
+            await it.until(lambda: it.service.proxy.directory.is_useful)
             for number in range(4):  # fetches the tokenizer of each, compares it with its server
                 await it.where({"model": "fake", "prompt": f"x {number}"})
-            local = it.service._prompts._local
+            local = it.service.proxy.prompts._local
             await it.until(
-                lambda: len(local) == 2 and all(one["fake"].tokenizer for one in local.values())
+                lambda: len(local) == 2 and all(one["fake"].loaded for one in local.values())
             )
-            assert len(it.service._prompts._shared) == 1
+            assert len(it.service.proxy.prompts._shared) == 1
             asked = one.num_asked + two.num_asked
             decision = await it.where({"model": "fake", "prompt": TEXT + " a"})
             assert decision["instance"] == name(two)
@@ -226,14 +229,14 @@ def test_a_tokenizer_that_differs_from_its_server_is_not_used(run: Any, monkeypa
         one, two = Cached(), Cached()
         async with site(one, two) as it:
             two.cache(ids(TEXT))
-            await it.until(lambda: it.service._directory.is_useful)
+            await it.until(lambda: it.service.proxy.directory.is_useful)
             monkeypatch.setitem(globals(), "ids", lambda text: [1, 2, 3])
             for number in range(2):
                 await it.where({"model": "fake", "prompt": f"x {number}"})
             await it.until(lambda: one.num_asked > 1 and two.num_asked > 1)
-            await it.until(lambda: not it.service._prompts._loading)
-            local = it.service._prompts._local.values()
-            assert not any(one.tokenizer for models in local for one in models.values())
+            await it.until(lambda: not it.service.proxy.prompts._loading)
+            local = it.service.proxy.prompts._local.values()
+            assert not any(one.loaded for models in local for one in models.values())
             assert tokens_module.PROBES
 
     run(check())
@@ -246,7 +249,7 @@ def test_a_server_that_dies_is_purged_and_one_that_says_nothing_is_served(run: A
         one.metrics = two.metrics = "process_start_time_seconds 1\n"
         async with site(one, two) as it:
             two.cache(ids(TEXT))
-            directory = it.service._directory
+            directory = it.service.proxy.directory
             await it.until(lambda: directory.is_useful)
             assert (await it.where({"model": "fake", "prompt": TEXT}))["instance"] == name(two)
             (known,) = [one for one in it.service.fleet if directory.describe(one)]
@@ -268,11 +271,61 @@ def test_a_server_that_dies_is_purged_and_one_that_says_nothing_is_served(run: A
     run(check())
 
 
+def test_a_fault_in_following_one_leaves_the_others(
+    run: Any, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def check() -> None:
+        one, two = Cached(), Cached()
+        follow = Follower.take
+
+        def faulty(self: Follower, sequence: int, payload: bytes) -> bool:
+            if len(payload) > 1000:
+                raise ZeroDivisionError("ours")
+            return follow(self, sequence, payload)
+
+        monkeypatch.setattr(Follower, "take", faulty)
+        async with site(one, two) as it:
+            directory = it.service.proxy.directory
+            bad, good = sorted(it.service.fleet, key=lambda known: known.name != name(one))
+            one.cache(list(range(1000, 1024)))
+            two.cache(ids(TEXT))
+            await it.until(lambda: len(directory.index) == 12)
+            one.cache(list(range(2000, 4000)))
+            await it.until(lambda: directory.describe(bad)[0]["state"] == "degraded")
+            assert len(directory.index) == 6
+            assert "ZeroDivisionError: ours" in directory.describe(bad)[0]["reason"]
+            assert caplog.text.count("please report this") == 1
+            assert directory.is_exact(good)
+            two.cache(list(range(5000, 5024)))
+            await it.until(lambda: len(directory.index) == 12)
+            assert (await it.where({"model": "fake", "prompt": TEXT}))["instance"] == name(two)
+
+    run(check())
+
+
+def test_a_tokenizer_goes_with_the_last_instance_that_has_it(run: Any) -> None:
+    async def check() -> None:
+        one, two = Cached(), Cached()
+        async with site(one, two) as it:
+            two.cache(ids(TEXT))
+            await it.until(lambda: it.service.proxy.directory.is_useful)
+            prompts = it.service.proxy.prompts
+            for number in range(4):
+                await it.where({"model": "fake", "prompt": f"x {number}"})
+            await it.until(lambda: not prompts._loading and len(prompts._shared) == 1)
+            for instance in tuple(prompts._local):
+                del prompts._local[instance]
+            gc.collect()
+            assert not prompts._shared
+
+    run(check())
+
+
 def test_the_index_can_be_switched_off_while_it_runs(run: Any) -> None:
     async def check() -> None:
         one, two = Cached(), Cached()
         async with site(one, two) as it:
-            directory = it.service._directory
+            directory = it.service.proxy.directory
             two.cache(ids(TEXT))
             await it.until(lambda: directory.is_useful)
             enabled = directory.config
@@ -289,7 +342,7 @@ def test_wrong_bodies_are_the_instances_to_answer(run: Any) -> None:
         one, two = Cached(), Cached()
         async with site(one, two) as it:
             two.cache(ids(TEXT))
-            await it.until(lambda: it.service._directory.is_useful)
+            await it.until(lambda: it.service.proxy.directory.is_useful)
             bodies: list[Any] = [
                 {"prompt": [-1]},
                 {"prompt": 5},

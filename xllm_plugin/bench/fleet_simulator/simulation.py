@@ -26,6 +26,7 @@ from xllm_plugin.service.config import InstanceEntry
 from xllm_plugin.service.exchange import Exchange, Peek, cost_tokens_of
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.kv_index.index import Cache, PrefixIndex, packed
+from xllm_plugin.service.kv_index.places import Places
 from xllm_plugin.service.kv_index.wire import BlockRemoved, BlockStored, Event
 from xllm_plugin.service.lifecycle import Alive, Timings
 from xllm_plugin.service.policy import RoutingPolicy
@@ -36,7 +37,6 @@ __all__ = ["Delays", "InstanceSpec", "Run", "simulate"]
 
 _MODEL = "simulated"
 _BYTES_PER_TOKEN = 4
-_STREAMED = b'{"stream":true'
 _SWEEP_S = 1.0  # as service.proxy has it
 
 
@@ -155,6 +155,7 @@ class _Ticket:
     __slots__ = (
         *("body", "cost_tokens", "decision", "draw", "instance", "model", "proxy", "response_id"),
         *("sent", "sent_s", "sequence", "session_key", "tried", "served", "arrival"),
+        "wants_stream",
     )
 
     def __init__(self, arrival: Arrival, served: Served, proxy: _Proxy, draw: int) -> None:
@@ -164,6 +165,7 @@ class _Ticket:
         self.draw = draw
         self.model = _MODEL
         self.body = b""
+        self.wants_stream = True
         self.cost_tokens = cost_tokens_of(arrival.prompt_tokens * _BYTES_PER_TOKEN, Peek())
         self.response_id = self.session_key = ""
         self.sequence = 0
@@ -181,11 +183,11 @@ class _Directory:
         self.index = PrefixIndex()
         self._block_tokens = block_tokens
         self._caches: dict[str, Cache] = {}
-        self._names: dict[Cache, str] = {}
+        self._places = Places(())
 
-    def add(self, name: str) -> None:
-        cache = self.index.add()
-        self._caches[name], self._names[cache] = cache, name
+    def add(self, names: Sequence[str]) -> None:
+        self._caches = {name: self.index.add() for name in names}
+        self._places = Places([(name, [cache]) for name, cache in self._caches.items()])
 
     def apply(self, name: str, events: Sequence[Event]) -> None:
         cache = self._caches[name]
@@ -193,9 +195,10 @@ class _Directory:
             self.index.apply(cache, event)
 
     def lookup(self, blocks: Sequence[int]) -> Mapping[str, float]:
-        found = self.index.match(packed(blocks))
-        names, size = self._names, self._block_tokens
-        return {names[cache]: float(held.device * size) for cache, (held, _) in found.items()}
+        size = self._block_tokens
+        return self._places.cached(
+            self.index.holders(packed(blocks)), lambda held, _: float(held.device * size)
+        )
 
 
 class _Simulation:
@@ -223,7 +226,7 @@ class _Simulation:
             self._fleet, policy, num_decisions=1, retry_after_s=1.0, clock=self._loop.time
         )
         longest = max((one.prompt_tokens for one in arrivals), default=0)
-        self._body = _STREAMED + b" " * (longest * _BYTES_PER_TOKEN)
+        self._body = b" " * (longest * _BYTES_PER_TOKEN)
         self._engines = [Engine(profile, block_tokens, spec.slowness) for spec in instances]
         self._in_step = [False] * len(instances)
         self._tickets: dict[Job, _Ticket] = {}
@@ -261,8 +264,8 @@ class _Simulation:
             instance = self._fleet.register(entry, source="simulator", incarnation="1", leased=True)
             self._fleet.set_models(instance, {_MODEL: {"id": _MODEL}})
             self._fleet.report(instance, Alive("1"))
-            self._directory.add(name)
             self._number_of[name] = number
+        self._directory.add(tuple(self._number_of))
 
     def _arrive(self, number: int) -> None:
         arrival = self._arrivals[number]
@@ -274,7 +277,7 @@ class _Simulation:
         served = Served(number, arrival.at_s, prompt, output)
         self._served.append(served)
         ticket = _Ticket(arrival, served, self._proxy, self._rng.getrandbits(64))
-        ticket.body = self._body[: max(len(_STREAMED), prompt * _BYTES_PER_TOKEN)]
+        ticket.body = self._body[: prompt * _BYTES_PER_TOKEN]
         instance = self._choose(ticket)
         ticket.instance = instance
         self._fleet.book(instance, ticket.cost_tokens)

@@ -33,7 +33,7 @@ def overview(proxy: Proxy, since: int) -> dict[str, Any]:
         "policy": router.policy.name,
         "slo": telemetry.slo.model_dump(),
         "is_draining": proxy.is_draining,
-        "clients": len(proxy.clients),
+        "clients": proxy.num_clients,
         "degraded": degradations(proxy),
         "instances": [_described(proxy, one, now_s) for one in proxy.fleet],
         "history": _history(proxy, since),
@@ -42,7 +42,7 @@ def overview(proxy: Proxy, since: int) -> dict[str, Any]:
             {"policy": policy, "cause": cause, "count": count}
             for (policy, cause), count in router.causes.items()
         ],
-        "decisions": [decision._asdict() for decision in decisions],
+        "decisions": [decision.described() for decision in decisions],
     }
 
 

@@ -44,9 +44,10 @@ class Bucket:
         """Use `amount`, or give it back if it is below zero."""
         self._fill_to(self.level(now_s) - amount)
 
-    def reset_s(self, now_s: float) -> float:
-        """How long until it is full again, if nothing is taken."""
-        return (self.per_minute - self.level(now_s)) * _MINUTE_S / self.per_minute
+    def left(self, now_s: float) -> tuple[float, float]:
+        """What is left, and in how many seconds it is full again if nothing is taken."""
+        level = self.level(now_s)
+        return level, (self.per_minute - level) * _MINUTE_S / self.per_minute
 
     def _fill_to(self, level: float) -> None:
         self._level = min(self.per_minute, level)

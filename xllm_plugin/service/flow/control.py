@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from xllm_plugin.service.config import FlowConfig
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.flow.queue import Band, FairQueue, Ticket
+from xllm_plugin.service.flow.wishes import with_ttft_left
 from xllm_plugin.service.histogram import Histogram
 from xllm_plugin.service.replies import Refusal
 
@@ -42,6 +43,12 @@ class FlowStats:
     )
     waits: Histogram = field(default_factory=Histogram)
     """How long those waited that were sent."""
+
+    def add(self, other: FlowStats) -> None:
+        """Count what another process has counted."""
+        for outcome, count in other.outcomes.items():
+            self.outcomes[outcome] += count
+        self.waits.add(other.waits)
 
 
 @dataclass(slots=True, eq=False)
@@ -81,6 +88,8 @@ class FlowControl:
         )
         self._send = send
         self._loop = asyncio.get_running_loop()
+        self._roomy: dict[str | None, tuple[Sequence[Instance], Instance]] = {}
+        """Model -> its candidates, and the one of them that was the last with room."""
         self._freed: set[Instance] = set()
         self._woken: asyncio.Handle | None = None
 
@@ -99,7 +108,11 @@ class FlowControl:
         limit: float | None = instance.entry.max_in_flight
         if limit is None and config.max_in_flight is not None:
             limit = config.max_in_flight * instance.capacity
-        return limit is None or instance.in_flight < max(1, limit // config.num_replicas)
+        return limit is None or self._num_sent(instance) < max(1, limit // config.num_replicas)
+
+    def statistics(self) -> list[tuple[Band, str, int, int]]:
+        """(Band, tenant, requests, bytes) of all that waits, the first band first."""
+        return self.queue.statistics()
 
     def enter(self, exchange: Exchange) -> None:
         """Send a request now, or when it is its turn."""
@@ -142,10 +155,22 @@ class FlowControl:
 
     # -- parts ----------------------------------------------------------------------------------
 
+    def _num_sent(self, instance: Instance) -> int:
+        """Of the requests there, those that `max_in_flight` is about."""
+        return instance.in_flight
+
     def _has_room_for(self, model: str | None) -> bool:
         candidates = self.fleet.candidates(model)
-        # Where there is none, the router says so.
-        return not candidates or any(map(self.has_room, candidates))
+        if not candidates:
+            return True  # the router says so
+        known, roomy = self._roomy.get(model, ((), None))
+        if known is candidates and roomy is not None and self.has_room(roomy):
+            return True  # no look at a thousand that are full
+        found = next(filter(self.has_room, candidates), None)
+        if found is None:
+            return False
+        self._roomy[model] = (candidates, found)
+        return True
 
     def _wake(self) -> None:
         self._woken = None
@@ -155,7 +180,7 @@ class FlowControl:
             open_pools = {
                 pool
                 for pool in self.queue.pools
-                if any(one in self.fleet.candidates(pool) for one in freed)
+                if not freed.isdisjoint(self.fleet.candidates(pool))
             }
             if not open_pools:
                 return
@@ -169,6 +194,10 @@ class FlowControl:
         assert waiting is not None
         self.stats.outcomes["sent"] += 1
         self.stats.waits.observe(waiting.waited_s)
+        wishes = exchange.wishes
+        if wishes.has_ttft:
+            left_ms = wishes.promise.ttft_ms - (self._loop.time() - exchange.started_s) * 1e3
+            exchange.head = with_ttft_left(exchange.head, left_ms)
         self._send(exchange)
 
     def _wait(self, exchange: Exchange) -> None:

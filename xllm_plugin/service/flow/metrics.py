@@ -41,7 +41,7 @@ def describe_queue(flow: FlowControl | None) -> list[dict[str, Any]]:
             "num_requests": num_requests,
             "num_bytes": num_bytes,
         }
-        for band, tenant, num_requests, num_bytes in flow.queue.statistics()
+        for band, tenant, num_requests, num_bytes in flow.statistics()
     ]
 
 
@@ -77,11 +77,13 @@ def _queue_metrics(flow: FlowControl | None) -> Iterator[Metric]:
     )
     if flow is not None:
         counts = dict.fromkeys(_CLASSES.values(), 0)
-        for band, _, num_requests, _ in flow.queue.statistics():
+        num_bytes = 0
+        for band, _, num_requests, num_held in flow.statistics():
             counts[_CLASSES[band.is_offline]] += num_requests
+            num_bytes += num_held
         for name, count in counts.items():
             queued.add_metric([name], count)
-        held.add_metric([], flow.queue.num_bytes)
+        held.add_metric([], num_bytes)
         for outcome, count in flow.stats.outcomes.items():
             outcomes.add_metric([outcome], count)
         waits.add_metric([], flow.stats.waits.exposed(), sum_value=flow.stats.waits.sum_s)

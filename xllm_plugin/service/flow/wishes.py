@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
@@ -17,13 +18,22 @@ from xllm_plugin.scheduler.promise import (
 )
 from xllm_plugin.service.replies import Refusal
 
-__all__ = ["HEADERS", "NO_WISHES", "TENANT_HEADER", "Wishes", "for_tenant", "read_wishes"]
+__all__ = [
+    "HEADERS",
+    "NO_WISHES",
+    "TENANT_HEADER",
+    "Wishes",
+    "for_tenant",
+    "read_wishes",
+    "with_ttft_left",
+]
 
 HEADERS: Final = {b"x-" + key.replace("_", "-").encode(): key for key in KEYS}
 """Request header -> key in ``vllm_xargs``; `instance/promises.py` has the same."""
 
 TENANT_HEADER: Final = b"x-xllm-tenant"
 _DEFAULT: Final = Promise()
+_TTFT_LINE: Final = re.compile(rb"(\r\nx-xllm-ttft-ms:)[^\r\n]*", re.IGNORECASE)
 
 
 class Wishes(NamedTuple):
@@ -54,6 +64,8 @@ def read_wishes(headers: Mapping[str, str], xargs: Any, priority: Any) -> Wishes
     Raises:
         Refusal: 400, a value is wrong.
     """
+    if not headers and xargs is None and priority is None:
+        return NO_WISHES
     given: dict[str, Any] = dict(headers)
     if isinstance(xargs, dict):
         given.update(xargs)
@@ -71,6 +83,18 @@ def read_wishes(headers: Mapping[str, str], xargs: Any, priority: Any) -> Wishes
 def for_tenant(wishes: Wishes, tenant: str) -> Wishes:
     """The same for the tenant that a key names."""
     return wishes._replace(promise=replace(wishes.promise, tenant=tenant))
+
+
+def with_ttft_left(head: bytes, left_ms: float) -> bytes:
+    """The head of a request that has waited here: its promise is shorter by that time.
+
+    Only the header is rewritten: a promise in the body reaches the instance as it was.
+
+    Args:
+        head: as it goes to the instance.
+        left_ms: until its first token is due.
+    """
+    return _TTFT_LINE.sub(rb"\1 %d" % max(1, int(left_ms)), head)
 
 
 def _wrong(error: PromiseError, headers: Mapping[str, str], xargs: Any) -> Refusal:

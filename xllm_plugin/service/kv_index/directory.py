@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import zmq.asyncio
 from xllm_plugin.registration import KvEventSource
 from xllm_plugin.service.config import KvIndexConfig
 from xllm_plugin.service.fleet import Fleet, Instance
-from xllm_plugin.service.kv_index.index import Held, PrefixIndex
+from xllm_plugin.service.kv_index.index import Cache, Held, PrefixIndex
+from xllm_plugin.service.kv_index.places import Places
 from xllm_plugin.service.kv_index.subscriber import Follower, State, Subscriber
 from xllm_plugin.service.kv_index.tokens import Prompt
 
@@ -22,6 +23,7 @@ __all__ = ["KvDirectory"]
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.1
+_NOTHING: Mapping[str, float] = {}
 
 
 @dataclass(slots=True)
@@ -31,7 +33,8 @@ class _Followed:
     incarnation: str
     sources: tuple[KvEventSource, ...]
     followers: list[Follower]
-    tasks: list[asyncio.Task[None]]
+    tasks: dict[Follower, asyncio.Task[None]]
+    """Of those that can be followed."""
 
 
 class KvDirectory:
@@ -47,6 +50,9 @@ class KvDirectory:
         self.index = PrefixIndex()
         self._fleet = fleet
         self._followed: dict[Instance, _Followed] = {}
+        self._places: Places | None = None
+        """Of the candidates that were asked for last; None: who is followed has changed."""
+        self._placed: Sequence[Instance] = ()
         self._context = zmq.asyncio.Context()
 
     async def run(self) -> None:
@@ -65,26 +71,19 @@ class KvDirectory:
         """Whether any instance is known to hold anything."""
         return len(self.index) > 0
 
-    def lookup(self, prompt: Prompt, candidates: Sequence[Instance]) -> dict[str, float]:
-        """Tokens of `prompt` that each of `candidates` need not compute; none: left out.
+    def lookup(self, prompt: Prompt, candidates: Sequence[Instance]) -> Mapping[str, float]:
+        """Tokens of `prompt` that each of `candidates` need not compute; 0 where they are left out.
 
         A block in slower memory counts by its tier's weight.  Of several data-parallel ranks it is
         the mean, since the instance chooses among them without looking.
         """
-        found = self.index.match(prompt.tokens, prompt.extra)
-        cached: dict[str, float] = {}
-        for instance in candidates:
-            followed = self._followed.get(instance)
-            if followed is None or not followed.followers:
-                continue
-            total = sum(
-                self._weighted(*found[follower.cache])
-                for follower in followed.followers
-                if follower.cache in found
-            )
-            if total:
-                cached[instance.name] = total / len(followed.followers)
-        return cached
+        found = self.index.holders(*prompt)
+        if not found:
+            return _NOTHING
+        if self._places is None or self._placed is not candidates:
+            self._placed = candidates
+            self._places = Places([(one.name, self._caches_of(one)) for one in candidates])
+        return self._places.cached(found, self._weighted)
 
     def describe(self, instance: Instance) -> list[dict[str, Any]]:
         """What is known of an instance's ranks, for people."""
@@ -111,6 +110,10 @@ class KvDirectory:
             follower.state is State.LIVE for follower in followed.followers
         )
 
+    def _caches_of(self, instance: Instance) -> list[Cache]:
+        followed = self._followed.get(instance)
+        return [follower.cache for follower in followed.followers] if followed else []
+
     def _weighted(self, held: Held, block_size: int) -> float:
         config = self.config
         blocks = held.device + config.host_weight * held.host + config.disk_weight * held.disk
@@ -128,7 +131,7 @@ class KvDirectory:
                 (followed.incarnation, followed.sources) == (instance.life.incarnation, sources)
             )
             if is_same:
-                self._raise_faults(instance)
+                self._end_faulty(instance)
                 continue
             if followed is not None:
                 self._leave(instance)
@@ -136,7 +139,8 @@ class KvDirectory:
                 self._join(instance, sources)
 
     def _join(self, instance: Instance, sources: tuple[KvEventSource, ...]) -> None:
-        followed = _Followed(instance.life.incarnation, sources, [], [])
+        self._places = None
+        followed = _Followed(instance.life.incarnation, sources, [], {})
         self._followed[instance] = followed
         for source in sources:
             name = f"{instance.name}, rank {source.dp_rank}"
@@ -148,16 +152,28 @@ class KvDirectory:
                 context=self._context,
             )
             followed.followers.append(follower)
-            followed.tasks.append(asyncio.create_task(subscriber.run()))
+            followed.tasks[follower] = asyncio.create_task(subscriber.run())
 
     def _leave(self, instance: Instance) -> None:
+        self._places = None
         followed = self._followed.pop(instance)
-        for task in followed.tasks:
+        for task in followed.tasks.values():
             task.cancel()
         for follower in followed.followers:
             follower.drop()
 
-    def _raise_faults(self, instance: Instance) -> None:
-        for task in self._followed[instance].tasks:
-            if task.done():
-                task.result()  # it never ends but by a fault of ours
+    def _end_faulty(self, instance: Instance) -> None:
+        """A subscriber ends by a fault of ours: go on without it, and without what it knew."""
+        followed = self._followed[instance]
+        for follower, task in tuple(followed.tasks.items()):
+            if not task.done():
+                continue
+            del followed.tasks[follower]
+            error = task.exception()
+            if error is not None:
+                logger.error(
+                    "following KV events of %s has failed; please report this",
+                    instance.name,
+                    exc_info=error,
+                )
+                follower.fail(f"a fault of this service, {type(error).__name__}: {error}")

@@ -13,9 +13,10 @@ Rule 3: stores and removals of one hash are counted: vLLM announces a block as o
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import groupby, repeat
 from struct import iter_unpack
 from typing import Any, NamedTuple
 
@@ -28,7 +29,18 @@ from xllm_plugin.service.kv_index.wire import (
     Event,
 )
 
-__all__ = ["Cache", "Extra", "Held", "PrefixIndex", "Tier", "packed", "prompt_extra"]
+__all__ = [
+    "NO_EXTRA",
+    "Cache",
+    "Extra",
+    "Held",
+    "Holders",
+    "PrefixIndex",
+    "Tier",
+    "bits_of",
+    "packed",
+    "prompt_extra",
+]
 
 _TOKEN_BYTES = 4
 _PREFIX_KINDS = frozenset(
@@ -54,6 +66,20 @@ class Held(NamedTuple):
     device: int = 0
     host: int = 0
     disk: int = 0
+
+
+class Holders(NamedTuple):
+    """Caches that hold equally much of a prompt."""
+
+    caches: int
+    """Mask of their bits."""
+    held: Held
+    block_size: int
+
+    @property
+    def num_tokens(self) -> int:
+        """That each of them holds, in whatever tier."""
+        return sum(self.held) * self.block_size
 
 
 class Extra(NamedTuple):
@@ -147,17 +173,37 @@ class PrefixIndex:
         Returns:
             Cache -> blocks held by tier, and tokens a block.
         """
-        found: dict[Cache, tuple[Held, int]] = {}
+        return {
+            self._caches[bit]: (one.held, one.block_size)
+            for one in self.holders(tokens, extra)
+            for bit in bits_of(one.caches)
+        }
+
+    def holders(
+        self, tokens: bytes, extra: Extra = NO_EXTRA, chains: dict[int, list[int]] | None = None
+    ) -> list[Holders]:
+        """As `match`, by groups of caches that hold equally much: many hold what all send.
+
+        Every cache is in one group at most.
+
+        Args:
+            tokens: `packed` token ids.
+            extra: `prompt_extra` of the request.
+            chains: of a prompt that is asked for again: its keys by block size, which are added.
+        """
         # The last token is always computed: only blocks that end before it can be used.
         usable = max(0, len(tokens) - _TOKEN_BYTES)
+        found = []
         for block_size, root in self._block_sizes.items():
             width = block_size * _TOKEN_BYTES
             whole = memoryview(tokens)[: usable // width * width]
-            for bit, held in self._walk(root, whole, width, extra).items():
-                cache = self._caches[bit]
-                if cache not in found or sum(held) * block_size > _num_tokens(*found[cache]):
-                    found[cache] = (held, block_size)
-        return found
+            keys: Iterable[int] = _chain(root, whole, width, extra)
+            if chains is not None and extra == NO_EXTRA:
+                if block_size not in chains:
+                    chains[block_size] = list(keys)
+                keys = chains[block_size]
+            found += [Holders(caches, held, block_size) for caches, held in self._walk(keys)]
+        return found if len(self._block_sizes) == 1 else _best_of(found)
 
     def check_integrity(self) -> None:
         """Raise `InternalError` unless holders and caches say the same."""
@@ -171,21 +217,33 @@ class PrefixIndex:
         if expected != self._holders:
             raise InternalError("the index and what the caches hold differ")
 
-    def _walk(self, key: int, tokens: memoryview, width: int, extra: Extra) -> dict[int, Held]:
-        """Bit -> blocks held, following the chain until nobody goes on."""
+    def _walk(self, keys: Iterable[int]) -> list[tuple[int, Held]]:
+        """(Mask, blocks held by each of its caches), along a chain until nobody goes on."""
+        if self._holders[Tier.HOST] or self._holders[Tier.DISK]:
+            return self._walk_tiers(keys)
+        alive, depth = self._bits, 0
+        found = []
+        # Neighbours mostly have the same holders, and these are one object: no look at each.
+        for mask, run in groupby(map(self._holders[Tier.DEVICE].get, keys, repeat(0))):
+            if mask & alive != alive:
+                if depth:
+                    found.append((alive & ~mask, Held(depth)))
+                alive &= mask
+                if not alive:
+                    return found
+            depth += len(list(run))
+        return [*found, (alive, Held(depth))] if depth else found
+
+    def _walk_tiers(self, keys: Iterable[int]) -> list[tuple[int, Held]]:
+        """The same where blocks lie in slower memories too."""
         device, host, disk = (holders.get for holders in self._holders)
-        has_slow = bool(self._holders[Tier.HOST] or self._holders[Tier.DISK])
         alive, depth = self._bits, 0
         ended: dict[int, int] = {}  # mask of caches -> depth at which their prefix ends
-        slow: list[tuple[int, int, int]] = []  # masks that hold it in device, host, disk
-        more, later = extra
-        for (block,) in iter_unpack(f"{width}s", tokens):
-            key = hash((key, block, more)) if more else hash((key, block))
-            more = later
-            mask = device(key, 0)
-            if has_slow:
-                slow.append((mask, host(key, 0), disk(key, 0)))
-                mask |= slow[-1][1] | slow[-1][2]
+        by_tier: list[tuple[int, int, int]] = []  # masks that hold it in device, host, disk
+        for key in keys:
+            masks = device(key, 0), host(key, 0), disk(key, 0)
+            mask = masks[0] | masks[1] | masks[2]
+            by_tier.append(masks)
             if mask & alive != alive:
                 ended[alive & ~mask] = depth
                 alive &= mask
@@ -194,12 +252,12 @@ class PrefixIndex:
             depth += 1
         if alive:
             ended[alive] = depth
-        return {
-            bit: _by_tier(bit, blocks, slow)
+        return [
+            (bit, _by_tier(bit, by_tier[:blocks]))
             for mask, blocks in ended.items()
             if blocks
-            for bit in _bits_of(mask)
-        }
+            for bit in bits_of(mask)
+        ]
 
     def _store(self, cache: Cache, event: BlockStored) -> None:
         if event.kv_cache_spec_kind not in _PREFIX_KINDS:
@@ -275,6 +333,15 @@ class PrefixIndex:
             holders.pop(key, None)
 
 
+def _chain(key: int, tokens: memoryview, width: int, extra: Extra) -> Iterator[int]:
+    """The keys of a prompt's blocks; made as they are asked for, since most are not."""
+    more, later = extra
+    for (block,) in iter_unpack(f"{width}s", tokens):
+        key = hash((key, block, more)) if more else hash((key, block))
+        more = later
+        yield key
+
+
 def packed(token_ids: Iterable[int]) -> bytes:
     """Token ids as the index takes them: 4 bytes each.
 
@@ -312,21 +379,26 @@ def _frozen(extra: Any) -> Any:
     return tuple(map(_frozen, extra)) if isinstance(extra, (list, tuple)) else extra
 
 
-def _bits_of(mask: int) -> Iterable[int]:
+def bits_of(mask: int) -> Iterable[int]:
+    """The masks of single caches that make up `mask`."""
     while mask:
         bit = mask & -mask
         yield bit
         mask ^= bit
 
 
-def _by_tier(bit: int, depth: int, slow: list[tuple[int, int, int]]) -> Held:
-    if not slow:
-        return Held(depth)
+def _by_tier(bit: int, masks: Iterable[tuple[int, int, int]]) -> Held:
     counts = [0, 0, 0]
-    for masks in slow[:depth]:
-        counts[next(tier for tier, mask in enumerate(masks) if mask & bit)] += 1
+    for by_tier in masks:
+        counts[next(tier for tier, mask in enumerate(by_tier) if mask & bit)] += 1
     return Held(*counts)
 
 
-def _num_tokens(held: Held, block_size: int) -> int:
-    return sum(held) * block_size
+def _best_of(found: Iterable[Holders]) -> list[Holders]:
+    """Of caches that are in several groups, each where it holds most."""
+    best: dict[int, Holders] = {}
+    for one in found:
+        for bit in bits_of(one.caches):
+            if bit not in best or one.num_tokens > best[bit].num_tokens:
+                best[bit] = one._replace(caches=bit)
+    return list(best.values())

@@ -6,6 +6,9 @@
        |                                        |
        +--- history lost: degraded  <-----------+--- gap that cannot be replayed: emptied first
 
+A fault of ours ends the subscriber of its rank alone, which is emptied and degraded until its
+instance starts anew.
+
 While degraded the cache holds at most what the index says of it, as what was missed could only add;
 an event that empties it (a reset, a new engine) makes it live again.
 """
@@ -104,6 +107,11 @@ class Follower:
 
     def cannot_follow(self, reason: str) -> None:
         """Nothing will come."""
+        self._become(State.DEGRADED, reason)
+
+    def fail(self, reason: str) -> None:
+        """Following it has failed for a reason that is ours; what is known may be wrong."""
+        self._empty()
         self._become(State.DEGRADED, reason)
 
     def drop(self) -> None:

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import aiohttp
 import msgspec
@@ -23,9 +23,9 @@ import tokenizers
 
 from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.fleet import Instance
-from xllm_plugin.service.kv_index.index import Extra, packed, prompt_extra
+from xllm_plugin.service.kv_index.index import NO_EXTRA, Extra, packed, prompt_extra
 
-__all__ = ["PROBES", "Prompt", "PromptReader"]
+__all__ = ["PROBES", "Prompt", "PromptReader", "Unread"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ class Prompt(NamedTuple):
 
     tokens: bytes
     extra: Extra
+    chains: dict[int, list[int]] | None = None
+    """Of one that is asked again: its keys in the index, by block size, as far as known."""
 
     @property
     def num_tokens(self) -> int:
@@ -72,6 +74,15 @@ class _Body(msgspec.Struct):
     mm_processor_kwargs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
+class Unread(NamedTuple):
+    """A prompt whose tokens are not known yet."""
+
+    wanted: _Body
+    question: bytes
+    """To an instance's `/tokenize`, and under which the answer is remembered."""
+    extra: Extra
+
+
 class _Answer(msgspec.Struct):
     tokens: list[int]
 
@@ -80,9 +91,16 @@ _decode_body = msgspec.json.Decoder(_Body).decode
 _decode_answer = msgspec.json.Decoder(_Answer).decode
 
 
+class _Loaded:
+    """A tokenizer that can be referred to weakly, which the library's own cannot."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+
 class _Local(NamedTuple):
     incarnation: str
-    tokenizer: tokenizers.Tokenizer | None = None
+    loaded: _Loaded | None = None
     """None: not there (yet), or not the instance's."""
 
 
@@ -99,40 +117,70 @@ class PromptReader:
         self.num_failures = 0
         self._session = session
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenize")
-        self._known: OrderedDict[bytes, bytes] = OrderedDict()
+        self._known: OrderedDict[bytes, Prompt] = OrderedDict()
+        """By the question; hashing it as a key costs a quarter of a digest."""
         self._known_bytes = 0
         self._local: WeakKeyDictionary[Instance, dict[str, _Local]] = WeakKeyDictionary()
         """By model: each instance has to agree with it by itself.  Gone with the instance."""
-        self._shared: dict[bytes, tokenizers.Tokenizer] = {}
-        """By digest of its text: instances of one model share one."""
+        self._shared: WeakValueDictionary[bytes, _Loaded] = WeakValueDictionary()
+        """By digest of its text: instances of one model share one, and it goes with the last."""
         self._loading: set[asyncio.Task[None]] = set()
         self._turn = 0
 
-    async def read(
+    def look(
         self, path: str, body: bytes, model: str, candidates: Sequence[Instance]
-    ) -> Prompt | None:
-        """The prompt of a request; None if its tokens cannot be known in time.
+    ) -> Prompt | Unread | None:
+        """The prompt of a request, if it can be told at once.
 
         Args:
             path: of the request.
             body: JSON.
             model: named in it.
-            candidates: who can be asked.
+            candidates: who can take it.
+
+        Returns:
+            What `read` takes if somebody has to be asked or text to be tokenised; None if its
+            tokens cannot be known.
         """
         if path not in _PATHS:
             return None
         try:
             wanted = _decode_body(body)
             extra = prompt_extra(_adapter(model, candidates), wanted.cache_salt)
-            async with asyncio.timeout(self.config.kv_index.tokenize_timeout_s):
-                tokens = await self._tokens(wanted, model, candidates)
+            if isinstance(wanted.prompt, list):
+                return Prompt(packed(wanted.prompt), extra) if wanted.prompt else None
         except (msgspec.DecodeError, UnicodeDecodeError, OverflowError):
             return None  # a wrong body, or several prompts: the instance's to answer
+        asked = _question(wanted, model) if wanted.truncate_prompt_tokens is None else None
+        if asked is None:
+            return None
+        known = self._known.get(asked)
+        if known is None:
+            return Unread(wanted, asked, extra)
+        self._known.move_to_end(asked)
+        return known._replace(extra=extra) if known.tokens else None
+
+    async def read(
+        self, unread: Unread, model: str, candidates: Sequence[Instance]
+    ) -> Prompt | None:
+        """The prompt of a request; None if its tokens cannot be known in time.
+
+        Args:
+            unread: from `look`.
+            model: named in the request.
+            candidates: who can be asked.
+        """
+        try:
+            async with asyncio.timeout(self.config.kv_index.tokenize_timeout_s):
+                tokens = await self._tokens(unread, model, candidates)
+        except (msgspec.DecodeError, UnicodeDecodeError, OverflowError):
+            return None  # the instance's to answer, or no answer of one that tokenises
         except (aiohttp.ClientError, OSError, ValueError) as error:
             self.num_failures += 1
             logger.debug("a prompt is routed without its tokens: %s", error)
             return None
-        return Prompt(tokens, extra) if tokens else None
+        self._remember(unread.question, tokens)
+        return Prompt(tokens, unread.extra) if tokens else None
 
     def close(self) -> None:
         """End the threads."""
@@ -140,31 +188,17 @@ class PromptReader:
             task.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _tokens(self, wanted: _Body, model: str, candidates: Sequence[Instance]) -> bytes:
-        if isinstance(wanted.prompt, list):
-            return packed(wanted.prompt)
-        if wanted.truncate_prompt_tokens is not None:
-            return b""
-        asked = _question(wanted, model)
-        if asked is None:
-            return b""
-        key = hashlib.blake2b(asked, digest_size=16).digest()
-        tokens = self._known.get(key)
-        if tokens is not None:
-            self._known.move_to_end(key)
-            return tokens
+    async def _tokens(self, unread: Unread, model: str, candidates: Sequence[Instance]) -> bytes:
+        wanted = unread.wanted
         instance = candidates[self._turn % len(candidates)]
         self._turn += 1
         local = self._local_tokenizer(model, instance)
         if local is None or not isinstance(wanted.prompt, str):
-            tokens = packed(await self._ask(instance, asked))
-        else:
-            special = wanted.add_special_tokens is msgspec.UNSET or (
-                bytes(wanted.add_special_tokens) == b"true"
-            )
-            tokens = await self._encode(local, wanted.prompt, add_special_tokens=special)
-        self._remember(key, tokens)
-        return tokens
+            return packed(await self._ask(instance, unread.question))
+        special = wanted.add_special_tokens is msgspec.UNSET or (
+            bytes(wanted.add_special_tokens) == b"true"
+        )
+        return await self._encode(local, wanted.prompt, add_special_tokens=special)
 
     async def _encode(
         self, local: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool
@@ -191,13 +225,15 @@ class PromptReader:
         """The model's tokenizer, if it is here; else it is fetched for the next request."""
         incarnation = instance.life.incarnation
         models = self._local.setdefault(instance, {})
+        for gone in models.keys() - instance.models.keys():  # an adapter that was unloaded
+            del models[gone]
         local = models.get(model)
         if local is None or local.incarnation != incarnation:
             models[model] = local = _Local(incarnation)
             task = asyncio.get_running_loop().create_task(self._load(model, instance))
             self._loading.add(task)
             task.add_done_callback(self._loading.discard)
-        return local.tokenizer
+        return local.loaded.tokenizer if local.loaded else None
 
     async def _load(self, model: str, instance: Instance) -> None:
         incarnation = instance.life.incarnation
@@ -210,12 +246,12 @@ class PromptReader:
             digest = hashlib.blake2b(text, digest_size=16).digest()
             loaded = self._shared.get(digest)
             if loaded is None:
-                loaded = await asyncio.to_thread(tokenizers.Tokenizer.from_str, text.decode())
-                self._shared[digest] = loaded
+                read = await asyncio.to_thread(tokenizers.Tokenizer.from_str, text.decode())
+                loaded = self._shared.setdefault(digest, _Loaded(read))
             for probe in PROBES:
                 question = msgspec.json.encode({"model": model, "prompt": probe})
                 expected = await self._ask(instance, question)
-                if loaded.encode(probe).ids != expected:
+                if loaded.tokenizer.encode(probe).ids != expected:
                     logger.warning(
                         "tokenizer of %s differs from what its server does; it is asked instead",
                         model,
@@ -229,13 +265,22 @@ class PromptReader:
             return
         self._local.setdefault(instance, {})[model] = _Local(incarnation, loaded)
 
-    def _remember(self, key: bytes, tokens: bytes) -> None:
+    def _remember(self, question: bytes, tokens: bytes) -> None:
         # Two requests with the same new prompt both ask.
-        self._known_bytes += len(tokens) - len(self._known.pop(key, b""))
-        self._known[key] = tokens
+        self._forget(question, self._known.pop(question, None))
+        known = self._known[question] = Prompt(tokens, NO_EXTRA, {})
+        self._known_bytes += _size(question, known)
         while self._known_bytes > self.config.kv_index.token_cache_bytes:
-            _, old = self._known.popitem(last=False)
-            self._known_bytes -= len(old)
+            self._forget(*self._known.popitem(last=False))
+
+    def _forget(self, question: bytes, known: Prompt | None) -> None:
+        if known is not None:
+            self._known_bytes -= _size(question, known)
+
+
+def _size(question: bytes, known: Prompt) -> int:
+    """What is kept of a prompt, about; its chain's keys take less than its tokens."""
+    return len(question) + 2 * len(known.tokens)
 
 
 def _question(wanted: _Body, model: str) -> bytes | None:

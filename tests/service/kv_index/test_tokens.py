@@ -1,0 +1,58 @@
+"""What is remembered of prompts: found again at once, bounded, and never of another salt."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from xllm_plugin.service.config import ServiceConfig
+from xllm_plugin.service.kv_index.index import packed
+from xllm_plugin.service.kv_index.tokens import Prompt, PromptReader, Unread
+
+PATH = "/v1/completions"
+
+
+def reader(max_bytes: int) -> PromptReader:
+    """Asks nobody: there is no session."""
+    nobody: Any = None
+    return PromptReader(nobody, ServiceConfig(kv_index={"token_cache_bytes": max_bytes}))
+
+
+def look(prompts: PromptReader, prompt: object, **fields: Any) -> Prompt | Unread | None:
+    return prompts.look(PATH, json.dumps({"prompt": prompt, **fields}).encode(), "m", [])
+
+
+def learn(prompts: PromptReader, text: str, tokens: list[int]) -> None:
+    """As `read` does when the answer has come."""
+    unread = look(prompts, text)
+    assert isinstance(unread, Unread)
+    prompts._remember(unread.question, packed(tokens))
+
+
+def test_ids_need_nobody_and_texts_are_found_again() -> None:
+    prompts = reader(10_000)
+    assert look(prompts, [1, 2, 3]) == Prompt(packed([1, 2, 3]), ((), ()))
+    learn(prompts, "a", [7, 8])
+    found = look(prompts, "a", max_tokens=5)
+    assert isinstance(found, Prompt)
+    assert found.tokens == packed([7, 8])
+    assert found.chains is not None
+    salted = look(prompts, "a", cache_salt="s")
+    assert isinstance(salted, Prompt)
+    assert salted.extra.first == ("s",)
+    assert look(prompts, "a", truncate_prompt_tokens=1) is None
+    assert isinstance(look(prompts, "b"), Unread)
+    prompts.close()
+
+
+def test_what_is_remembered_is_bounded_and_the_longest_unused_goes_first() -> None:
+    prompts = reader(1000)
+    for text in "abc":
+        learn(prompts, text, [1] * 30)
+    assert isinstance(look(prompts, "a"), Prompt), "used last"
+    learn(prompts, "d", [1] * 30)
+    assert [isinstance(look(prompts, text), Prompt) for text in "abcd"] == [True, False, True, True]
+    assert prompts._known_bytes <= 1000
+    learn(prompts, "long", [1] * 1000)
+    assert (prompts._known, prompts._known_bytes) == ({}, 0), "larger than all that may be kept"
+    prompts.close()

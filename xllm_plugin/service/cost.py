@@ -1,0 +1,169 @@
+"""The default policy: one cost in seconds for each candidate, and the least wins.
+
+It is what the request loses there itself, and what others lose by it.  Two kinds of others are
+delayed by x seconds of prefill.  Those that run there get no token meanwhile.  And those who will
+come wait: with u seconds of work there, r arrivals a second and load p, x more cost them
+r / (1 - p) * (u x + x^2 / 2) in all (the value function of an M/G/1 queue: E. Hyytia, A. Penttinen,
+S. Aalto, "Size- and state-aware dispatching problem with queue-specific job sizes", EJOR 217,
+2012).  The rate is that of a mean instance, by Little's law: requests there over the time that they
+are predicted to stay.
+
+`cost_in_seconds` is the definition, and what is used before a few instances.  Before many
+`cost_ranking.py` finds the same one without looking at each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from xllm_plugin.service.cached import most_cached
+from xllm_plugin.service.policy import Choice, InstanceView, RequestView
+
+__all__ = [
+    "STALL_WEIGHT",
+    "Cost",
+    "CostReason",
+    "cause_of",
+    "cost_in_seconds",
+    "cost_of",
+    "crowding_of",
+]
+
+_BUSY_PERIOD = 5.0
+"""A second of work delays those who come before the instance is next without any: 1 / (1 - load),
+at a load of 0.8.  From 3 to 20 the simulated fleet hardly cares (benchmarks/fleet)."""
+
+STALL_WEIGHT = 0.3
+"""Of a second in which a stream stands still, beside one of waiting for the first token.  At 1 long
+prompts gather where few streams run, and wait there (Azure's conversations, simulated)."""
+
+_STEPS = 2**20
+
+
+class Cost(NamedTuple):
+    """What a request is predicted to cost at one instance, in seconds."""
+
+    queue_s: float
+    """Until the prompts in front of it are computed."""
+    prefill_s: float
+    """Of the part of its prompt that is not cached there."""
+    decode_s: float
+    """Of its output, among the requests that run there."""
+    delay_s: float = 0.0
+    """Of others, all together, by the computing of its prompt."""
+    transfer_s: float = 0.0
+    """Of KV blocks from elsewhere; nothing moves them yet."""
+
+    @property
+    def total_s(self) -> float:
+        """What decides."""
+        return self.queue_s + self.prefill_s + self.decode_s + self.delay_s + self.transfer_s
+
+
+class CostReason(NamedTuple):
+    """Why an instance was chosen; text only if somebody reads it, which few do."""
+
+    cost: Cost
+    cached: float
+    prompt_tokens: int
+    next_s: float
+    """Cost of the next best candidate; inf if there is none."""
+
+    def __str__(self) -> str:
+        cost = self.cost
+        return (
+            f"{cost.total_s:.3f} s = queue {cost.queue_s:.3f} + prefill {cost.prefill_s:.3f} "
+            f"({self.cached:.0f} of {self.prompt_tokens} tokens cached) + decode "
+            f"{cost.decode_s:.3f} + delay of others {cost.delay_s:.3f}; next best "
+            f"{self.next_s:.3f} s"
+        )
+
+
+def cost_of(request: RequestView, instance: InstanceView, crowding: float | None = None) -> Cost:
+    """Predict what `instance` would cost the request itself.
+
+    Args:
+        request: to be placed.
+        instance: where.
+        crowding: of `crowding_of`, to count what it costs others; None: that is left at 0.
+    """
+    speed = instance.speed
+    uncached = max(1.0, request.prompt_tokens - request.cached_tokens.get(instance.name, 0.0))
+    num_others = instance.in_flight + instance.foreign_requests
+    tpot_s = speed.tpot_base_s + speed.tpot_s_per_request * (num_others + 1)
+    queue_s = speed.prefill_s_per_token * instance.prefill_tokens
+    prefill_s = speed.ttft_base_s + speed.prefill_s_per_token * uncached
+    delay_s = 0.0
+    if crowding is not None:
+        delay_s = prefill_s * (STALL_WEIGHT * num_others + crowding * (queue_s + prefill_s / 2))
+    return Cost(queue_s, prefill_s, tpot_s * request.output_tokens, delay_s)
+
+
+def crowding_of(num_others: int, stay_s: float) -> float:
+    """How much a second of prefill delays those who will come, a second of work there.
+
+    Args:
+        num_others: requests at all candidates together.
+        stay_s: how long the request is predicted to stay, summed over the candidates.
+
+    Rounded, so that it does not depend on the order in which `stay_s` was summed.
+    """
+    if stay_s <= 0:
+        return 0.0
+    return int(_BUSY_PERIOD * _STEPS * num_others / stay_s) / _STEPS
+
+
+def cost_in_seconds(request: RequestView, candidates: Sequence[InstanceView]) -> Choice:
+    """Take the instance where the least time is lost: the request's own and that of others.
+
+    One sum in one unit.  Affinity to a cache and balance of load are not modes between which a
+    threshold switches: a hot prefix moves as soon as its queue costs more than computing it
+    elsewhere, and what computing costs grows with those whom it delays.  Equals take turns.
+    """
+    # As `cost_of`, without its record for each: this runs for every request.
+    prompt, output, cached = request.prompt_tokens, request.output_tokens, request.cached_tokens
+    parts = []
+    all_others, stay_s = 0, 0.0
+    for one in candidates:
+        speed = one.speed
+        uncached = prompt - cached.get(one.name, 0.0) if cached else prompt
+        num_others = one.in_flight + one.foreign_requests
+        queue_s = speed.prefill_s_per_token * one.prefill_tokens
+        if uncached < 1.0:  # noqa: PLR1730 - a call for each of them would show
+            uncached = 1.0
+        prefill_s = speed.ttft_base_s + speed.prefill_s_per_token * uncached
+        decode_s = (speed.tpot_base_s + speed.tpot_s_per_request * (num_others + 1)) * output
+        all_others += num_others
+        stay_s += queue_s + prefill_s + decode_s
+        parts.append((queue_s, prefill_s, decode_s, STALL_WEIGHT * num_others))
+    crowding = crowding_of(all_others, stay_s)
+    totals = [
+        queue_s + prefill_s + decode_s + prefill_s * (stall + crowding * (queue_s + prefill_s / 2))
+        for queue_s, prefill_s, decode_s, stall in parts
+    ]
+    least_s = min(totals)
+    # Begin at another one each time, so that equals take turns.
+    begin = request.sequence % len(totals)
+    try:
+        best = totals.index(least_s, begin)
+    except ValueError:
+        best = totals.index(least_s)
+    chosen = candidates[best]
+    del totals[best]
+    held = cached.get(chosen.name, 0.0)
+    cost = cost_of(request, chosen, crowding)
+    reason = CostReason(cost, held, prompt, min(totals, default=float("inf")))
+    return Choice(best, reason, cause_of(held, cached))
+
+
+def cause_of(held: float, cached: Mapping[str, float]) -> str:
+    """What decided, in a few words.
+
+    Args:
+        held: tokens of the prompt that the chosen one holds.
+        cached: tokens that each candidate holds.
+    """
+    if not cached:
+        return "load"
+    return "prefix" if held >= most_cached(cached) else "load over prefix"
