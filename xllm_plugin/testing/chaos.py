@@ -18,6 +18,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -28,7 +29,7 @@ import yaml
 
 from xllm_plugin.bench.servers import Server, clean_environment, find_free_port
 from xllm_plugin.testing.chaos_instance import MODEL, TEXT, TOKENS, Behaviour, Entry
-from xllm_plugin.testing.service_harness import PATIENCE_S, RawClient
+from xllm_plugin.testing.service_harness import PATIENCE_S, RawClient, wait_until
 
 __all__ = [
     "CHAT",
@@ -170,9 +171,13 @@ class Chaos:
         """Register the instances at the service, as if they did it themselves."""
         url = f"http://127.0.0.1:{self.admin_port}/v1/registrations"
         headers = {"Authorization": f"Bearer {TOKEN}"}
-        for name in NAMES:
+
+        def is_registered(name: str) -> bool:
             asked = {"url": self.url(name), "name": name, "models": [MODEL], "incarnation": "1"}
-            self._client.post(url, json=asked, headers=headers).raise_for_status()
+            return self._client.post(url, json=asked, headers=headers).is_success
+
+        for name in NAMES:
+            self._until(partial(is_registered, name))
 
     def reload(self, sections: dict[str, Any]) -> None:
         """Change sections of the running service's settings, as a whole."""
@@ -198,7 +203,7 @@ class Chaos:
 
     def _find_sessions(self) -> None:
         """For each instance a session whose place it is."""
-        self._until(lambda: all(one["state"] == "ready" for one in self.instances().values()))
+        self._until(lambda: self._is_serving() and self._is_idle())
         for number in range(64):
             headers = {"x-session-id": str(number), "x-xllm-explain": "1", "connection": "close"}
             url = f"http://127.0.0.1:{self.port}{COMPLETIONS}"
@@ -227,8 +232,12 @@ class Chaos:
             await asyncio.to_thread(self.require_idle)
 
     def _mend(self) -> None:
-        """Start what was killed, and have every instance behave."""
+        """Start what was killed, have every instance behave, and take drains back."""
+        admin = f"http://127.0.0.1:{self.admin_port}/v1/instances"
         for name in NAMES:
+            with contextlib.suppress(httpx.TransportError):  # a test may have ended the service
+                headers = {"Authorization": f"Bearer {TOKEN}"}
+                self._client.post(f"{admin}/{name}/undrain", headers=headers)
             try:
                 self._client.post(f"{self.url(name)}/chaos", content=b"{}")
             except httpx.TransportError:
@@ -238,8 +247,11 @@ class Chaos:
         """The service is alive, has its instances, and counts no request and no connection."""
         self._until(self._is_idle)
         self._until(lambda: self.metric("xllm_service_client_connections") == 0)
+        assert self._is_serving()
+
+    def _is_serving(self) -> bool:
         url = f"http://127.0.0.1:{self.port}/health"
-        assert self._client.get(url, headers={"connection": "close"}).is_success
+        return self._client.get(url, headers={"connection": "close"}).is_success
 
     def _is_idle(self) -> bool:
         found = self.instances()
@@ -261,13 +273,11 @@ class Chaos:
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
     def _until(self, is_so: Callable[[], bool]) -> None:
-        deadline_s = time.monotonic() + _LONG_S
-        while not is_so():
+        def is_so_while_it_lives() -> bool:
             self.service.check_alive()
-            if time.monotonic() > deadline_s:
-                log = self.service.log_path.read_text(encoding="utf-8")[-4000:]
-                raise AssertionError(f"not so after {_LONG_S:g} s; the service's log:\n{log}")
-            time.sleep(0.01)
+            return is_so()
+
+        wait_until(is_so_while_it_lives, self.service.log_path, _LONG_S, rest_s=0.01)
 
     # -- books ----------------------------------------------------------------------------------
 
@@ -292,17 +302,19 @@ class Chaos:
         Returns:
             Who has sent some of it, in order.
         """
-        position = furthest = 0
+        furthest = 0
+        positions: dict[str, int] = {}  # one that was left may send until it notices
         by: list[str] = []
         for entry in self.journal(user):
             if entry.begins is not None:
                 assert entry.begins <= furthest, f"{user}: tokens {furthest} to {entry.begins}"
-                position = entry.begins
+                positions[entry.by] = entry.begins
                 by.append(entry.by)
-            assert entry.sent == TOKENS[position : position + len(entry.sent)], user
-            position += len(entry.sent)
-            furthest = max(furthest, position)
-        assert position == len(TOKENS), f"{user}: the last instance stopped at {position}"
+            start, end = positions[entry.by], positions[entry.by] + len(entry.sent)
+            assert entry.sent == TOKENS[start:end], f"{user}: {entry}"
+            positions[entry.by] = end
+            furthest = max(furthest, end)
+        assert positions[by[-1]] == len(TOKENS), f"{user}: the last one stopped at {positions}"
         return by
 
 

@@ -148,7 +148,13 @@ class RunningService:
                 await asyncio.sleep(0.005)
 
 
-def wait_until(is_so: Callable[[], bool], log: Path, patience_s: float = 4 * PATIENCE_S) -> None:
+def wait_until(
+    is_so: Callable[[], bool],
+    log: Path,
+    patience_s: float = 4 * PATIENCE_S,
+    *,
+    rest_s: float = 0.05,
+) -> None:
     """Ask again until it is so; who is asked may not listen yet.
 
     Raises:
@@ -160,7 +166,7 @@ def wait_until(is_so: Callable[[], bool], log: Path, patience_s: float = 4 * PAT
             if is_so():
                 return
         assert time.monotonic() < deadline_s, log.read_text(encoding="utf-8")
-        time.sleep(0.05)
+        time.sleep(rest_s)
 
 
 def request(
