@@ -32,6 +32,11 @@ __all__ = [
 ]
 
 
+_MAX_COUNT = 10**6
+_MAX_SECONDS = 86400.0
+_MIN_CAPACITY, _MAX_CAPACITY = 1e-6, 1e6
+
+
 class Role(StrEnum):
     """Which phases of a request an instance is for."""
 
@@ -61,8 +66,8 @@ class Registration(_Message):
     incarnation: str = Field(min_length=1, max_length=128)
     name: str = ""
     """Empty: host:port."""
-    capacity: float = Field(default=1.0, gt=0)
-    max_in_flight: int | None = Field(default=None, ge=1)
+    capacity: float = Field(default=1.0, ge=_MIN_CAPACITY, le=_MAX_CAPACITY)
+    max_in_flight: int | None = Field(default=None, ge=1, le=_MAX_COUNT)
     """Requests that it runs at once; None: not said."""
     role: Role = Role.MIXED
     models: tuple[str, ...] = ()
@@ -70,14 +75,17 @@ class Registration(_Message):
 
 
 class Load(_Message):
-    """What an instance has on its hands, and how fast it was since its last heartbeat."""
+    """What an instance has on its hands, and how fast it was since its last heartbeat.
 
-    num_running: int = Field(default=0, ge=0)
-    num_waiting: int = Field(default=0, ge=0)
+    What cannot be is refused: costs are made of these figures, for all instances of a fleet.
+    """
+
+    num_running: int = Field(default=0, ge=0, le=_MAX_COUNT)
+    num_waiting: int = Field(default=0, ge=0, le=_MAX_COUNT)
     kv_usage: float = Field(default=0.0, ge=0, le=1)
-    ttft_s: float | None = Field(default=None, ge=0)
+    ttft_s: float | None = Field(default=None, ge=0, le=_MAX_SECONDS)
     """Mean time to first token; None if no request got one."""
-    tpot_s: float | None = Field(default=None, ge=0)
+    tpot_s: float | None = Field(default=None, ge=0, le=_MAX_SECONDS)
     """Mean time between two tokens of a request; None if there were none."""
 
 
@@ -123,7 +131,7 @@ class RegistrationConfig(BaseModel):
     role: Role = Role.MIXED
     """Which phases of a request it is for."""
 
-    capacity: float = Field(default=1.0, gt=0)
+    capacity: float = Field(default=1.0, ge=_MIN_CAPACITY, le=_MAX_CAPACITY)
     """Relative speed."""
 
     kv_events: bool = False

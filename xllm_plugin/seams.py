@@ -178,6 +178,23 @@ def _a_stream_can_be_replayed() -> None:
             raise AttributeError(f"{name}.{create} no longer asks its engine_client")
 
 
+def _a_request_can_come_with_output() -> None:
+    scheduler = _attribute("vllm.v1.core.sched.scheduler:Scheduler")
+    _attribute("vllm.v1.request:Request.append_output_token_ids")
+    _attribute("vllm.v1.structured_output:StructuredOutputManager.accept_tokens")
+    for method, name in (
+        ("schedule", "prefill_stats"),
+        ("update_from_output", "take_prefill_stats"),
+        ("update_from_output", "grammar_compile_error_reqs"),
+    ):
+        if name not in getattr(scheduler, method).__code__.co_names:
+            raise AttributeError(f"Scheduler.{method} no longer knows {name}")
+    stats = _attribute("vllm.v1.metrics.stats:PrefillStats")
+    names = list(inspect.signature(stats.set).parameters)[1:]
+    if names != ["num_prompt_tokens", "num_local_cached_tokens", "num_external_cached_tokens"]:
+        raise TypeError(f"PrefillStats.set takes {', '.join(names)}")
+
+
 def _a_worker_can_run_on_a_thread() -> None:
     executor = _attribute("vllm.v1.executor.uniproc_executor:UniProcExecutor")
     for method in ("execute_model", "sample_tokens"):
@@ -610,12 +627,41 @@ SEAMS: tuple[Seam, ...] = (
         target="vllm.v1.engine.async_llm:AsyncLLM._add_request, "
         "vllm.v1.engine.output_processor:RequestState",
         why="a stream that began on another instance is continued by vLLM's own handlers over "
-        "replayed outputs: the request's state is brought to where it was there, and the engine "
-        "is sent prompt and tokens.",
+        "replayed outputs: the request's state is brought to where it was there.",
         versions="0.32",
         upstream="vllm/v1/engine/async_llm.py, vllm/v1/engine/output_processor.py",
         leaves_when="vLLM takes output tokens with a request and streams on after them.",
         process=Process.SERVER,
         fits=_a_stream_can_be_replayed,
+    ),
+    Seam(
+        name="resumed-output",
+        target="vllm.v1.core.sched.scheduler:Scheduler.schedule, vllm.v1.request:Request",
+        why="a request of a stream that began on another instance comes with output tokens; they "
+        "are appended to it and read by its grammar as if they had been made here, and its cached "
+        "tokens are counted without vLLM's assertion that only a prompt is cached at first.",
+        versions="0.32",
+        upstream="vllm/v1/core/sched/scheduler.py, vllm/v1/request.py",
+        leaves_when="vLLM takes output tokens with a request.",
+        process=Process.ENGINE,
+        fits=_a_request_can_come_with_output,
+    ),
+    Seam(
+        name="resumed-batch",
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states, "
+        "vllm.v1.worker.gpu_input_batch:InputBatch",
+        why="a worker adds new requests without output; those that come with some leave the batch "
+        "and come back with it, as preempted ones do.",
+        versions="0.32",
+        upstream="vllm/v1/worker/gpu_model_runner.py, _update_states",
+        leaves_when="vLLM takes output tokens with a request.",
+        process=Process.WORKER,
+        fits=_attributes(
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states",
+            "vllm.v1.worker.gpu_input_batch:InputBatch.add_request",
+            "vllm.v1.worker.gpu_input_batch:InputBatch.refresh_metadata",
+            "vllm.v1.worker.gpu_input_batch:InputBatch.remove_request",
+            "vllm.v1.worker.gpu_input_batch:InputBatch.update_req_spec_token_ids",
+        ),
     ),
 )

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from click.testing import CliRunner, Result
 from xllm_plugin.bench.servers import find_free_port
 from xllm_plugin.cli.service import service
 from xllm_plugin.errors import ConfigError, MisuseError, NotNowError
+from xllm_plugin.testing.service_harness import wait_until
 
 PATIENCE_S = 60.0
 
@@ -56,15 +56,7 @@ class Started:
         return httpx.post(f"http://127.0.0.1:{self.port}/v1/completions", json=body, timeout=30)
 
     def until(self, is_so: Callable[[], bool]) -> None:
-        deadline_s = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                if is_so():
-                    return
-            except httpx.TransportError:
-                pass
-            assert time.monotonic() < deadline_s, self.log.read_text()
-            time.sleep(0.05)
+        wait_until(is_so, self.log)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from xllm_plugin.bench.servers import find_free_port
 from xllm_plugin.cli.service import service
 from xllm_plugin.testing.etcd_server import EtcdServer
+from xllm_plugin.testing.service_harness import wait_until
 
 PATIENCE_S = 120.0
 LEASE_S = 2
@@ -82,15 +83,7 @@ class Replicas:
         return CliRunner().invoke(service, ["instances", "--admin-url", url]).output
 
     def until(self, is_so: Callable[[], bool]) -> None:
-        deadline_s = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                if is_so():
-                    return
-            except httpx.TransportError:
-                pass
-            assert time.monotonic() < deadline_s, (self.folder / "log").read_text()
-            time.sleep(0.05)
+        wait_until(is_so, self.folder / "log")
 
     def close(self) -> None:
         for process in (self.registrar, *self.services, self.fake):

@@ -20,6 +20,7 @@ from xllm_plugin.instance.promises import PromiseMiddleware, RequestContext, cur
 from xllm_plugin.instance.waiting import WaitingList
 from xllm_plugin.scheduler.predictor import StepModel, StepShape, Work
 from xllm_plugin.scheduler.promise import Promise
+from xllm_plugin.worker.resumed import RESUMED_ARG
 
 
 class FakeEngineClient:
@@ -120,6 +121,7 @@ def test_a_call_outside_of_a_request_passes(engine_client: FakeEngineClient) -> 
         ("xllm_class", "batch"),
         ("xllm_tenant", "a" * 65),
         ("xllm_tenat", "a"),
+        (RESUMED_ARG, [1, 2]),
     ],
 )
 def test_a_wrong_body_stops_before_the_engine(

@@ -15,6 +15,7 @@ from xllm_plugin.scheduler.config import SchedulerConfig
 from xllm_plugin.scheduler.predictor import StepModel, Work
 from xllm_plugin.scheduler.trace import read_trace
 from xllm_plugin.worker.messages import StepMessage, StepStamp
+from xllm_plugin.worker.resumed import RESUMED_ARG
 
 pytestmark = pytest.mark.engine  # imports vLLM, some seconds
 
@@ -193,6 +194,13 @@ def test_who_is_most_urgent_is_put_first(rig: Rig) -> None:
     assert seen["joining"] == 3
     rig.wait(request("urgent", xllm_ttft_ms=200, xllm_priority=-1))
     assert rig.plan()["waiting"][0] == "urgent"
+
+
+def test_a_continued_stream_is_as_urgent_as_a_new_one(rig: Rig) -> None:
+    """What it came with was sent from elsewhere: its next token is its first here."""
+    rig.wait(request("new", xllm_ttft_ms=300))
+    rig.wait(request("old", output=90, xllm_ttft_ms=200, **{RESUMED_ARG: [1] * 90}))
+    assert rig.plan()["waiting"] == ["old", "new"]
 
 
 def test_a_paused_engine_is_left_alone(rig: Rig, vllm: Any) -> None:

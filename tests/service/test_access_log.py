@@ -99,6 +99,35 @@ def test_each_ending_has_its_line(run: Any, file: Path) -> None:
     run(check())
 
 
+TOO_LARGE = b"POST /v1/y HTTP/1.1\r\n%bHost: x\r\nContent-Length: 99999999\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "method", "path"),
+    [
+        (b"GET /sleep?level=1 HTTP/1.1\r\nHost: x\r\n%b\r\n", 403, "GET", "/sleep"),
+        (b"HEAD /sleep HTTP/1.1\r\nHost: x\r\n%b\r\n", 403, "HEAD", "/sleep"),
+        (b"POST /v1/chat HTTP/1.1\r\n%b\r\n", 400, "POST", "/v1/chat"),
+        (TOO_LARGE, 413, "POST", "/v1/y"),
+        (b"POST /v1/x HTTP/1.1\r\n%bA: " + b"b" * 70_000, 431, "POST", "/v1/x"),
+        (b"POST /v1/x HTTP/1.1\r\n%bHost: x\r\nbad header\r\n", 400, "POST", "/v1/x"),
+        (b"CONNECT x:1 HTTP/1.1\r\n%b\r\n", 405, "CONNECT", "x:1"),
+        (b"POST /v1/x?" + b"c" * 70_000, 431, "", ""),
+    ],
+)
+def test_what_is_refused_by_its_head_is_named_as_far_as_it_was_read(  # noqa: PLR0917
+    run: Any, file: Path, raw: bytes, status: int, method: str, path: str
+) -> None:
+    async def check() -> None:
+        async with serving(FakeInstance(), log={"access": True}) as harness:
+            whole = raw.replace(b"%b", b"x-request-id: mine\r\nconnection: close\r\n")
+            line = await logged(harness, file, whole)
+            assert (line["status"], line["method"], line["path"]) == (status, method, path)
+            assert (line["id"] == "mine") is bool(method)
+
+    run(check())
+
+
 class _Known:
     """Stands for the KV index and its reader: every prompt has seven tokens, nobody holds any."""
 

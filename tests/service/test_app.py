@@ -22,7 +22,7 @@ from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.keys import KeyRecord, write
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.testing.fake_instance import FakeInstance, stream
-from xllm_plugin.testing.service_harness import PATIENCE_S
+from xllm_plugin.testing.service_harness import PATIENCE_S, RunningService
 
 TOKEN = "a secret"
 FAST = {"probe_interval_s": 0.02, "lease_s": 0.4, "suspect_s": 0.3}
@@ -40,39 +40,13 @@ def settings(**sections: Any) -> ServiceConfig:
     return ServiceConfig(**found)
 
 
-class Running:
-    """A started service and a session that shows its token."""
-
-    def __init__(self, service: Service, session: aiohttp.ClientSession) -> None:
-        self.service = service
-        self.session = session
-
-    async def admin(
-        self, method: str, path: str, body: Any = None, token: str = TOKEN
-    ) -> tuple[int, Any]:
-        url = f"http://127.0.0.1:{self.service.admin_port}{path}"
-        headers = {"Authorization": f"Bearer {token}"}
-        async with self.session.request(method, url, json=body, headers=headers) as reply:
-            text = await reply.text()
-            return reply.status, json.loads(text) if text.startswith("{") else text
+class Running(RunningService):
+    """A started service and a client of both its ports."""
 
     async def public(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         url = f"http://127.0.0.1:{self.service.port}{path}"
         async with self.session.request(method, url, json=body) as reply:
             return reply.status, await reply.json(content_type=None)
-
-    async def until(self, **states: State | None) -> None:
-        """Wait until the named instances (port -> state; None: forgotten) are so."""
-
-        def is_so() -> bool:
-            found = {one.name: one.life.state for one in self.service.fleet}
-            return all(
-                found.get(f"127.0.0.1:{name[1:]}") is state for name, state in states.items()
-            )
-
-        async with asyncio.timeout(PATIENCE_S):
-            while not is_so():
-                await asyncio.sleep(0.005)
 
 
 @asynccontextmanager
@@ -81,7 +55,7 @@ async def running(config: ServiceConfig, load: Any = None) -> AsyncIterator[Runn
     await service.start()
     try:
         async with aiohttp.ClientSession() as session:
-            yield Running(service, session)
+            yield Running(service, session, TOKEN)
     finally:
         await service.stop()
 

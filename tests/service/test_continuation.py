@@ -228,6 +228,33 @@ def test_events_that_are_there_for_their_ids_alone_are_not_shown() -> None:
     assert msgspec.json.decode(raw, type=Resumption).chunks == [[0], [5, 6]]
 
 
+def taken(*events: bytes) -> Any:
+    """A stream of which the client has these events."""
+    body = json.dumps(body_of(COMPLETION)).encode()
+    stream = arm(route_of(COMPLETION.encode()), body, peek(body, b"application/json"))
+    assert stream is not None
+    stream.is_begun = True
+    stream.parts += events
+    stream.take()
+    return stream
+
+
+def test_ids_are_read_however_they_are_spelt() -> None:
+    """Servers that are not vLLM's may write JSON with spaces."""
+    choice = {"index": 0, "text": "a", "finish_reason": None, "token_ids": [5, 6]}
+    stream = taken(b"data: %b\n\n" % json.dumps({"id": "x", "choices": [choice]}).encode())
+    _, raw = stream.next_request(b"POST / HTTP/1.1\r\ncontent-length: 1\r\n\r\n", b"/")
+    assert msgspec.json.decode(raw, type=Resumption).chunks == [[5, 6]]
+
+
+@pytest.mark.parametrize("ids", [b"[x1]", b"[1,", b'["1"]', b"[1 2]", b"[1.5]"])
+def test_ids_that_are_none_cannot_be_continued(ids: bytes) -> None:
+    """Most are kept unread; whether they are ids is found out when they are needed."""
+    opening, second, *_ = FakeModel(PIECES).events(COMPLETION, {"return_token_ids": True})
+    stream = taken(opening, second.replace(b"[1]", ids))
+    assert stream.failure or not stream.can_resume
+
+
 def test_an_error_of_the_request_is_passed_on(run: Any) -> None:
     error = b'data: {"error":{"message":"no","type":"x","param":null,"code":400}}\n\n'
 

@@ -23,46 +23,23 @@ from xllm_plugin.service.etcd_registry import EtcdRegistry
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.testing.etcd_server import EtcdServer
 from xllm_plugin.testing.fake_instance import FakeInstance, stream
-from xllm_plugin.testing.service_harness import PATIENCE_S
+from xllm_plugin.testing.service_harness import PATIENCE_S, RunningService
 
 ADMIN, JOIN = "see", "join"
 
 
-class Replica:
+class Replica(RunningService):
     """One of the services, and a client of its ports."""
-
-    def __init__(self, service: Service, session: aiohttp.ClientSession) -> None:
-        self.service = service
-        self.session = session
 
     @property
     def registry(self) -> EtcdRegistry:
         assert isinstance(self.service.registrations, EtcdRegistry)
         return self.service.registrations
 
-    def states(self) -> dict[str, State]:
-        return {one.name: one.life.state for one in self.service.fleet}
-
-    async def until(self, **states: State | None) -> None:
-        """Names without their host: p1234=State.READY; None: not there."""
-        wanted = {f"127.0.0.1:{name[1:]}": state for name, state in states.items()}
-        async with asyncio.timeout(PATIENCE_S):
-            while any(self.states().get(name) is not state for name, state in wanted.items()):
-                await asyncio.sleep(0.005)
-
     async def until_connected(self, is_connected: bool) -> None:
         async with asyncio.timeout(PATIENCE_S):
             while self.registry.is_connected is not is_connected:
                 await asyncio.sleep(0.005)
-
-    async def admin(
-        self, method: str, path: str, body: Any = None, token: str = ADMIN
-    ) -> tuple[int, Any]:
-        url = f"http://127.0.0.1:{self.service.admin_port}{path}"
-        headers = {"Authorization": f"Bearer {token}"}
-        async with self.session.request(method, url, json=body, headers=headers) as reply:
-            text = await reply.text()
-            return reply.status, json.loads(text) if text.startswith("{") else text
 
     async def complete(self) -> int:
         """One request of a client; its status."""
@@ -100,7 +77,7 @@ async def replicas(count: int, config: ServiceConfig) -> AsyncIterator[list[Repl
         try:
             for service in services:
                 await service.start()
-            yield [Replica(service, session) for service in services]
+            yield [Replica(service, session, ADMIN) for service in services]
         finally:
             for service in services:
                 await service.stop()
@@ -177,6 +154,33 @@ def test_two_services_agree(run: Any, etcd: EtcdServer) -> None:
             assert (await second.admin("DELETE", away, None, JOIN))[0] == 200
             for replica in (first, second):
                 await replica.until(**{p(one): None, p(other): State.READY})
+
+    run(check_it())
+
+
+def test_a_lease_is_told_as_it_was_given(run: Any, etcd: EtcdServer) -> None:
+    """Settings that a reload has changed hold for leases that are given after it."""
+
+    async def check_it() -> None:
+        config = settings(etcd, "told")
+        shorter = {**config.instances.model_dump(), "lease_s": 30}
+        update = {"instances": type(config.instances).model_validate(shorter)}
+        async with (
+            FakeInstance() as one,
+            FakeInstance() as other,
+            replicas(1, config) as (replica,),
+        ):
+            _, lease = await replica.admin("POST", "/v1/registrations", registration(one), JOIN)
+            assert lease["lease_s"] == 60
+            replica.service._load = lambda: config.model_copy(update=update)
+            replica.service.reload()
+            beat = path_of(one) + "/heartbeat"
+            _, lease = await replica.admin("POST", beat, {"incarnation": "1"}, JOIN)
+            assert lease["lease_s"] == 60
+            _, lease = await replica.admin("POST", "/v1/registrations", registration(one), JOIN)
+            assert lease["lease_s"] == 60
+            _, lease = await replica.admin("POST", "/v1/registrations", registration(other), JOIN)
+            assert lease["lease_s"] == 30
 
     run(check_it())
 
@@ -361,7 +365,7 @@ def test_a_watch_that_says_nothing_is_found_out_by_reading(run: Any, etcd: EtcdS
             registry._client.watch = silent  # type: ignore[method-assign, assignment]
             await service.start()
             async with aiohttp.ClientSession() as session:
-                replica = Replica(service, session)
+                replica = Replica(service, session, ADMIN)
                 await replica.until_connected(True)
                 await put_instance(client, "silent", one)
                 await replica.until(**{p(one): State.READY})

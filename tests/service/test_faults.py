@@ -20,12 +20,13 @@ from xllm_plugin.testing.fake_instance import (
     answer_raw,
     stream,
 )
-from xllm_plugin.testing.service_harness import PATIENCE_S, Harness, request, serving
-
-STREAM_HEAD = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+from xllm_plugin.testing.instance_faults import (
+    BEFORE_AN_ANSWER,
+    BUSY,
+    HALF_ANSWERS,
+    STREAM_HEAD,
 )
-
+from xllm_plugin.testing.service_harness import PATIENCE_S, Harness, request, serving
 
 EVIL = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
 
@@ -53,21 +54,7 @@ def error_of(body: bytes) -> dict[str, Any]:
     return dict(error)
 
 
-DIE = answer_raw(close=True)
-GARBAGE = answer_raw(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
-HALF_HEAD = answer_raw(b"HTTP/1.1 200 OK\r\nContent-Le", close=True)
-BAD_LENGTH = answer_raw(b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n")
-TWO_LENGTHS = answer_raw(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nxx")
-HUGE_HEAD = answer_raw(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 300_000)
-SWITCH = answer_raw(
-    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\n"
-)
-BUSY = answer(b'{"busy":1}', "503 Service Unavailable")
-
-
-@pytest.mark.parametrize(
-    "fault", [DIE, GARBAGE, HALF_HEAD, BAD_LENGTH, TWO_LENGTHS, HUGE_HEAD, SWITCH, BUSY]
-)
+@pytest.mark.parametrize("fault", [*BEFORE_AN_ANSWER.values(), BUSY])
 def test_a_fault_before_the_first_byte_costs_the_client_nothing(run: Any, fault: Any) -> None:
     async def check() -> None:
         bad, good = FakeInstance(script=fault), FakeInstance(script=answer(b"good"))
@@ -81,9 +68,7 @@ def test_a_fault_before_the_first_byte_costs_the_client_nothing(run: Any, fault:
     run(check())
 
 
-@pytest.mark.parametrize(
-    "fault", [DIE, GARBAGE, HALF_HEAD, BAD_LENGTH, TWO_LENGTHS, HUGE_HEAD, SWITCH]
-)
+@pytest.mark.parametrize("fault", BEFORE_AN_ANSWER.values())
 def test_a_fault_everywhere_is_said(run: Any, fault: Any) -> None:
     async def check() -> None:
         async with serving(FakeInstance(script=fault)) as harness:
@@ -164,7 +149,8 @@ def test_an_unknown_path_is_not_sent_twice(run: Any) -> None:
     """Its effects are not known, so an instance that may have seen it was the only one to."""
 
     async def check() -> None:
-        instances = FakeInstance(script=DIE), FakeInstance(script=DIE)
+        instances = FakeInstance(script=answer_raw(close=True)), FakeInstance()
+        instances[1].script = instances[0].script
         async with serving(*instances) as harness:
             head, _ = await harness.ask(request(path=b"/v1/files"))
             assert head.startswith(b"HTTP/1.1 502")
@@ -215,15 +201,7 @@ def test_a_stream_that_is_cut_ends_with_an_error_event(run: Any) -> None:
     run(check())
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        STREAM_HEAD + b"20\r\ndata: half a chu",
-        STREAM_HEAD + b"9\r\ndata: a\n\n\r\n5",
-        b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf",
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n",
-    ],
-)
+@pytest.mark.parametrize("raw", HALF_ANSWERS.values())
 def test_half_an_answer_is_a_cut_connection(run: Any, raw: bytes) -> None:
     """No client may take it for a whole one."""
 

@@ -324,6 +324,20 @@ def test_no_request_brings_output_tokens_along() -> None:
         )
 
 
+def test_only_a_prompt_is_expected_to_be_cached_at_first() -> None:
+    source = vllm_source("v1", "core", "sched", "scheduler.py")
+    assert "assert num_computed_tokens <= request.num_prompt_tokens" in source
+
+
+def test_new_requests_enter_a_batch_without_output() -> None:
+    """And tokens that were generated before reach the other runner (V2) alone."""
+    runner = vllm_source("v1", "worker", "gpu_model_runner.py")
+    added = runner.partition("for new_req_data in scheduler_output.scheduled_new_reqs:")[2]
+    assert "output_token_ids=[]," in added.partition("self.requests[req_id] = req_state")[0]
+    scheduled = vllm_source("v1", "core", "sched", "output.py")
+    assert "# Only used for v2 model runner.\n    prefill_token_ids" in scheduled
+
+
 def test_every_row_has_a_test_here() -> None:
     """Every row of the table names tests of this file that are there, and no other row is named."""
     assert set(TESTS) == {seam.name for seam in SEAMS}
@@ -360,5 +374,7 @@ TESTS = {
     "engine-wake": "test_an_idle_engine_is_woken_by_its_input_alone",
     "amx-init": "test_cpu_worker_does_not_ask_for_amx",
     "stream-replay": "test_no_request_brings_output_tokens_along",
+    "resumed-output": "test_only_a_prompt_is_expected_to_be_cached_at_first",
+    "resumed-batch": "test_new_requests_enter_a_batch_without_output",
     "cpu-rotary-3d": "test_rotary_operator_is_wrong_for_three_dimensions",
 }

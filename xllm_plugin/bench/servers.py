@@ -134,6 +134,11 @@ class Server:
         if self._process is None or self._process.poll() is not None:
             raise self._died()
 
+    def exit_code(self, limit_s: float) -> int:
+        """Wait until it has ended by itself.  Raises `subprocess.TimeoutExpired`."""
+        assert self._process is not None
+        return self._process.wait(limit_s)
+
     def pause(self) -> None:
         """Take all processors from it (SIGSTOP), with its memory and connections kept."""
         if self._process is not None:

@@ -168,6 +168,15 @@ class XllmCpuModelRunner(XllmModelRunnerMixin, CPUModelRunner):
         finally:
             generators.update(unused)
 
+    def skip_draws(self, req_id: str, num_tokens: int) -> None:
+        """Draw one number a token, as vLLM's sampler does on a CPU.
+
+        See `TopKTopPSampler.forward_cpu`; where it does otherwise, `instance/replay.py` refuses.
+        """
+        draws = self.requests[req_id].generator
+        for _ in range(num_tokens if draws is not None else 0):
+            torch.randint(0, 2**31, (1,), generator=draws, dtype=torch.long)
+
     def _unused_generators(self) -> dict[int, torch.Generator]:
         """Those of seeded requests whose token of this step will be thrown away, by index."""
         discarded = self.discard_request_mask.np

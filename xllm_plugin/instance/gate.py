@@ -26,6 +26,7 @@ from xllm_plugin.instance.forecast import Forecast
 from xllm_plugin.instance.promises import RequestContext, current_request, with_headers
 from xllm_plugin.instance.waiting import IsPrefilling, WaitingList
 from xllm_plugin.scheduler.promise import Promise, read_promise
+from xllm_plugin.worker.resumed import RESUMED_ARG
 
 __all__ = ["Admission", "Gate", "install", "phases_of", "prompt_tokens"]
 
@@ -136,7 +137,8 @@ class Gate:
         Calls outside of an HTTP request (websockets, vLLM's own) are let through.
 
         Raises:
-            vllm.exceptions.VLLMValidationError: the promise is wrong; vLLM answers 400.
+            vllm.exceptions.VLLMValidationError: the promise is wrong, or an argument is ours; vLLM
+                answers 400.
             vllm.exceptions.GracefulHTTPError: see `Admission.admit`.
         """
         context = current_request.get()
@@ -148,6 +150,11 @@ class Gate:
     def _promise_of(self, sampling_params: Any, context: RequestContext | None) -> Promise:
         """The promise of the body and of the headers, which is written to the parameters."""
         given = sampling_params.extra_args = with_headers(sampling_params.extra_args, context)
+        if given and RESUMED_ARG in given:  # a continued stream's, which does not come this way
+            from vllm.exceptions import VLLMValidationError
+
+            parameter = f"vllm_xargs.{RESUMED_ARG}"
+            raise VLLMValidationError(f"{parameter} is not for clients.", parameter=parameter)
         try:
             return read_promise(given, self._defaults)
         except PromiseError as error:

@@ -2,9 +2,10 @@
 
 vLLM's own serving object writes the whole stream, from its first event on.  For the tokens that the
 client has, it is given back what the first instance gave it, event by event; so its parsers,
-offsets and counts stand where they stood there.  The engine gets prompt and tokens as one prompt
-and goes on from there.  Events are pulled: once the engine's first new output is asked for, all
-that were made from replayed tokens have been yielded, and `is_live` says so.
+offsets and counts stand where they stood there.  The engine gets the tokens with the request, as
+output of one that was preempted (`worker/resumed.py`).  Events are pulled: once the engine's first
+new output is asked for, all that were made from replayed tokens have been yielded, and `is_live`
+says so.
 """
 
 from __future__ import annotations
@@ -15,21 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from vllm.exceptions import VLLMValidationError
+from vllm.platforms import CpuArchEnum, current_platform
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.outputs import LogprobsLists
 
+from xllm_plugin.accelerator.platform import OWN_SCHEDULERS
 from xllm_plugin.instance.promises import current_request, with_headers
 from xllm_plugin.instance.resumption import Finish, Resumption
 from xllm_plugin.scheduler.promise import KEYS
+from xllm_plugin.worker.resumed import RESUMED_ARG
 
 if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
     from vllm.v1.engine.parallel_sampling import ParentRequest
 
-__all__ = ["ReplayingEngine", "refusal"]
+__all__ = ["ReplayingEngine", "keeps_seeds", "refusal"]
 
 # A chat that ends in a tool call says "tool_calls" where the engine said "stop".
 _FINISH_REASONS = {str(reason): reason for reason in FinishReason} | {
@@ -37,28 +42,40 @@ _FINISH_REASONS = {str(reason): reason for reason in FinishReason} | {
 }
 
 
-def refusal(params: SamplingParams) -> str | None:
+def refusal(params: SamplingParams, *, has_seeds: bool) -> str | None:
     """Why a request cannot be continued exactly, or None if it can.
 
-    The engine takes the tokens for a part of the prompt, which is the same to it but for what
-    counts or follows output tokens alone.
+    What an engine keeps for a request follows from its tokens, but for what is named here.
+
+    Args:
+        params: of the request.
+        has_seeds: see `keeps_seeds`.
     """
     is_random = params.temperature > 0
     others = (params.extra_args or {}).keys() - set(KEYS)  # promises hold wherever it runs
     reasons = {
         "n > 1": params.n != 1,
-        "structured outputs": params.structured_outputs is not None,
-        "a frequency penalty": params.frequency_penalty != 0,
-        "a presence penalty": params.presence_penalty != 0,
-        "bad words": bool(params.bad_words),
-        "a seed with a temperature": params.seed is not None and is_random,
+        "a seed with a temperature": params.seed is not None and is_random and not has_seeds,
         "a thinking token budget": params.thinking_token_budget is not None,
-        "repetition detection": params.repetition_detection is not None,
         "prompt log probabilities": params.prompt_logprobs is not None,
         "extra arguments": bool(others),
         "watermarking": bool(params.watermarking),
     }
     return next((name for name, is_used in reasons.items() if is_used), None)
+
+
+def keeps_seeds(config: VllmConfig) -> bool:
+    """Whether it is known here how many numbers a seeded request has drawn: one a token.
+
+    So it is with the sampler that vLLM has for these CPUs (`TopKTopPSampler.forward_cpu`), not with
+    drafts, nor with `--use-fp64-gumbel`.
+    """
+    return (
+        current_platform.is_cpu()
+        and current_platform.get_cpu_architecture() in (CpuArchEnum.X86, CpuArchEnum.ARM)
+        and config.speculative_config is None
+        and not config.model_config.use_fp64_gumbel
+    )
 
 
 class ReplayingEngine:
@@ -87,11 +104,19 @@ class ReplayingEngine:
         Raises:
             VLLMValidationError: this request cannot be continued exactly.
         """
-        reason = refusal(sampling_params)
+        config = self._engine.vllm_config
+        scheduler = config.scheduler_config.scheduler_cls
+        if scheduler not in OWN_SCHEDULERS:
+            raise VLLMValidationError(
+                f"No stream can be continued here: --scheduler-cls {scheduler} takes no request "
+                "that comes with tokens."
+            )
+        reason = refusal(sampling_params, has_seeds=keeps_seeds(config))
         if reason is None and prompt.get("type") not in ("token", "multimodal"):
             reason = f"a prompt of type {prompt.get('type')!r}"
         if reason is not None:
             raise VLLMValidationError(f"A stream with {reason} cannot be continued here.")
+        _check_tokens(prompt["prompt_token_ids"], self._resumption, config.model_config)
         # Admission has let it in elsewhere; the promise holds here too.
         sampling_params.extra_args = with_headers(sampling_params.extra_args, current_request.get())
         return self._outputs(prompt, sampling_params, *args, **options)
@@ -154,6 +179,19 @@ class ReplayingEngine:
         await self.engine_core.add_request_async(_continued(request, self._resumption.chunks))
 
 
+def _check_tokens(prompt: list[int], resumption: Resumption, model: ModelConfig) -> None:
+    """Refuse what would end the engine; vLLM checks the prompt alone."""
+    most = model.get_vocab_size()
+    if not all(0 <= token < most for chunk in resumption.chunks for token in chunk):
+        raise VLLMValidationError(f"The tokens sent so far are not all below {most}.")
+    num_tokens = len(prompt) + resumption.num_tokens
+    if resumption.finish is None and num_tokens >= model.max_model_len:
+        raise VLLMValidationError(
+            f"Prompt and tokens sent so far are {num_tokens} tokens, which leaves no room for "
+            f"another: --max-model-len is {model.max_model_len}."
+        )
+
+
 def _replay(
     state: RequestState, chunks: list[list[int]], finish: Finish | None
 ) -> list[RequestOutput]:
@@ -198,13 +236,9 @@ def _with_log_probs(request_id: str, chunk: list[int]) -> EngineCoreOutput:
 
 
 def _continued(request: EngineCoreRequest, chunks: list[list[int]]) -> EngineCoreRequest:
-    tokens = [token for chunk in chunks for token in chunk]
     sent = copy.copy(request)
-    assert request.prompt_token_ids is not None
     assert request.sampling_params is not None
-    sent.prompt_token_ids = [*request.prompt_token_ids, *tokens]
     sent.sampling_params = params = request.sampling_params.clone()
-    assert params.max_tokens is not None
-    params.max_tokens -= len(tokens)
-    params.min_tokens = max(0, params.min_tokens - len(tokens))
+    tokens = [token for chunk in chunks for token in chunk]
+    params.extra_args = {**(params.extra_args or {}), RESUMED_ARG: tokens}
     return sent

@@ -11,6 +11,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from xllm_plugin.config import load_config
 from xllm_plugin.scheduler.memory import MemoryControl
 from xllm_plugin.scheduler.report import REPORT_SECTION
+from xllm_plugin.scheduler.resumed import ResumedRequests
 from xllm_plugin.scheduler.slo import SloPolicy
 from xllm_plugin.scheduler.slo_metrics import PREDICTOR_SECTION, SLO_SECTION
 from xllm_plugin.scheduler.telemetry import Telemetry
@@ -37,6 +38,7 @@ class XllmSchedulerMixin:
         self._telemetry = Telemetry(self, self._waker.wake)
         self._memory = MemoryControl(self, self._telemetry.channel, self._waker)
         self._slo = self._make_policy()
+        self._resumed = ResumedRequests(self)
         self._telemetry.start()
 
     def _make_policy(self) -> SloPolicy | None:
@@ -58,6 +60,7 @@ class XllmSchedulerMixin:
         output: SchedulerOutput
         with nullcontext() if self._slo is None else self._slo.planned():
             output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self._resumed.record_scheduled(output)
         change, has_tokens = self._memory.take_change(), output.total_num_scheduled_tokens > 0
         step = self._telemetry.count_step() if has_tokens else 0
         if has_tokens or change is not None:
@@ -89,6 +92,7 @@ class XllmSchedulerMixin:
 
     def add_request(self, request: Request) -> None:
         """Let vLLM queue the request; an idle engine that got work says so."""
+        self._resumed.add(request)
         if self._slo is not None:
             self._slo.add(request)
         super().add_request(request)  # type: ignore[misc]
@@ -97,6 +101,7 @@ class XllmSchedulerMixin:
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         """Let vLLM end or abort requests; an engine that falls idle by it says so."""
         finished = super().finish_requests(*args, **kwargs)  # type: ignore[misc]
+        self._resumed.forget(finished)
         if self._slo is not None:
             self._slo.forget(finished)
         self._telemetry.record_change()

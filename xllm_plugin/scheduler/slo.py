@@ -31,6 +31,7 @@ from xllm_plugin.scheduler.report import Listed, SchedulerReport, StepReport, cl
 from xllm_plugin.scheduler.slo_metrics import SloMetrics, SloSnapshot
 from xllm_plugin.scheduler.trace import StepTrace, TracedStep
 from xllm_plugin.scheduler.waiting_queue import Waiting, WaitingQueue
+from xllm_plugin.worker.resumed import resumed_tokens
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -60,17 +61,20 @@ class Tracked:
         arrival_s: on the policy's clock.
         cached_tokens: of its prompt, when it came.
         first_token_s: when its first token had come.
-        num_tokens: that have come.
+        num_given: output tokens that it came with (`resumed.py`).
+        num_tokens: output tokens that it has, these included.
     """
 
     promise: Promise
     arrival_s: float
     cached_tokens: int
     first_token_s: float | None = None
+    num_given: int = 0
     num_tokens: int = 0
 
     def deadline_s(self, num_tokens: int, now_s: float) -> float:
         """When the token after `num_tokens` is due; some of those may still be in flight."""
+        num_tokens -= self.num_given
         if not num_tokens:
             return self.arrival_s + self.promise.ttft_ms / 1e3
         first_s = now_s if self.first_token_s is None else self.first_token_s
@@ -166,8 +170,13 @@ class SloPolicy:
             tracked.arrival_s = arrival_s
             self._renew(request.request_id)
             return
+        num_given = len(resumed_tokens(request.sampling_params))
         self._requests[request.request_id] = Tracked(
-            self._promise_of(request), arrival_s, self._cached_tokens(request)
+            self._promise_of(request),
+            arrival_s,
+            self._cached_tokens(request),
+            num_given=num_given,
+            num_tokens=num_given,
         )
 
     def interrupt(self) -> None:
@@ -483,13 +492,14 @@ class SloPolicy:
         if tracked.first_token_s is not None:
             first_s = tracked.first_token_s
             ttft_ms = (first_s - tracked.arrival_s) * 1e3
-            tpot_ms = (now_s - first_s) * 1e3 / max(1, tracked.num_tokens - 1)
+            num_made = tracked.num_tokens - tracked.num_given
+            tpot_ms = (now_s - first_s) * 1e3 / max(1, num_made - 1)
             self._metrics.record_finished(tracked.promise, ttft_ms, tpot_ms)
         request = self._scheduler.requests.get(request_id)
         if request is None or request.is_finished():
             del self._requests[request_id]
         else:  # a streaming session, whose next turn may come
-            tracked.first_token_s, tracked.num_tokens = None, 0
+            tracked.first_token_s, tracked.num_given, tracked.num_tokens = None, 0, 0
             self._renew(request_id)
 
     def close(self) -> None:

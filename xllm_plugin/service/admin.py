@@ -238,7 +238,7 @@ class AdminApi:
     def _leased(self, instance: Instance) -> web.Response:
         lease = Lease(
             name=instance.name,
-            lease_s=self._proxy.fleet.timings.lease_s,
+            lease_s=instance.lease_s or self._proxy.fleet.timings.lease_s,
             in_flight=self._registrations.in_flight(instance),
         )
         return web.json_response(lease.model_dump())

@@ -44,8 +44,9 @@ _CONNECTION_HEADERS = frozenset(
 )
 _AUTHORIZATION = b"authorization"
 _ONLY_ONCE = frozenset({b"host", b"content-length", b"transfer-encoding", _AUTHORIZATION})
+_REQUEST_ID = b"x-request-id"
 _NOTED_HEADERS = frozenset(
-    {b"x-request-id", b"x-xllm-class", b"x-xllm-ttft-ms", b"x-xllm-tpot-ms", *TRACE_HEADERS}
+    {_REQUEST_ID, b"x-xllm-class", b"x-xllm-ttft-ms", b"x-xllm-tpot-ms", *TRACE_HEADERS}
 )
 
 
@@ -324,7 +325,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer in turn with an error, and take nothing more from this client."""
-        exchange = Exchange(self, b"", _NO_ROUTE)
+        exchange = self._asked()
         exchange.draw = random.getrandbits(64)
         exchange.keep_alive = False
         exchange.refusal = refusal
@@ -332,6 +333,20 @@ class ClientConnection(asyncio.Protocol):
         self._head_bytes = max(self._head_bytes, 0)  # something may be unread: linger
         self._waiting.append(exchange)
         self._advance()
+
+    def _asked(self) -> Exchange:
+        """An exchange for the request that is being read, as far as that is known."""
+        incoming = self._incoming
+        if incoming is not None:
+            exchange = Exchange(self, incoming.method, incoming.route)
+            exchange.noted = incoming.noted
+        elif self._head_bytes >= 0 and self._headers:  # its request line is whole
+            exchange = Exchange(self, self._parser.get_method(), _route_to_name(self._target))
+            names = {name.lower(): value for name, value in self._headers}
+            exchange.noted = {_REQUEST_ID: names[_REQUEST_ID]} if _REQUEST_ID in names else {}
+        else:
+            exchange = Exchange(self, b"", _NO_ROUTE)
+        return exchange
 
     def _advance(self) -> None:
         """Start waiting requests, one after the other."""
@@ -595,6 +610,14 @@ class ClientConnection(asyncio.Protocol):
     def _body_too_large(self) -> Refusal:
         limit = self.proxy.config.limits.max_body_bytes
         return Refusal(413, f"The request's body is over {limit} bytes.", close=True)
+
+
+def _route_to_name(target: bytes) -> Route:
+    """The route of a request that is refused, perhaps for its very target."""
+    try:
+        return route_of(target)
+    except Refusal:
+        return Route(Kind.OTHER, target.partition(b"?")[0].decode("latin-1"), target)
 
 
 _NO_ROUTE = Route(Kind.OTHER, "", b"")

@@ -195,7 +195,7 @@ class InstanceEntry(_Section):
 
     url: str = Field(description="http://host:port or https://host:port")
     name: str = Field(default="", pattern=r"^[\w.:-]{0,128}$", description="host:port unless given")
-    capacity: float = Field(default=1.0, gt=0, description="relative speed")
+    capacity: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="relative speed")
     max_in_flight: int | None = Field(
         default=None, ge=1, description="requests it runs at once, for flow control"
     )

@@ -178,7 +178,13 @@ class ArmedStream:
     @property
     def can_resume(self) -> bool:
         """Whether all that the client has is known."""
-        return not self._is_lost
+        if self._is_lost:
+            return False
+        try:
+            self._known_chunks()
+        except msgspec.DecodeError:  # most are kept unread, and an instance may send anything
+            return False
+        return True
 
     def take(self) -> bytes:
         """The whole events in `parts`, as the client is to get them; sets `failure`."""
@@ -229,9 +235,7 @@ class ArmedStream:
             body=msgspec.Raw(self.body),
             id=self.id,
             created=self.created,
-            chunks=_decode_chunks(b"[[" + b"],[".join(self._chunks) + b"]]")
-            if self._chunks
-            else [],
+            chunks=self._known_chunks(),
             num_opening_events=self._num_opening,
             finish=self._finish,
         )
@@ -240,15 +244,20 @@ class ArmedStream:
 
     # -- parts ----------------------------------------------------------------------------------
 
+    def _known_chunks(self) -> list[list[int]]:
+        chunks = self._chunks
+        return _decode_chunks(b"[[" + b"],[".join(chunks) + b"]]") if chunks else []
+
     def _event(self, event: bytes) -> bytes:
         start = event.rfind(_IDS)
+        end = event.find(b"]", start)
         if (
             start > 0
+            and end > 0
             and self._is_known
             and event.endswith(_OPEN, 0, start)
             and not event.endswith(_EMPTY, 0, start)
         ):
-            end = event.index(b"]", start)
             self._chunks.append(event[start + len(_IDS) : end])
             return event[:start] + _NO_IDS + event[end + 1 :] if self.hides_ids else event
         return self._read(event)
@@ -262,7 +271,7 @@ class ArmedStream:
             return event  # a comment that keeps connections alive
         try:
             content = _decode(memoryview(event)[6:])
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             self.failure = f"sent an event that is no JSON: {error}"
             return b""
         if content.error is not None:
@@ -291,8 +300,7 @@ class ArmedStream:
         if not self.num_prompt_tokens:
             self.num_prompt_tokens = _count_ids(event, _PROMPT_IDS)
         if choice.token_ids is not None:
-            start = event.index(_IDS) + len(_IDS)
-            self._chunks.append(event[start : event.index(b"]", start)])
+            self._chunks.append(b",".join(b"%d" % token for token in choice.token_ids))
         elif self._chunks:
             self._is_lost = True  # tokens that nobody names
         else:

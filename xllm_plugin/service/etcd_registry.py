@@ -208,11 +208,14 @@ class EtcdRegistry:
                 "another name, or wait until the lease of that one has lapsed."
             )
         lease = held.found.lease if held and held.record.incarnation == asked.incarnation else 0
-        if not lease or not await self._client.send(wire.keep_alive(lease)):
-            ttl_s = math.ceil(self._fleet.timings.lease_s)
-            lease = (await self._client.send(wire.grant(ttl_s))).lease
+        ttl_s = await self._client.send(wire.keep_alive(lease)) if lease else 0
+        if not ttl_s:
+            granted = await self._client.send(wire.grant(math.ceil(self._fleet.timings.lease_s)))
+            lease, ttl_s = granted.lease, granted.ttl_s
         await self._put(record, lease)
-        return await self._seen(record, lease)
+        instance = await self._seen(record, lease)
+        instance.lease_s = ttl_s
+        return instance
 
     async def heartbeat(self, name: str, beat: Heartbeat) -> Instance:
         """Renew a lease, whichever service it was given by, and take the load over.
@@ -225,8 +228,10 @@ class EtcdRegistry:
         if beat.load is not None:
             instance.load = beat.load
             self._fleet.set_load(instance, beat.load)
-        if not await self._client.send(wire.keep_alive(held.found.lease)):
+        ttl_s = await self._client.send(wire.keep_alive(held.found.lease))
+        if not ttl_s:
             raise _no_lease(name, beat.incarnation)
+        instance.lease_s = ttl_s  # as it was granted, whatever the settings say by now
         if beat.is_draining and not held.record.is_draining:
             self._fleet.report(instance, lifecycle.Drain())
             await self._put(held.record.model_copy(update={"is_draining": True}), held.found.lease)

@@ -94,7 +94,7 @@ def peek(body: bytes, content_type: bytes) -> Peek:
         return Peek(model=found[1].decode("utf-8", "replace") if found else None)
     try:
         return _decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _NOTHING
 
 

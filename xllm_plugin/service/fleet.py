@@ -131,6 +131,8 @@ class Instance:
         """Requests that wait there, by its last report."""
         self.reported: dict[str, float] = {}
         """What its /metrics said last."""
+        self.lease_s: float | None = None
+        """For how long its lease at a coordinator was renewed last; None: the settings say it."""
         self.load: Load | None = None
         """What its heartbeat said last; plain servers send none."""
         self.kv_events: tuple[KvEventSource, ...] = ()

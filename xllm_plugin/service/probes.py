@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 from typing import Any
 
@@ -23,6 +24,7 @@ _MODELS_EVERY = 10
 _METRICS_EVERY = 3
 _USAGE = "vllm:kv_cache_usage_perc"
 _LOAD_EVERY = 2
+_MAX_ANSWER_BYTES = 16 * 2**20
 _METRIC = re.compile(
     r"^(vllm:num_requests_running|vllm:num_requests_waiting|vllm:kv_cache_usage_perc"
     r"|vllm:inter_token_latency_seconds_(?:sum|count)|process_start_time_seconds)"
@@ -32,11 +34,17 @@ _METRIC = re.compile(
 
 
 def read_metrics(text: str) -> dict[str, float]:
-    """The figures that we use out of an exposition, summed over engines; the KV usage is a mean."""
+    """The figures that we use out of an exposition, summed over engines; the KV usage is a mean.
+
+    Raises:
+        ValueError: one is no number, or not finite.
+    """
     found: dict[str, float] = {}
     num_usages = 0
     for name, value in _METRIC.findall(text):
         found[name] = found.get(name, 0.0) + float(value)
+        if not math.isfinite(found[name]):
+            raise ValueError(f"/metrics says {name} {value}")
         num_usages += name == _USAGE
     if num_usages:
         found[_USAGE] /= num_usages
@@ -91,7 +99,8 @@ class Prober:
                     self._take_models(instance, await self._get(instance, "/v1/models"))
                     if not instance.entry.kv_events:
                         instance.kv_events = await self._kv_events(instance)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        # RecursionError is what `json` makes of thousands of brackets.
+        except (aiohttp.ClientError, OSError, ValueError, RecursionError) as error:
             reason = str(error) or f"no answer within {self.config.probe_timeout_s:g} s"
             self._fleet.report(instance, lifecycle.Failed(f"probe: {reason}"))
             return
@@ -124,7 +133,7 @@ class Prober:
                 )
                 for rank, config in sorted(found.items())
             )
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return ()  # an older server has no such route
 
     async def _get(self, instance: Instance, path: str) -> bytes:
@@ -134,7 +143,12 @@ class Prober:
         async with self._session.get(url, headers=headers, allow_redirects=False) as reply:
             if reply.status != 200:  # noqa: PLR2004
                 raise ValueError(f"{path} answers {reply.status}")
-            return await reply.read()
+            body = bytearray()
+            async for part in reply.content.iter_any():
+                body += part
+                if len(body) > _MAX_ANSWER_BYTES:
+                    raise ValueError(f"{path} answers over {_MAX_ANSWER_BYTES} bytes")
+            return bytes(body)
 
     async def _take_load(self, instance: Instance) -> bool:
         """Ask for the heartbeat that goes elsewhere; returns whether there is one."""

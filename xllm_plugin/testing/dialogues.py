@@ -40,7 +40,12 @@ __all__ = [
 MAX_TOKENS = 12
 MAX_JSON_TOKENS = 160
 MAX_LONG_TOKENS = 400
-VOLATILE = frozenset({"created", "id", "request_id", "system_fingerprint"})
+VOLATILE = frozenset(
+    {
+        *("completed_at", "created", "created_at", "id", "item_id", "request_id"),
+        "system_fingerprint",
+    }
+)
 
 PERSON_SCHEMA = {
     "type": "object",
@@ -129,8 +134,8 @@ def read_metric(url: str, name: str, **labels: str) -> float:
 
 
 def models(talk: Talk) -> Any:
-    """Which models are there."""
-    return [(model.id, stable(model).get("max_model_len")) for model in talk.client.models.list()]
+    """Which models are there, and all that is said of them."""
+    return [(model.id, stable(model)) for model in talk.client.models.list()]
 
 
 def chat(talk: Talk) -> Any:
@@ -149,6 +154,13 @@ def chat_stream(talk: Talk) -> Any:
         "usage": stable(chunks[-1].usage),
         "pieces": len(choices),
     }
+
+
+def chat_chunks(talk: Talk) -> Any:
+    """Every chunk of a chat, field by field, with log-probs and usage."""
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+    options = {"stream": True, "stream_options": usage, "logprobs": True, "top_logprobs": 2}
+    return [stable(chunk) for chunk in talk.chat("Count to five.", **options)]
 
 
 def several_turns(talk: Talk) -> Any:
@@ -174,6 +186,23 @@ def completion_stream(talk: Talk) -> Any:
     return {
         "text": "".join(choice.text for choice in choices),
         "finish_reason": choices[-1].finish_reason,
+    }
+
+
+def completion_chunks(talk: Talk) -> Any:
+    """Every chunk of a completion, field by field, with log-probs and usage."""
+    options = {"stream": True, "stream_options": {"include_usage": True}, "logprobs": 2}
+    return [stable(chunk) for chunk in talk.complete("One, two,", **options)]
+
+
+def responses(talk: Talk) -> Any:
+    """OpenAI's newer interface: a response, and the events of another."""
+    asked: dict[str, Any] = {"model": talk.model, "input": "Name a colour.", "temperature": 0.0}
+    asked |= {"max_output_tokens": MAX_TOKENS}
+    events = talk.client.responses.create(**asked, stream=True)
+    return {
+        "events": [stable(event) for event in events],
+        "whole": stable(talk.client.responses.create(**asked)),
     }
 
 
@@ -284,7 +313,7 @@ def tool_stream(talk: Talk) -> Any:
 
 
 def bad_requests(talk: Talk) -> Any:
-    """What a server says to requests that cannot be met: status and message of each."""
+    """What a server says to requests that cannot be met, as the client raises it."""
     from openai import APIStatusError
 
     wrong: dict[str, Callable[[], Any]] = {
@@ -301,13 +330,23 @@ def bad_requests(talk: Talk) -> Any:
             },
         ),
         "no_messages": lambda: talk.chat("x", messages=[]),
+        "stream": lambda: talk.chat("x", temperature=-1.0, stream=True),
+        "tool_choice": lambda: talk.chat("x", tool_choice="required"),
+        "embeddings": lambda: talk.client.embeddings.create(model=talk.model, input="x"),
     }
     found: dict[str, Any] = {}
     for name, ask in wrong.items():
         try:
             found[name] = {"status": 200, "answer": stable(ask())}
         except APIStatusError as error:
-            found[name] = {"status": error.status_code, "message": error.message}
+            found[name] = {
+                "raised": type(error).__name__,
+                "status": error.status_code,
+                "message": error.message,
+                "type": error.type,
+                "code": error.code,
+                "param": error.param,
+            }
     return found
 
 
@@ -369,9 +408,12 @@ DIALOGUES: dict[str, Callable[[Talk], Any]] = {
         routes,
         chat,
         chat_stream,
+        chat_chunks,
         several_turns,
         completion,
         completion_stream,
+        completion_chunks,
+        responses,
         completion_of_token_ids,
         several_choices,
         stop_string,

@@ -119,6 +119,10 @@ class FakeInstance:
         """Data-parallel rank -> where it says that it publishes its cache."""
         self.heartbeat: dict[str, object] | None = None
         """What /xllm/load tells; None: it is a plain server."""
+        self.lies: dict[str, bytes] = {}
+        """What it answers to probes instead of the above, by path."""
+        self.num_lies = 0
+        """Probes that were answered so."""
         self.requests: list[Received] = []
         self.num_connections = 0
         self._server: asyncio.Server | None = None
@@ -188,8 +192,11 @@ class FakeInstance:
         request.gone.set()
 
     async def _answer_own(self, request: Received, writer: asyncio.StreamWriter) -> bool:
-        path = request.target.decode().split("?")[0]
-        if path == "/health":
+        path = request.target.decode("latin-1").split("?")[0]
+        if path in self.lies:
+            self.num_lies += 1
+            await answer(self.lies[path])(request, writer)
+        elif path == "/health":
             status = "200 OK" if self.is_healthy else "503 Service Unavailable"
             await answer(b"", status)(request, writer)
         elif path == "/v1/models":

@@ -57,6 +57,14 @@ class FakePublisher:
             self._publisher.send_multipart((b"", self._sequence.to_bytes(8, "big"), payload))
         self._sequence += 1
 
+    def send(self, sequence: int, payload: bytes) -> None:
+        """Publish a batch under any number; it cannot be replayed."""
+        self.send_raw(b"", sequence.to_bytes(8, "big"), payload)
+
+    def send_raw(self, *frames: bytes) -> None:
+        """Publish anything."""
+        self._publisher.send_multipart(frames)
+
     def _answer(self, router: zmq.Socket[bytes]) -> None:
         with router:
             while not self._stopping.is_set():

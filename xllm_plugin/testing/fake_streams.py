@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +19,7 @@ import msgspec
 from xllm_plugin.instance.resumption import RESUME_PATH, Resumption
 from xllm_plugin.testing.fake_instance import FakeInstance, Received, answer
 
-__all__ = ["Death", "FakeModel", "events_of", "stream_instance"]
+__all__ = ["Death", "FakeModel", "continued", "events_of", "send_events", "stream_instance"]
 
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
@@ -27,7 +30,9 @@ class Death:
 
     Attributes:
         after_bytes: of the answer's body; what is cut is not sent.
-        how: "reset" aborts the connection, "end" ends the answer cleanly, "silence" sends no more.
+        how: "reset" aborts the connection, "end" ends the answer cleanly, "silence" sends no more,
+            "nonsense" breaks its framing, "kill" kills this very process.  "ids" gives the third
+            event ids that are none, and ends the answer.
     """
 
     after_bytes: int
@@ -139,17 +144,17 @@ def stream_instance(
             return
         model.asked.append(json.loads(received.body))
         if target == RESUME_PATH:
-            events = _continued(model, received.body)
+            events = continued(model, msgspec.json.decode(received.body, type=Resumption))
         else:
             events = model.events(target, model.asked[-1])
         mine, death = death, None
-        await _send(events, mine, received, writer)
+        await send_events(events, mine, received, writer)
 
     return FakeInstance(script=script)
 
 
-def _continued(model: FakeModel, body: bytes) -> list[bytes]:
-    resumption = msgspec.json.decode(body, type=Resumption)
+def continued(model: FakeModel, resumption: Resumption) -> list[bytes]:
+    """What comes after what the client has; it must have had the model's own."""
     events = model.events(resumption.path, json.loads(bytes(resumption.body)))
     is_chat = resumption.path == "/v1/chat/completions"
     assert resumption.chunks == model.chunks()[: len(resumption.chunks)]
@@ -164,25 +169,50 @@ def _continued(model: FakeModel, body: bytes) -> list[bytes]:
     return events[skipped:]
 
 
-async def _send(
-    events: list[bytes], death: Death | None, received: Received, writer: asyncio.StreamWriter
+async def send_events(
+    events: list[bytes],
+    death: Death | None,
+    received: Received,
+    writer: asyncio.StreamWriter,
+    *,
+    pause_s: float = 0.0,
+    before: Callable[[bytes], object] = lambda _: None,
 ) -> None:
+    """Stream events, a chunk each, to their end or to `death`.
+
+    Args:
+        events: all of them.
+        death: cuts the stream.
+        received: the request.
+        writer: of its connection.
+        pause_s: after each event.
+        before: told of each event that is then sent as a whole.
+    """
     writer.write(_HEAD)
     left = death.after_bytes if death is not None else sum(map(len, events))
     for event in events:
+        if death is not None and death.how == "ids" and event == events[2]:
+            event, left = event.replace(b'"token_ids":[', b'"token_ids":[x'), 0  # noqa: PLW2901
+            writer.write(b"%x\r\n%b\r\n" % (len(event), event))
         part = event[:left]
         left -= len(part)
+        if part == event:
+            before(event)
         if part:
             writer.write(b"%x\r\n%b\r\n" % (len(part), part))
             await writer.drain()
-            await asyncio.sleep(0)
+            await asyncio.sleep(pause_s)
         if death is not None and len(part) < len(event):
             break
-    if death is None or death.how == "end":
+    if death is None or death.how in ("end", "ids"):
         writer.write(b"0\r\n\r\n")
         return
     if death.how == "silence":
         await received.gone.wait()
-        return
-    await asyncio.sleep(0.003)  # a reset overtakes what was written
-    writer.transport.abort()
+    elif death.how == "nonsense":
+        writer.write(b"zz\r\nevil")
+    else:
+        await asyncio.sleep(0.003)  # a reset overtakes what was written
+        if death.how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        writer.transport.abort()

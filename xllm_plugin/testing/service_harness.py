@@ -1,19 +1,27 @@
 """A proxy between real sockets: scripted instances behind it, raw clients in front.
 
-For tests of the service, and of routing policies that a plugin brings.
+For tests of the service, and of routing policies that a plugin brings.  Besides, what tests of a
+whole service share: a client of its admin port, and waiting for what a process does.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
+import aiohttp
+import httpx
+
 from xllm_plugin.service import lifecycle
+from xllm_plugin.service.app import Service
 from xllm_plugin.service.config import InstanceEntry, ListenConfig, ServiceConfig
 from xllm_plugin.service.fleet import Fleet
+from xllm_plugin.service.lifecycle import State
 from xllm_plugin.service.policies import least_loaded
 from xllm_plugin.service.policy import RoutingPolicy
 from xllm_plugin.service.proxy import Proxy
@@ -21,7 +29,15 @@ from xllm_plugin.service.router import Router
 from xllm_plugin.service.upstream import Pool
 from xllm_plugin.testing.fake_instance import FakeInstance
 
-__all__ = ["PATIENCE_S", "Harness", "RawClient", "request", "serving"]
+__all__ = [
+    "PATIENCE_S",
+    "Harness",
+    "RawClient",
+    "RunningService",
+    "request",
+    "serving",
+    "wait_until",
+]
 
 PATIENCE_S = 30.0
 """Bounds a test that hangs; says nothing about speed."""
@@ -94,6 +110,63 @@ class Harness:
             while any(client.exchange for client in self.proxy.clients):
                 await asyncio.sleep(0.002)
         self.proxy.fleet.check_integrity()
+
+
+class RunningService:
+    """A whole service in this process, and a client of its admin port.
+
+    Args:
+        service: started.
+        session: of the client.
+        token: of the admin port.
+    """
+
+    def __init__(self, service: Service, session: aiohttp.ClientSession, token: str) -> None:
+        self.service = service
+        self.session = session
+        self._token = token
+
+    async def admin(
+        self, method: str, path: str, body: Any = None, token: str | None = None
+    ) -> tuple[int, Any]:
+        """Status and answer of one request; JSON is read."""
+        url = f"http://127.0.0.1:{self.service.admin_port}{path}"
+        headers = {"Authorization": f"Bearer {token or self._token}"}
+        async with self.session.request(method, url, json=body, headers=headers) as reply:
+            text = await reply.text()
+            return reply.status, json.loads(text) if text.startswith("{") else text
+
+    def states(self) -> dict[str, State]:
+        """Of all instances, by name."""
+        return {one.name: one.life.state for one in self.service.fleet}
+
+    async def until(self, **states: State | None) -> None:
+        """Wait until instances are so; names without their host: p1234=State.READY; None: gone."""
+        wanted = {f"127.0.0.1:{name[1:]}": state for name, state in states.items()}
+        async with asyncio.timeout(PATIENCE_S):
+            while any(self.states().get(name) is not state for name, state in wanted.items()):
+                await asyncio.sleep(0.005)
+
+
+def wait_until(
+    is_so: Callable[[], bool],
+    log: Path,
+    patience_s: float = 4 * PATIENCE_S,
+    *,
+    rest_s: float = 0.05,
+) -> None:
+    """Ask again until it is so; who is asked may not listen yet.
+
+    Raises:
+        AssertionError: it is not so in time; says what `log` says.
+    """
+    deadline_s = time.monotonic() + patience_s
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            if is_so():
+                return
+        assert time.monotonic() < deadline_s, log.read_text(encoding="utf-8")
+        time.sleep(rest_s)
 
 
 def request(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from xllm_plugin.errors import SeamError
+from xllm_plugin.worker.resumed import resumed_tokens, take_up
 
 __all__ = ["XllmModelRunnerMixin", "adopt_runner"]
 
@@ -18,6 +19,30 @@ class XllmModelRunnerMixin:
 
     def setup_xllm(self) -> None:
         """Prepare this mixin's state; called once, after vLLM built and before it loads."""
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        """Let vLLM update its batch, then give requests the output that they came with.
+
+        They come with a stream that another instance has begun (seam "resumed-batch").
+        """
+        deferred = super()._update_states(scheduler_output)  # type: ignore[misc]
+        resumed = {
+            new.req_id: tokens
+            for new in scheduler_output.scheduled_new_reqs
+            if (tokens := resumed_tokens(new.sampling_params))
+        }
+        if resumed:
+            take_up(self, resumed, scheduler_output.scheduled_spec_decode_tokens)
+            for req_id, tokens in resumed.items():
+                self.skip_draws(req_id, len(tokens))
+        return deferred
+
+    def skip_draws(self, req_id: str, num_tokens: int) -> None:
+        """Draw from a seeded request's generator what its first tokens took.
+
+        What that is depends on a family's sampler.  One that leaves this out continues no streams
+        with a seed (`instance/replay.py`).
+        """
 
 
 def adopt_runner(worker: Any, runner_class: type[XllmModelRunnerMixin]) -> None:

@@ -35,6 +35,7 @@ _QUEUE_BATCHES = 100_000
 _SLICE_BATCHES = 32
 """Applied before other work gets its turn: well under a millisecond of events."""
 _FRAMES = 3
+_SEQUENCE_BYTES = 8
 
 
 class State(StrEnum):
@@ -201,7 +202,7 @@ class Subscriber:
                 await asyncio.sleep(0)
 
     async def _receive(self, frames: list[bytes]) -> None:
-        if len(frames) != _FRAMES:
+        if len(frames) != _FRAMES or len(frames[1]) != _SEQUENCE_BYTES:
             return  # another publisher's: vLLM's have three
         follower, source = self.follower, self.source
         sequence, payload = int.from_bytes(frames[1], "big"), frames[2]
