@@ -1,8 +1,8 @@
 """Goodput on a simulated engine: the planner against vLLM's own orders, at recorded lengths.
 
-``python benchmarks/slo_goodput/simulated.py`` prints the highest request rate at which 90 % keep a promise,
-for each side and promise of `benchmarks/slo_goodput`, in minutes and without a model.  Arrivals and
-lengths are that benchmark's; the device is a law fitted to what `benchmarks/step` measured.
+``python benchmarks/slo_goodput/simulated.py`` prints the highest rate at which 90 % keep a promise,
+for each side and promise, in minutes, without a model.  Arrivals and lengths are those of the
+benchmark; the device is a law fitted to what `benchmarks/step` measured.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from xllm_plugin.testing.simulator import (
 DATA = Path(__file__).parents[1] / "serving" / "data"
 SHORTEN, MAX_INPUT, MAX_OUTPUT = 8.0, 1536, 256
 WINDOW_S, GIVE_UP_MARGIN_S = 16.0, 0.5
+SLOW_STEPS = 0.02
+WITH_PROMPTS = 0.5
 GOAL = 0.9
 PROMISES = "1000/50,500/35,4000/100"
 # SmolLM2-135M in bfloat16, as the scheduler's prior has it.
@@ -87,7 +89,7 @@ def noisy(seed: str, noise: float) -> Callable[[StepShape], float]:
 
     def duration_ms(step: StepShape) -> float:
         pace[0] = 0.98 * pace[0] + rng.gauss(0, noise / 5)
-        slow = rng.uniform(1.5, 3) if noise and rng.random() < 0.02 else 1.0
+        slow = rng.uniform(1.5, 3) if noise and rng.random() < SLOW_STEPS else 1.0
         return step_ms(step) * math.exp(pace[0] + rng.gauss(0, noise)) * slow
 
     return duration_ms
@@ -100,7 +102,7 @@ def taught(noise: float) -> StepTimeLearner:
     for _ in range(300):
         rows = rng.choice((0, 1, 4, 8, 16))
         step = StepShape().with_decodes(rows, rows * rng.randint(50, 400))
-        if not rows or rng.random() < 0.5:
+        if not rows or rng.random() < WITH_PROMPTS:
             step = step.with_prefill(rng.randint(16, 600), rng.choice((0, 0, 256)))
         learner.observe(step, device(step))
     return learner
@@ -108,6 +110,7 @@ def taught(noise: float) -> StepTimeLearner:
 
 @functools.cache
 def traces() -> tuple[tuple[Lengths, ...], ...]:
+    """Recorded lengths of conversations and of code."""
     return tuple(read_lengths(DATA / f"azure-{name}.jsonl") for name in ("conv", "code"))
 
 
@@ -189,6 +192,7 @@ def goodput(
 
 
 def main() -> None:
+    """Search all sides and promises that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--promises", default=PROMISES)

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks" / "slo_goodput"
 simulated: Any = beside(FOLDER, "simulated")
 
 PROMISE = Promise(1000, 50)
-RATE = 5.0
+RATE = 2.5
 """Requests a second that the planner sustains."""
 STATIC_RATE = RATE / 1.5
 

@@ -333,9 +333,7 @@ class _Planner:
             must_run = prompt is self._turn or not self._step.num_tokens
             if isinstance(prompt, Waiting):
                 self._is_full = (
-                    self._is_full
-                    or num_places <= len(self._admitted)
-                    or not self._has_room(prompt)
+                    self._is_full or num_places <= len(self._admitted) or not self._has_room(prompt)
                 )
                 if self._is_full:
                     self._bound = Bound.MEMORY
@@ -423,10 +421,12 @@ class _Planner:
         late += dropped
         late += queued.late(MAX_CONSIDERED)
         late.sort()
-        first: list[Prompt] = [] if turn is None else [turn]
-        first += [p for *_, number in kept if (p := prompt_of(number)) is not turn]
-        rest = [prompt_of(number) for *_, number in late[:MAX_CONSIDERED]]
-        return first, [p for p in rest if p is not turn]
+        turns: list[Prompt] = [] if turn is None else [turn]
+        first, rest = (
+            [prompt for *_, number in ranked if (prompt := prompt_of(number)) is not turn]
+            for ranked in (kept, late[:MAX_CONSIDERED])
+        )
+        return turns + first, rest
 
     def _overdue_turn(self) -> Prompt | None:
         """The request that has waited longest, if it is overdue and its turn has come."""
