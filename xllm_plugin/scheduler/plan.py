@@ -55,6 +55,8 @@ OVERDUE_TURN: Final = 4
 LEAST_GROWTH: Final = 2.0
 """A step may grow to this many times its decodes where nothing else bounds it: on a device too slow
 for its promises, prompts would otherwise wait until no request decodes."""
+UNPROMISED_STEP: Final = 0.5
+"""Part of the longest step that prompts which nobody is waiting for in time may fill."""
 FREE_FOR_ONLINE: Final = 0.1
 """Part of all KV blocks that offline requests leave free."""
 
@@ -222,6 +224,7 @@ class _Planner:
         self._step = StepShape()
         self._rows = StepShape()
         self._most_ms = self._budget_ms = limits.max_step_ms
+        self._unpromised_ms = math.inf
         # What no promise can be kept below: a row alone.
         self._lone_ms = model.predict_ms(StepShape().with_decodes(1, 0))
         self._tpot_ms = math.inf
@@ -255,6 +258,7 @@ class _Planner:
         if self._model.is_reliable and decodes_ms > budget_ms:
             self._hold_spare(budget_ms)
         self._budget_ms = min(budget_ms, self._most_ms)
+        self._unpromised_ms = self._limits.target * self._unreserved_ms()
 
     def _part_lost(self) -> None:
         """Set those apart whose promise is broken; they wait for what others leave, for a while."""
@@ -279,6 +283,16 @@ class _Planner:
         return min(
             [(r.deadline_s - now_s) * 1e3 for r in self._decodes if r.tpot_ms >= lone_ms],
             default=None,
+        )
+
+    def _unreserved_ms(self) -> float:
+        """The least slack beyond one more TPOT, which is kept for a step that is slower than said.
+
+        Work without a promise would else use all credit up, and a last token have none.
+        """
+        now_s = self._view.now_s
+        return min(
+            [(r.deadline_s - now_s) * 1e3 - r.tpot_ms for r in self._decodes], default=math.inf
         )
 
     def _hold_spare(self, budget_ms: float) -> None:
@@ -315,6 +329,7 @@ class _Planner:
         self._run_waiting_lost()
         self._count_rows(late)
         if goes_on:
+            self._shorten_step()
             self._run_prompts(late)
         self._hold += [r for r in self._prompts if r.request_id not in self._chunks]
 
@@ -351,6 +366,15 @@ class _Planner:
             self._tpot_ms = min(self._tpot_ms, self._keepable_ms(prompt))
         return True
 
+    def _shorten_step(self) -> None:
+        """Let who comes meanwhile wait less for prompts that keep no promise."""
+        if not self._model.is_reliable:
+            return
+        most_ms = UNPROMISED_STEP * self._limits.max_step_ms
+        if self._step.num_tokens:
+            most_ms = max(most_ms, LEAST_GROWTH * self._model.bound_ms(self._step))
+        self._budget_ms = min(self._budget_ms, most_ms, self._unpromised_ms)
+
     def _run_waiting_lost(self) -> None:
         """Those that have waited longest, as many as what is kept allows."""
         lost = sorted(self._waiting_lost, key=_LAST_TOKEN)
@@ -366,17 +390,13 @@ class _Planner:
         self._hold += lost[num:]
 
     def _num_that_fit(self, decodes: Sequence[Running], *, is_bound: bool) -> int:
-        """How many of the first of `decodes` the step has room for, and time if it is bound.
-
-        Work without a promise fills nearly every step to the edge, and any may bring a last token
-        with one; so here the margin is doubled.
-        """
+        """How many of the first of `decodes` the step has room for, and time if it is bound."""
         num_left = self._limits.max_tokens - self._step.num_tokens
         num = min(len(decodes), num_left // max((r.todo_tokens for r in decodes), default=1))
         if not num or not is_bound:
             return num
         context = max(r.computed_tokens for r in decodes)
-        budget_ms = self._budget_ms * self._model.caution
+        budget_ms = min(self._budget_ms, self._unpromised_ms)
         return self._model.decodes_within(self._step, budget_ms, num, context)
 
     def _may_join(self, prompt: Prompt) -> bool:
@@ -443,7 +463,7 @@ class _Planner:
         """Part of the time that decodes leave, if none of their credit is spent."""
         if tpot_ms == math.inf:
             return 1.0
-        used = self._model.bound_ms(self._step) / (self._limits.target * tpot_ms)
+        used = self._model.predict_ms(self._step) / (self._limits.target * tpot_ms)
         return max(0.05, 1.0 - used)
 
     def _take_chunk(self, prompt: Prompt, *, must_run: bool) -> bool:
@@ -566,7 +586,6 @@ class _Planner:
         num = 0
         if self._model.is_reliable or not self._has_online():
             num = self._num_that_fit(decodes, is_bound=self._has_online())
-        self._budget_ms *= self._model.caution
         self._step = _with_decodes(self._step, decodes[:num])
         self._num_blocks += self._growth_of_decodes(decodes[:num])
         self._offline_decodes = decodes[:num]
@@ -579,6 +598,7 @@ class _Planner:
         )
         if not self._is_online_due and (self._model.is_reliable or not self._has_online()):
             prompts += self._view.waiting.offline(MAX_CONSIDERED)
+            self._shorten_step()
             self._take_offline(prompts)
         self._hold += [r for r in self._offline_prompts if r.request_id not in self._chunks]
 
@@ -642,18 +662,21 @@ class _Planner:
 
 
 class _PromptCost:
-    """What reading a prompt costs beside the decodes of now, linear in tokens and pairs."""
+    """What reading a prompt costs beside the decodes of now, linear in tokens and pairs.
+
+    As it is expected, without a margin: nobody is given up for a doubt.
+    """
 
     def __init__(self, model: StepModel, step: StepShape) -> None:
-        empty_ms = model.bound_ms(step)
-        self._pair_s = model.bound_ms(msgspec.structs.replace(step, prefill_pairs=10**6)) - empty_ms
-        self._pair_s /= 1e9
+        empty_ms = model.predict_ms(step)
+        pairs = msgspec.structs.replace(step, prefill_pairs=10**6)
+        self._pair_s = (model.predict_ms(pairs) - empty_ms) / 1e9
         chunk = msgspec.structs.replace(
             step,
             num_tokens=step.num_tokens + CAUTIOUS_CHUNK_TOKENS,
             prefill_tokens=CAUTIOUS_CHUNK_TOKENS,
         )
-        self._token_s = (model.bound_ms(chunk) - empty_ms) / CAUTIOUS_CHUNK_TOKENS / 1e3
+        self._token_s = (model.predict_ms(chunk) - empty_ms) / CAUTIOUS_CHUNK_TOKENS / 1e3
 
     def least_s(self, todo_tokens: Tokens, computed_tokens: Tokens) -> Tokens:
         """The least time that many tokens after so many computed ones take, in s."""
