@@ -138,7 +138,9 @@ def trial(
     """What became of one trial's requests; who has lost its promise is ended as there."""
     asked = sorted(requests(rate, seed, promise), key=lambda r: r.arrival_s)
     limits = Limits(
-        max_sequences=128, max_tokens=side.max_tokens, max_step_ms=STEP_SHARE * promise.ttft_ms
+        max_sequences=128,
+        max_tokens=side.max_tokens,
+        max_step_ms=STEP_SHARE * promise.ttft_ms / (1 + runs_ahead),
     )
     engine = SimulatedEngine(
         noisy(str(seed), noise), WORK, limits, policy=side.policy, runs_ahead=runs_ahead
@@ -159,7 +161,7 @@ def trial(
     return asked
 
 
-STEP_SHARE = 0.25  # of TTFT, `xllm_plugin.scheduler.slo.STEP_SHARE_OF_TTFT`
+STEP_SHARE = 0.5  # of TTFT, `xllm_plugin.scheduler.slo.STEP_SHARE_OF_TTFT`
 
 
 def attainment(

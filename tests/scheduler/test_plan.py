@@ -270,14 +270,17 @@ def test_offline_decodes_fill_what_is_left_and_no_more() -> None:
 
 
 def test_prompts_that_keep_no_promise_make_short_steps_and_leave_credit() -> None:
-    # Half of 250 ms, less 10 ms and a row, at 0.2 ms a token.
-    assert planned(waiting("late", due_ms=-10, todo_tokens=900)).chunk_tokens == 570
-    assert planned(waiting("o", todo_tokens=900, is_online=False)).chunk_tokens == 570
+    limits = msgspec.structs.replace(LIMITS, max_step_ms=500)
+    unpromised = [
+        waiting("w", todo_tokens=900, **changes)
+        for changes in ({"due_ms": -10}, {"is_online": False})
+    ]
+    # A quarter of 500 ms, less 10 ms and a row, at 0.2 ms a token.
+    assert [planned(w, limits=limits).chunk_tokens for w in unpromised] == [570, 570]
     assert planned(waiting("w", todo_tokens=900)).chunk_tokens == 900
     # 98 ms beside a TPOT that is kept, less 10 ms, two rows and a token.
-    for changes in ({"due_ms": -10}, {"is_online": False}):
-        unpromised = waiting("w", todo_tokens=900, **changes)
-        assert planned(decode("d", due_ms=150), unpromised).chunk_tokens == 429
+    rich = decode("d", due_ms=150)
+    assert [planned(rich, w, limits=limits).chunk_tokens for w in unpromised] == [429, 429]
     assert planned(decode("d", due_ms=150), waiting("w", todo_tokens=900)).chunk_tokens == 674
 
 

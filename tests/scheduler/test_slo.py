@@ -70,7 +70,9 @@ class Scheduler:
         self.need_mamba_block_aligned_split = False
         self.cache_config = SimpleNamespace(enable_prefix_caching=False)
         self.kv_cache_config = SimpleNamespace(kv_cache_groups=[None])
-        self.scheduler_config = SimpleNamespace(long_prefill_token_threshold=0)
+        self.scheduler_config = SimpleNamespace(
+            long_prefill_token_threshold=0, async_scheduling=False
+        )
         pool = SimpleNamespace(num_gpu_blocks=1000, get_num_free_blocks=lambda: 900)
         self.kv_cache_manager = SimpleNamespace(block_pool=pool)
         self.block_size = 16
@@ -237,7 +239,7 @@ def test_who_has_no_room_beside_a_held_one_waits_for_it(rig: Rig) -> None:
     """Else a prompt without blocks would take the step from who has them, again and again."""
     rig.scheduler.lora_config = SimpleNamespace(max_loras=1)
     rig.run(with_adapter(decoding("d"), 1), first_token_s=50.0)
-    rig.wait(with_adapter(request("w", xllm_ttft_ms=1), 2))
+    rig.wait(with_adapter(request("w", xllm_ttft_ms=40), 2))
     assert rig.plan()["running"] == []
     nothing = SimpleNamespace(num_scheduled_tokens={}, scheduled_encoder_inputs={})
     rig.policy.record_scheduled(nothing, 0)
@@ -270,16 +272,19 @@ def test_steps_get_shorter_for_requests_that_ask_for_less(rig: Rig) -> None:
     def limit() -> float:
         return float(rig.policy._limits.max_step_ms)
 
-    assert limit() == 250.0
+    assert limit() == 500.0
     rig.wait(request("slow", xllm_ttft_ms=9000))
-    assert limit() == 250.0
+    assert limit() == 500.0
     rig.wait(request("fast", xllm_ttft_ms=500))
-    assert limit() == 125.0
+    assert limit() == 250.0
     rig.wait(request("greedy", xllm_ttft_ms=1))
-    assert limit() == 62.5, "but not as short as anybody may ask"
+    assert limit() == 125.0, "but not as short as anybody may ask"
     for number in range(32):
         rig.wait(request(f"{number}"))
-    assert limit() == 250.0
+    assert limit() == 500.0
+    rig.scheduler.scheduler_config.async_scheduling = True
+    rig.wait(request("last"))
+    assert limit() == 250.0, "it may wait for two steps"
 
 
 def test_who_got_its_first_token_too_late_has_lost_its_promise(rig: Rig) -> None:

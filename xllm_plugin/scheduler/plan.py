@@ -55,7 +55,7 @@ OVERDUE_TURN: Final = 4
 LEAST_GROWTH: Final = 2.0
 """A step may grow to this many times its decodes where nothing else bounds it: on a device too slow
 for its promises, prompts would otherwise wait until no request decodes."""
-UNPROMISED_STEP: Final = 0.5
+UNPROMISED_STEP: Final = 0.25
 """Part of the longest step that prompts which nobody is waiting for in time may fill."""
 FREE_FOR_ONLINE: Final = 0.1
 """Part of all KV blocks that offline requests leave free."""

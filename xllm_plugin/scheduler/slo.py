@@ -46,9 +46,10 @@ __all__ = ["SloPolicy"]
 
 logger = logging.getLogger(__name__)
 
-STEP_SHARE_OF_TTFT: Final = 0.25
+STEP_SHARE_OF_TTFT: Final = 0.5
 """A step with prompts in it takes at most this part of the tightest TTFT among the default and what
-was asked for of late, down to a fourth of the default: who comes meanwhile has the rest."""
+was asked for of late, down to a fourth of the default: who comes meanwhile has the rest.  Where
+steps are scheduled ahead it waits for two, which share that part."""
 RECENT_REQUESTS: Final = 32
 LOADED_CHUNK_TOKENS: Final = 256
 """For requests whose KV a connector has loaded; plans do not see them."""
@@ -143,14 +144,14 @@ class SloPolicy:
         self._scheduler = scheduler
         self._defaults = config.default_promise
         self._clock, self._wall_clock = clock, wall_clock
+        self._recent_ttft_ms = deque[float](maxlen=RECENT_REQUESTS)
         self._limits = Limits(
             max_sequences=scheduler.max_num_active_reqs,
             max_tokens=scheduler.max_num_scheduled_tokens,
-            max_step_ms=STEP_SHARE_OF_TTFT * config.ttft_ms,
+            max_step_ms=self._step_limit_ms(),
             target=config.target,
             max_wait_s=config.max_wait_s,
         )
-        self._recent_ttft_ms = deque[float](maxlen=RECENT_REQUESTS)
         self._learner = StepTimeLearner(prior_work(scheduler.vllm_config))
         self._metrics = SloMetrics()
         self._requests: dict[str, Tracked] = {}
@@ -198,11 +199,15 @@ class SloPolicy:
     def _limit_steps(self, ttft_ms: float) -> None:
         """Keep steps short enough for requests like those that came of late."""
         self._recent_ttft_ms.append(ttft_ms)
-        default_ms = self._defaults.ttft_ms
-        tightest_ms = max(default_ms / 4, min(default_ms, *self._recent_ttft_ms))
-        limit_ms = STEP_SHARE_OF_TTFT * tightest_ms
+        limit_ms = self._step_limit_ms()
         if limit_ms != self._limits.max_step_ms:
             self._limits = msgspec.structs.replace(self._limits, max_step_ms=limit_ms)
+
+    def _step_limit_ms(self) -> float:
+        default_ms = self._defaults.ttft_ms
+        tightest_ms = max(default_ms / 4, min([default_ms, *self._recent_ttft_ms]))
+        num_steps = 2 if self._scheduler.scheduler_config.async_scheduling else 1
+        return STEP_SHARE_OF_TTFT * tightest_ms / num_steps
 
     def _promise_of(self, request: Request) -> Promise:
         defaults = replace(self._defaults, priority=request.priority)
