@@ -45,7 +45,11 @@ def make_adapter(model: Path, folder: Path, seed: int) -> LoRARequest:
 
 
 class Lora(Driver):
-    """More adapters than one step has room for, and requests without one."""
+    """More adapters than one step has room for.
+
+    Every request has one: on a CPU, vLLM 0.32 computes rows without an adapter with that of the
+    last slot where others in the batch have one (index -1 in `lora/ops/torch_ops/lora_ops.py`).
+    """
 
     def __init__(self, model: str, folder: Path) -> None:
         rooms = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": NUM_ADAPTERS}
@@ -58,7 +62,7 @@ class Lora(Driver):
         return self._run(
             [f"{i} " + LONG * (i % 4) for i in range(24)],
             [promised(CLASSES[i % 4]) for i in range(24)],
-            adapters=[[None, *self._adapters][i // 4 % 4] for i in range(24)],
+            adapters=[self._adapters[i // 4 % NUM_ADAPTERS] for i in range(24)],
         )
 
 
