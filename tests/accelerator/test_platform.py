@@ -245,8 +245,7 @@ def slo_config(**changes: Any) -> SimpleNamespace:
     made = config(additional_config=SLO, scheduler_cls=changes.pop("scheduler_cls", None))
     values = {"enable_chunked_prefill": True, "policy": "fcfs", "runner_type": "generate"}
     values |= {"pipeline_parallel_size": 1, "disable_chunked_mm_input": False}
-    values |= {"is_multimodal_model": True, "lora_config": None, **changes}
-    made.lora_config = values["lora_config"]
+    values |= {"is_multimodal_model": True, **changes}
     made.scheduler_config.enable_chunked_prefill = values["enable_chunked_prefill"]
     made.scheduler_config.policy = values["policy"]
     made.parallel_config.pipeline_parallel_size = values["pipeline_parallel_size"]
@@ -268,7 +267,6 @@ def test_the_policy_slo_goes_with_vllm_s_defaults() -> None:
         ({"policy": "priority"}, "xllm_priority"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         ({"runner_type": "pooling"}, "generates no tokens"),
-        ({"lora_config": object()}, "--enable-lora"),
         ({"disable_chunked_mm_input": True}, "--disable-chunked-mm-input"),
         ({"scheduler_cls": "mine.Scheduler"}, "--scheduler-cls is mine.Scheduler"),
     ],

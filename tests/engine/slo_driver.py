@@ -62,14 +62,16 @@ class Driver:
         params: Sequence[SamplingParams],
         between: Callable[[int], None] = lambda step: None,
         each_step: int = 2,
+        adapters: Sequence[Any] = (),
     ) -> list[Any]:
         """Add some requests at each step, as traffic comes, and drain; tokens in order."""
         engine = self._llm.llm_engine
-        asked = list(zip(prompts, params, strict=True))
+        asked = list(zip(prompts, params, adapters or [None] * len(prompts), strict=True))
         finished: dict[str, Any] = {}
         for step in range(5000):
             for i in range(step * each_step, min(len(asked), (step + 1) * each_step)):
-                engine.add_request(f"{i:03}", *asked[i])
+                prompt, wanted, adapter = asked[i]
+                engine.add_request(f"{i:03}", prompt, wanted, lora_request=adapter)
             between(step)
             if step * each_step >= len(asked) and not engine.has_unfinished_requests():
                 break

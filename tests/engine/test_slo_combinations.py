@@ -1,4 +1,4 @@
-"""Images, speculative decoding and KV connectors answer the same under the policy slo."""
+"""LoRA, images, speculative decoding and KV connectors answer the same under the policy slo."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 pytestmark = [pytest.mark.engine, pytest.mark.full]
 
 COMBINATIONS = {
+    "lora": ("tiny-llama", 24),
     "multimodal": ("tiny-llava", 16),
     "speculation": ("tiny-llama", 20),
     "connector": ("tiny-llama", 20),

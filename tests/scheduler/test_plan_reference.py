@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 from hypothesis import given, settings
@@ -26,9 +26,9 @@ class Reference(planning._Planner):
     def run_online_decodes(self) -> None:
         super().run_online_decodes()
         rows = StepShape()
-        for r in (*self._decodes, *self._hold):
+        for r in (*self._decodes, *self._hold, *self._lost):
             rows = rows.with_decodes(1, r.computed_tokens, r.todo_tokens)
-        self._all_decodes = rows
+        self._rows = rows
 
     def _hold_spare(self, budget_ms: float) -> None:
         spare_s = self._view.now_s + 2 * self._model.bound_ms(self._step) / 1e3
@@ -41,9 +41,9 @@ class Reference(planning._Planner):
             held = {r.request_id for r in spare[:num]}
             rest = [r for r in self._decodes if r.request_id not in held]
             step = StepShape()
-            for r in rest:
+            for r in (*rest, *self._lost):
                 step = step.with_decodes(1, r.computed_tokens, r.todo_tokens)
-            if rest and self._model.bound_ms(step) <= budget_ms:
+            if self._model.bound_ms(step) <= budget_ms:
                 self._decodes, self._step = rest, step
                 self._hold += spare[:num]
                 return
@@ -53,10 +53,8 @@ class Reference(planning._Planner):
             (w for w in self._view.waiting if w.is_online), key=lambda w: int(w.request_id[1:])
         )
 
-    def _ranked(self, tpot_ms: float) -> Iterator[planning.Prompt]:
+    def _ranked(self, tpot_ms: float) -> tuple[list[planning.Prompt], list[planning.Prompt]]:
         turn = self._turn = self._overdue_turn()
-        if turn is not None:
-            yield turn
         cost = planning._PromptCost(self._model, self._step)
         now_s = self._view.now_s
         prompts: list[planning.Prompt] = [*self._prompts, *self._waiting()]
@@ -64,7 +62,8 @@ class Reference(planning._Planner):
         late: list[Ranked] = []
         for index, p in enumerate(prompts):
             least_s = cost.least_s(p.todo_tokens, p.computed_tokens)
-            if now_s + least_s <= p.deadline_s:
+            is_lost = isinstance(p, Running) and p.is_lost
+            if not is_lost and now_s + least_s <= p.deadline_s:
                 in_time.append((p.priority, p.deadline_s, least_s, index))
             else:
                 late.append((p.priority, least_s, least_s, index))
@@ -72,12 +71,12 @@ class Reference(planning._Planner):
         in_time.sort()
         share = self._share_of_prompts(tpot_ms)
         kept, dropped = planning._most_on_time(in_time[: planning.MAX_CONSIDERED], now_s, share)
-        yield from (prompts[index] for index in kept if prompts[index] is not turn)
         late += dropped
         late.sort()
-        for *_, index in late[: planning.MAX_CONSIDERED]:
-            if prompts[index] is not turn:
-                yield prompts[index]
+        first: list[planning.Prompt] = [] if turn is None else [turn]
+        first += [prompts[index] for *_, index in kept if prompts[index] is not turn]
+        rest = [prompts[index] for *_, index in late[: planning.MAX_CONSIDERED]]
+        return first, [p for p in rest if p is not turn]
 
     def _overdue_turn(self) -> planning.Prompt | None:
         if self._view.admitted_since_overdue + 1 < planning.OVERDUE_TURN:
@@ -122,6 +121,7 @@ def views(draw: st.DrawFn) -> tuple[View, Limits]:
     """Queues from none to several hundred; times from a few values, so that many are equal."""
     rng = random.Random(draw(st.integers(0, 10**6)))
     coarse = draw(st.sampled_from([0.25, 1e-4]))
+    lost_share = draw(st.sampled_from([0.0, 0.0, 0.3]))
     online_share = draw(st.sampled_from([0.0, 0.5, 1.0]))
     due_s = draw(st.sampled_from([(-5, -1), (-1, 1), (0, 30)]))
     num_running, num_waiting = draw(st.integers(0, 60)), draw(st.sampled_from([0, 1, 7, 400]))
@@ -140,6 +140,8 @@ def views(draw: st.DrawFn) -> tuple[View, Limits]:
             rng.randint(1, 400),
             rng.choice([1, 1, 1, 1, 3]) if i % 9 else rng.randint(2, 900),
             i % 9 == 0,
+            is_lost=rng.random() < lost_share,
+            last_token_s=some(-0.5, 0),
         )
         for i in range(num_running)
     ]

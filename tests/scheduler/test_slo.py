@@ -56,6 +56,9 @@ def request(name: str, prompt: int = 100, computed: int = 0, output: int = 0, **
         num_output_placeholders=0,
         spec_token_ids=[],
         is_finished=lambda: False,
+        lora_request=None,
+        num_prompt_tokens=prompt,
+        max_tokens=16,
     )
 
 
@@ -68,7 +71,9 @@ class Scheduler:
         self.need_mamba_block_aligned_split = False
         self.cache_config = SimpleNamespace(enable_prefix_caching=False)
         self.kv_cache_config = SimpleNamespace(kv_cache_groups=[None])
-        self.scheduler_config = SimpleNamespace(long_prefill_token_threshold=0)
+        self.scheduler_config = SimpleNamespace(
+            long_prefill_token_threshold=0, async_scheduling=False
+        )
         pool = SimpleNamespace(num_gpu_blocks=1000, get_num_free_blocks=lambda: 900)
         self.kv_cache_manager = SimpleNamespace(block_pool=pool)
         self.block_size = 16
@@ -78,6 +83,7 @@ class Scheduler:
         self.num_spec_tokens = 0
         self.num_waiting_for_streaming_input = 0
         self.requires_kv_delivery = False
+        self.lora_config: Any = None
         self.pause_state = vllm.interface.PauseState.UNPAUSED
         self.prev_step_scheduled_req_ids: set[str] = set()
         self.kv_holding_waiting: list[Any] = []
@@ -201,6 +207,103 @@ def test_a_continued_stream_is_as_urgent_as_a_new_one(rig: Rig) -> None:
     rig.wait(request("new", xllm_ttft_ms=300))
     rig.wait(request("old", output=90, xllm_ttft_ms=200, **{RESUMED_ARG: [1] * 90}))
     assert rig.plan()["waiting"] == ["old", "new"]
+
+
+def with_adapter(made: Any, number: int) -> Any:
+    made.lora_request = SimpleNamespace(lora_int_id=number)
+    return made
+
+
+def test_a_step_has_the_adapters_that_it_has_room_for(rig: Rig) -> None:
+    rig.scheduler.lora_config = SimpleNamespace(max_loras=1)
+    rig.run(with_adapter(decoding("a"), 1), first_token_s=50.2)
+    rig.run(with_adapter(decoding("b"), 2), first_token_s=50.0)
+    rig.run(decoding("none"), first_token_s=50.1)
+    rig.run(with_adapter(decoding("b2"), 2), first_token_s=50.3)
+    rig.wait(with_adapter(request("w", prompt=10), 1))
+    seen = rig.plan()
+    assert (seen["running"], seen["joining"]) == (["b", "none", "b2"], 0)
+    assert sorted(r.request_id for r in rig.scheduler.running) == ["a", "b", "b2", "none"]
+    assert rig.policy.snapshot().num_held == {"online": 1, "offline": 0}
+    rig.scheduler.requests["b"].num_output_tokens = 9  # it is ahead now
+    rig.scheduler.requests["b2"].num_output_tokens = 9
+    assert rig.plan()["running"] == ["none", "a"]
+
+
+def test_adapters_are_counted_too_where_nothing_is_planned(rig: Rig, vllm: Any) -> None:
+    rig.scheduler.lora_config = SimpleNamespace(max_loras=1)
+    for number in (1, 2):
+        rig.run(with_adapter(decoding(f"d{number}"), number), first_token_s=50.0)
+    rig.scheduler.pause_state = vllm.interface.PauseState.PAUSED_NEW
+    before = rig.scheduler.limits()
+    seen = rig.plan()
+    assert seen["running"] == ["d1"]
+    assert seen["joining"] == 6 - 2, "a held one counts"
+    assert [r.request_id for r in rig.scheduler.running] == ["d1", "d2"]
+    assert rig.scheduler.limits() == before
+
+
+def test_who_has_no_room_beside_a_held_one_waits_for_it(rig: Rig) -> None:
+    """Else a prompt without blocks would take the step from who has them, again and again."""
+    rig.scheduler.lora_config = SimpleNamespace(max_loras=1)
+    rig.run(with_adapter(decoding("d"), 1), first_token_s=50.0)
+    rig.wait(with_adapter(request("w", xllm_ttft_ms=40), 2))
+    assert rig.plan()["running"] == []
+    nothing = SimpleNamespace(num_scheduled_tokens={}, scheduled_encoder_inputs={})
+    rig.policy.record_scheduled(nothing, 0)
+    assert rig.plan()["running"] == ["d"]
+
+
+def test_a_step_scheduled_ahead_is_planned_for_when_it_begins(rig: Rig) -> None:
+    rig.run(request("p", prompt=300))
+    rig.scheduler.requests["p"].num_computed_tokens = 300
+    output = SimpleNamespace(num_scheduled_tokens={"p": 300}, scheduled_encoder_inputs={})
+    rig.policy._began_s = rig.now_s
+    rig.policy.record_scheduled(output, 1)  # 71 ms
+    rig.now_s += 0.001
+    rig.run(decoding("d"), first_token_s=50.021)  # due at 50.071, as this step begins
+    rig.wait(request("w", prompt=400))
+    assert rig.plan()["joining"] == 0, "nothing fits before that"
+
+
+def test_who_ends_with_the_step_under_way_binds_nobody(rig: Rig) -> None:
+    ending = rig.run(decoding("d"), first_token_s=49.99)
+    ending.num_output_placeholders, ending.num_computed_tokens = 1, 101
+    ending.max_tokens = 2
+    rig.wait(request("w", prompt=400))
+    assert rig.plan()["tokens"] == 400
+    ending.max_tokens = 3
+    assert rig.plan()["tokens"] < 400
+
+
+def test_steps_get_shorter_for_requests_that_ask_for_less(rig: Rig) -> None:
+    def limit() -> float:
+        return float(rig.policy._limits.max_step_ms)
+
+    assert limit() == 500.0
+    rig.wait(request("slow", xllm_ttft_ms=9000))
+    assert limit() == 500.0
+    rig.wait(request("fast", xllm_ttft_ms=500))
+    assert limit() == 250.0
+    rig.wait(request("greedy", xllm_ttft_ms=1))
+    assert limit() == 125.0, "but not as short as anybody may ask"
+    for number in range(32):
+        rig.wait(request(f"{number}"))
+    assert limit() == 500.0
+    rig.scheduler.scheduler_config.async_scheduling = True
+    rig.wait(request("last"))
+    assert limit() == 250.0, "it may wait for two steps"
+
+
+def test_who_got_its_first_token_too_late_has_lost_its_promise(rig: Rig) -> None:
+    rig.run(request("late", xllm_ttft_ms=100))
+    rig.run(request("fine", xllm_ttft_ms=300))
+    step(rig, 1, {"late": 100, "fine": 100}, 200.0)
+    for made in rig.scheduler.running:
+        made.num_tokens_with_spec, made.num_output_tokens = 101, 1
+    late, fine = rig.policy._view(rig.now_s).running
+    assert (late.is_lost, fine.is_lost) == (True, False)
+    assert late.last_token_s == rig.now_s
 
 
 def test_a_paused_engine_is_left_alone(rig: Rig, vllm: Any) -> None:

@@ -67,7 +67,7 @@ class SchedulerConfig(BaseModel):
 def slo_refusal(vllm_config: Any) -> str | None:
     """Why the policy `slo` cannot serve under this vLLM configuration, or None.
 
-    Asynchronous scheduling, prefix caching, structured output, multimodal inputs, speculative
+    Asynchronous scheduling, prefix caching, structured output, LoRA, multimodal inputs, speculative
     decoding and KV connectors are no reason.
     """
     scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
@@ -83,10 +83,6 @@ def slo_refusal(vllm_config: Any) -> str | None:
         (
             vllm_config.parallel_config.pipeline_parallel_size > 1,
             "--pipeline-parallel-size is over 1; steps then overlap, and their times with them",
-        ),
-        (
-            vllm_config.lora_config is not None,
-            "--enable-lora is on; vLLM does not count the adapters of requests that are held",
         ),
         (
             scheduler.disable_chunked_mm_input and model.is_multimodal_model,

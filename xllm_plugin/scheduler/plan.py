@@ -8,14 +8,16 @@ In this order (paper, section 3.1 and 3.2; ProServe's slide batching, arXiv 2512
    would miss its TPOT even alone on this device binds nobody.
 2. Prompts of online requests share what is left of the budget: those that can still meet their
    TTFT by deadline, as many as can (J. M. Moore, "An n job, one machine sequencing algorithm for
-   minimizing the number of late jobs", 1968); the others after them, least work first, and those
-   that have waited too long in turns with the rest.  Nobody joins whose decoding would make the
-   batch too slow for its promises.
-3. If these lack KV blocks or places, offline requests give up theirs, those with least computed
+   minimizing the number of late jobs", 1968).  Nobody joins whose decoding would make the batch too
+   slow for its promises.
+3. Then those whose promise is broken: decodes first, longest waiting first, and at a fourth of
+   their pace whatever it costs; then prompts, least work first, and those that have waited too long
+   in turns with all others.
+4. If these lack KV blocks or places, offline requests give up theirs, those with least computed
    first.
-4. Offline decodes are merged while the step stays within its budget; offline prompts are read when
+5. Offline decodes are merged while the step stays within its budget; offline prompts are read when
    no online one is due.  Both stop at the next step when online work comes.
-5. If there are still too few blocks, nothing is held: vLLM takes them from the last in order.
+6. If there are still too few blocks, nothing is held: vLLM takes them from the last in order.
 
 A held request keeps its KV blocks.  Imports neither torch nor vLLM.
 """
@@ -25,7 +27,7 @@ from __future__ import annotations
 import heapq
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import Final, TypeVar
 
@@ -41,7 +43,9 @@ MIN_CHUNK_TOKENS: Final = 16
 CAUTIOUS_CHUNK_TOKENS: Final = 256
 """At most this many beside decodes, while the model cannot be relied on."""
 LOST_TOKENS: Final = 16
-"""A request this many tokens behind no longer binds the others."""
+"""The promise of a request this many tokens behind is given up."""
+LOST_SLOWDOWN: Final = 4.0
+"""A request whose promise is broken gets a token in this many times its TPOT, whatever it costs."""
 MAX_CONSIDERED: Final = 128
 """Waiting requests by deadline that a place is looked for; bounds the cost."""
 MAX_REFUSED: Final = 8
@@ -51,6 +55,8 @@ OVERDUE_TURN: Final = 4
 LEAST_GROWTH: Final = 2.0
 """A step may grow to this many times its decodes where nothing else bounds it: on a device too slow
 for its promises, prompts would otherwise wait until no request decodes."""
+UNPROMISED_STEP: Final = 0.25
+"""Part of the longest step that prompts which nobody is waiting for in time may fill."""
 FREE_FOR_ONLINE: Final = 0.1
 """Part of all KV blocks that offline requests leave free."""
 
@@ -87,6 +93,8 @@ class Running(msgspec.Struct, frozen=True, gc=False):
         computed_tokens: in the KV cache.
         todo_tokens: known and not yet computed: 1 and its drafts for a decode, more in a prompt.
         is_prefill: whether these are part of a prompt, or of one that was preempted.
+        is_lost: whether its promise is broken, whatever is done for it now.
+        last_token_s: when its last token came.
     """
 
     request_id: str
@@ -98,6 +106,8 @@ class Running(msgspec.Struct, frozen=True, gc=False):
     computed_tokens: int
     todo_tokens: int
     is_prefill: bool
+    is_lost: bool = False
+    last_token_s: float = -math.inf
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
@@ -175,6 +185,7 @@ Prompt = Running | Waiting
 Tokens = TypeVar("Tokens", float, Columns)
 _DEADLINE = operator.attrgetter("deadline_s")
 _ARRIVAL = operator.attrgetter("arrival_s")
+_LAST_TOKEN = operator.attrgetter("last_token_s")
 
 
 def make_plan(view: View, model: StepModel, limits: Limits) -> Plan:
@@ -206,12 +217,17 @@ class _Planner:
                 (self._prompts if r.is_prefill else self._decodes).append(r)
             else:
                 (self._offline_prompts if r.is_prefill else self._offline_decodes).append(r)
+        # Decodes whose promise is broken: those that run, and those that may wait.
+        self._lost: list[Running] = []
+        self._waiting_lost: list[Running] = []
         self._is_online_due = bool(self._prompts or view.waiting.num_online)
         self._step = StepShape()
-        self._all_decodes = StepShape()
+        self._rows = StepShape()
         self._most_ms = self._budget_ms = limits.max_step_ms
+        self._unpromised_ms = math.inf
         # What no promise can be kept below: a row alone.
         self._lone_ms = model.predict_ms(StepShape().with_decodes(1, 0))
+        self._tpot_ms = math.inf
         self._bound = Bound.WORK
         self._chunks: dict[str, int] = {}
         self._chosen: list[Running] = []
@@ -221,15 +237,18 @@ class _Planner:
         self._num_late = 0
         self._turn: Prompt | None = None
         self._num_blocks = 0
-        self._free_blocks = view.free_blocks
+        self._is_full = False
+        self._blocks_for_online = self._free_blocks = view.free_blocks
 
     # Online decodes.
 
     def run_online_decodes(self) -> None:
-        """All of them, unless some can spare a step that others cannot."""
+        """All whose promise can be kept, unless some can spare a step that others cannot."""
         if not self._decodes:
             return
-        self._step = self._all_decodes = _with_decodes(self._step, self._decodes)
+        self._part_lost()
+        self._step = _with_decodes(self._step, [*self._decodes, *self._lost])
+        self._rows = self._step
         decodes_ms = self._model.bound_ms(self._step)
         self._most_ms = self._budget_ms = max(self._limits.max_step_ms, LEAST_GROWTH * decodes_ms)
         binding_ms = self._binding_ms()
@@ -239,18 +258,41 @@ class _Planner:
         if self._model.is_reliable and decodes_ms > budget_ms:
             self._hold_spare(budget_ms)
         self._budget_ms = min(budget_ms, self._most_ms)
+        self._unpromised_ms = self._limits.target * self._unreserved_ms()
+
+    def _part_lost(self) -> None:
+        """Set those apart whose promise is broken; they wait for what others leave, for a while."""
+        now_s = self._view.now_s
+        lost = [
+            r
+            for r in self._decodes
+            if r.is_lost or (r.deadline_s - now_s) * 1e3 <= -LOST_TOKENS * r.tpot_ms
+        ]
+        if not lost:
+            return
+        gone = {r.request_id for r in lost}
+        self._decodes = [r for r in self._decodes if r.request_id not in gone]
+        for r in lost:
+            waits_until_s = r.last_token_s + LOST_SLOWDOWN * r.tpot_ms / 1e3
+            may_wait = self._model.is_reliable and now_s < waits_until_s
+            (self._waiting_lost if may_wait else self._lost).append(r)
 
     def _binding_ms(self) -> float | None:
-        """The least slack of those who can still be served as promised, or soon again."""
+        """The least slack of those whose promise this device can keep."""
         now_s, lone_ms = self._view.now_s, self._lone_ms
         return min(
-            [
-                slack_ms
-                for r in self._decodes
-                if (slack_ms := (r.deadline_s - now_s) * 1e3) > -LOST_TOKENS * r.tpot_ms
-                and r.tpot_ms >= lone_ms
-            ],
+            [(r.deadline_s - now_s) * 1e3 for r in self._decodes if r.tpot_ms >= lone_ms],
             default=None,
+        )
+
+    def _unreserved_ms(self) -> float:
+        """The least slack beyond one more TPOT, which is kept for a step that is slower than said.
+
+        Work without a promise would else use all credit up, and a last token have none.
+        """
+        now_s = self._view.now_s
+        return min(
+            [(r.deadline_s - now_s) * 1e3 - r.tpot_ms for r in self._decodes], default=math.inf
         )
 
     def _hold_spare(self, budget_ms: float) -> None:
@@ -272,59 +314,111 @@ class _Planner:
     # Online prompts.
 
     def run_online_prompts(self) -> None:
-        """By urgency, within the budget of time, tokens and rows."""
-        if not self._is_online_due:
-            return
+        """By urgency, within the budget of time, tokens and rows.
+
+        Decodes whose promise is broken come between the prompts that can be on time and the rest.
+        """
+        kept_ms = [r.tpot_ms for r in self._decodes if r.tpot_ms >= self._lone_ms]
+        self._tpot_ms = min(kept_ms, default=math.inf)
+        in_time, late = self._ranked(self._tpot_ms) if self._is_online_due else ([], [])
+        offline = (*self._offline_decodes, *self._offline_prompts)
+        self._blocks_for_online += sum(self._blocks(r.computed_tokens) for r in offline)
+        self._num_blocks += self._growth_of_decodes([*self._decodes, *self._lost])
+        self._count_rows(in_time)
+        goes_on = self._run_prompts(in_time)
+        self._run_waiting_lost()
+        self._count_rows(late)
+        if goes_on:
+            self._shorten_step()
+            self._run_prompts(late)
+        self._hold += [r for r in self._prompts if r.request_id not in self._chunks]
+
+    def _count_rows(self, prompts: Iterable[Prompt]) -> None:
+        """As the batch will be once those of `prompts` that have been started decode."""
+        for p in prompts:
+            if isinstance(p, Running):
+                self._rows = self._rows.with_decodes(1, p.computed_tokens + p.todo_tokens)
+
+    def _run_prompts(self, prompts: Iterable[Prompt]) -> bool:
+        """Give each what fits, in this order; whether more may follow."""
         num_places = self._limits.max_sequences - len(self._view.running)
         num_places += len(self._offline_decodes) + len(self._offline_prompts)
-        # As they will be once all have begun to decode.
-        rows = self._all_decodes
-        for r in self._prompts:
-            rows = rows.with_decodes(1, r.computed_tokens + r.todo_tokens)
-        kept_ms = [r.tpot_ms for r in self._decodes if r.tpot_ms >= self._lone_ms]
-        decodes_ms = tpot_ms = min(kept_ms, default=math.inf)
-        started = {r.request_id for r in self._prompts}
         num_refused = 0
-        for prompt in self._ranked(decodes_ms):
-            is_started = prompt.request_id in started
+        for prompt in prompts:
             must_run = prompt is self._turn or not self._step.num_tokens
-            if not is_started:
-                if num_places <= len(self._admitted):
+            if isinstance(prompt, Waiting):
+                self._is_full = (
+                    self._is_full or num_places <= len(self._admitted) or not self._has_room(prompt)
+                )
+                if self._is_full:
                     self._bound = Bound.MEMORY
                     continue
-                if not must_run and not self._may_join(rows, prompt, tpot_ms):
+                if not must_run and not self._may_join(prompt):
                     self._bound = Bound.BATCH
                     num_refused += 1
                     if num_refused == MAX_REFUSED:
-                        break
+                        return False
                     continue
             if not self._take_chunk(prompt, must_run=must_run):
-                break
-            if not is_started:
-                rows = rows.with_decodes(1, prompt.computed_tokens + prompt.todo_tokens)
-            tpot_ms = min(tpot_ms, self._keepable_ms(prompt))
-        self._hold += [r for r in self._prompts if r.request_id not in self._chunks]
+                return False
+            if isinstance(prompt, Waiting):
+                self._rows = self._rows.with_decodes(1, prompt.computed_tokens + prompt.todo_tokens)
+            self._tpot_ms = min(self._tpot_ms, self._keepable_ms(prompt))
+        return True
 
-    def _may_join(self, rows: StepShape, prompt: Prompt, tpot_ms: float) -> bool:
+    def _shorten_step(self) -> None:
+        """Let who comes meanwhile wait less for prompts that keep no promise."""
+        if not self._model.is_reliable:
+            return
+        most_ms = UNPROMISED_STEP * self._limits.max_step_ms
+        if self._step.num_tokens:
+            most_ms = max(most_ms, LEAST_GROWTH * self._model.bound_ms(self._step))
+        self._budget_ms = min(self._budget_ms, most_ms, self._unpromised_ms)
+
+    def _run_waiting_lost(self) -> None:
+        """Those that have waited longest, as many as what is kept allows."""
+        lost = sorted(self._waiting_lost, key=_LAST_TOKEN)
+        self._rows = _with_decodes(self._rows, lost)
+        is_bound = bool(self._decodes or self._chunks)
+        num = self._num_that_fit(lost, is_bound=is_bound)
+        self._step = _with_decodes(self._step, lost[:num])
+        if not is_bound:
+            least_ms = LEAST_GROWTH * self._model.bound_ms(self._step)
+            self._budget_ms = self._most_ms = max(self._most_ms, least_ms)
+        self._num_blocks += self._growth_of_decodes(lost[:num])
+        self._lost += lost[:num]
+        self._hold += lost[num:]
+
+    def _num_that_fit(self, decodes: Sequence[Running], *, is_bound: bool) -> int:
+        """How many of the first of `decodes` the step has room for, and time if it is bound."""
+        num_left = self._limits.max_tokens - self._step.num_tokens
+        num = min(len(decodes), num_left // max((r.todo_tokens for r in decodes), default=1))
+        if not num or not is_bound:
+            return num
+        context = max(r.computed_tokens for r in decodes)
+        budget_ms = min(self._budget_ms, self._unpromised_ms)
+        return self._model.decodes_within(self._step, budget_ms, num, context)
+
+    def _may_join(self, prompt: Prompt) -> bool:
         if not self._model.is_reliable:
             return True
-        joined = rows.with_decodes(1, prompt.computed_tokens + prompt.todo_tokens)
-        allowed_ms = self._limits.target * min(tpot_ms, self._keepable_ms(prompt))
+        joined = self._rows.with_decodes(1, prompt.computed_tokens + prompt.todo_tokens)
+        allowed_ms = self._limits.target * min(self._tpot_ms, self._keepable_ms(prompt))
         return self._model.bound_ms(joined) <= allowed_ms
 
     def _keepable_ms(self, prompt: Prompt) -> float:
         """Its TPOT; infinite if it would be missed even alone: then nobody is to wait for it."""
         return prompt.tpot_ms if prompt.tpot_ms >= self._lone_ms else math.inf
 
-    def _ranked(self, tpot_ms: float) -> Iterator[Prompt]:
-        """Online prompts, most urgent first; at most `MAX_CONSIDERED` of each kind.
+    def _ranked(self, tpot_ms: float) -> tuple[list[Prompt], list[Prompt]]:
+        """Online prompts that can all be on time, and others, each most urgent first.
+
+        At most `MAX_CONSIDERED` of each; the overdue one whose turn has come is the first of all.
 
         Args:
             tpot_ms: the tightest of the decodes that run.
         """
         turn = self._turn = self._overdue_turn()
-        if turn is not None:
-            yield turn
         now_s = self._view.now_s
         cost = _PromptCost(self._model, self._step)
         queued = self._view.waiting.sift(now_s, cost.least_s)
@@ -332,7 +426,7 @@ class _Planner:
         # Started prompts are numbered before all that wait.
         for number, p in enumerate(self._prompts, start=-len(self._prompts)):
             least_s = cost.least_s(p.todo_tokens, p.computed_tokens)
-            if now_s + least_s <= p.deadline_s:
+            if not p.is_lost and now_s + least_s <= p.deadline_s:
                 in_time.append((p.priority, p.deadline_s, least_s, number))
             else:
                 late.append((p.priority, least_s, least_s, number))
@@ -344,12 +438,15 @@ class _Planner:
         in_time.sort()
         share = self._share_of_prompts(tpot_ms)
         kept, dropped = _most_on_time(in_time[:MAX_CONSIDERED], now_s, share)
-        yield from (p for p in map(prompt_of, kept) if p is not turn)
         late += dropped
         late += queued.late(MAX_CONSIDERED)
         late.sort()
-        numbers = [number for *_, number in late[:MAX_CONSIDERED]]
-        yield from (p for p in map(prompt_of, numbers) if p is not turn)
+        turns: list[Prompt] = [] if turn is None else [turn]
+        first, rest = (
+            [prompt for *_, number in ranked if (prompt := prompt_of(number)) is not turn]
+            for ranked in (kept, late[:MAX_CONSIDERED])
+        )
+        return turns + first, rest
 
     def _overdue_turn(self) -> Prompt | None:
         """The request that has waited longest, if it is overdue and its turn has come."""
@@ -366,7 +463,7 @@ class _Planner:
         """Part of the time that decodes leave, if none of their credit is spent."""
         if tpot_ms == math.inf:
             return 1.0
-        used = self._model.bound_ms(self._step) / (self._limits.target * tpot_ms)
+        used = self._model.predict_ms(self._step) / (self._limits.target * tpot_ms)
         return max(0.05, 1.0 - used)
 
     def _take_chunk(self, prompt: Prompt, *, must_run: bool) -> bool:
@@ -377,6 +474,8 @@ class _Planner:
             return False
         most = min(prompt.todo_tokens, tokens_left)
         fits = self._fitting(prompt, most)
+        if self._would_take_more(prompt, fits):
+            return True
         least = min(MIN_CHUNK_TOKENS, prompt.todo_tokens)
         if fits < least:
             self._bound = self._why_short(fits, tokens_left)
@@ -395,6 +494,12 @@ class _Planner:
             return False
         self._keep_in_time(prompt)
         return True
+
+    def _would_take_more(self, prompt: Prompt, fits: int) -> bool:
+        """Whether vLLM, which serves who runs before who joins, would give it what is not its."""
+        if isinstance(prompt, Waiting) or not self._admitted:
+            return False
+        return fits < min(prompt.todo_tokens, max(self._chunks.values()))
 
     def _keep_in_time(self, prompt: Prompt) -> None:
         """Let what is added to a step in which `prompt` ends not make it late."""
@@ -425,13 +530,7 @@ class _Planner:
 
     def make_room(self) -> None:
         """Let offline requests give up the blocks and places that online ones lack."""
-        self._num_blocks += self._growth_of_decodes(self._decodes)
-        # vLLM lets a request join only if its whole prompt has room.
-        needed = self._num_blocks + sum(
-            self._blocks(w.todo_tokens + 1) - self._blocks(self._chunks[w.request_id])
-            for w in self._admitted
-        )
-        lacking_blocks = needed - self._view.free_blocks
+        lacking_blocks = self._blocks_needed() - self._view.free_blocks
         lacking_places = len(self._view.running) + len(self._admitted) - self._limits.max_sequences
         for victim in sorted(
             (*self._offline_decodes, *self._offline_prompts),
@@ -449,6 +548,24 @@ class _Planner:
             self._blocks(victim.computed_tokens) for victim in self._preempt
         )
 
+    def _blocks_needed(self) -> int:
+        """By the step so far; vLLM lets a request join only if its whole prompt has room."""
+        return self._num_blocks + sum(
+            self._blocks(w.todo_tokens + 1) - self._blocks(self._chunks[w.request_id])
+            for w in self._admitted
+        )
+
+    def _has_room(self, prompt: Waiting) -> bool:
+        """Whether it could join, if offline requests gave way; the first always may.
+
+        Without room it would be refused, and all that the plan left out for its sake have waited in
+        vain.  Nobody passes it: it would never find room.
+        """
+        if not self._view.running and not self._admitted:
+            return True
+        needed = self._blocks_needed() + self._blocks(prompt.todo_tokens + 1)
+        return needed <= self._blocks_for_online
+
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self._view.block_tokens)
 
@@ -464,21 +581,11 @@ class _Planner:
     # Offline.
 
     def run_offline_decodes(self) -> None:
-        """As many, oldest first, as keep the step well within its budget.
-
-        Offline work fills nearly every step to the edge, and any may bring an online request's
-        last token; so here the margin is doubled.
-        """
-        self._budget_ms *= self._model.caution
+        """As many, oldest first, as keep the step well within its budget."""
         decodes = sorted(self._offline_decodes, key=lambda r: (r.priority, r.arrival_s))
-        num_left = self._limits.max_tokens - self._step.num_tokens
-        num = min(len(decodes), num_left // max((r.todo_tokens for r in decodes), default=1))
-        if self._has_online():
-            if not self._model.is_reliable:
-                num = 0
-            elif num:
-                context = max(r.computed_tokens for r in decodes)
-                num = self._model.decodes_within(self._step, self._budget_ms, num, context)
+        num = 0
+        if self._model.is_reliable or not self._has_online():
+            num = self._num_that_fit(decodes, is_bound=self._has_online())
         self._step = _with_decodes(self._step, decodes[:num])
         self._num_blocks += self._growth_of_decodes(decodes[:num])
         self._offline_decodes = decodes[:num]
@@ -491,13 +598,15 @@ class _Planner:
         )
         if not self._is_online_due and (self._model.is_reliable or not self._has_online()):
             prompts += self._view.waiting.offline(MAX_CONSIDERED)
+            self._shorten_step()
             self._take_offline(prompts)
         self._hold += [r for r in self._offline_prompts if r.request_id not in self._chunks]
 
     def _take_offline(self, prompts: Sequence[Prompt]) -> None:
         num_places = self._limits.max_sequences - len(self._view.running)
         num_free = self._free_blocks - int(FREE_FOR_ONLINE * self._view.total_blocks)
-        rows = _with_decodes(StepShape(), [*self._decodes, *self._offline_decodes, *self._hold])
+        decodes = [*self._decodes, *self._lost, *self._offline_decodes, *self._hold]
+        rows = _with_decodes(StepShape(), decodes)
         for prompt in prompts:
             if isinstance(prompt, Waiting):
                 num_free -= self._blocks(prompt.todo_tokens)
@@ -517,7 +626,7 @@ class _Planner:
                 return
 
     def _has_online(self) -> bool:
-        return bool(self._decodes or self._is_online_due)
+        return bool(self._decodes or self._lost or self._is_online_due)
 
     # The end.
 
@@ -527,11 +636,11 @@ class _Planner:
         decodes = sorted(self._decodes, key=_DEADLINE)
         online = [r for r in self._chosen if r.is_online]
         offline = [r for r in self._chosen if not r.is_online]
-        offered = [*decodes, *self._offline_decodes, *online, *offline]
+        offered = [*decodes, *self._lost, *self._offline_decodes, *online, *offline]
         if self._num_blocks > self._free_blocks:
             # vLLM takes blocks from the last, and a held request could not give up its own.
-            offered = [*decodes, *online, *self._offline_decodes, *offline]
-            offered += sorted(hold, key=lambda r: (not r.is_online, r.deadline_s))
+            offered = [*decodes, *online, *self._lost, *self._offline_decodes, *offline]
+            offered += sorted(hold, key=lambda r: (not r.is_online, r.is_lost, r.deadline_s))
             hold = []
             self._bound = Bound.MEMORY
         elif not self._step.num_tokens:
@@ -553,18 +662,21 @@ class _Planner:
 
 
 class _PromptCost:
-    """What reading a prompt costs beside the decodes of now, linear in tokens and pairs."""
+    """What reading a prompt costs beside the decodes of now, linear in tokens and pairs.
+
+    As it is expected, without a margin: nobody is given up for a doubt.
+    """
 
     def __init__(self, model: StepModel, step: StepShape) -> None:
-        empty_ms = model.bound_ms(step)
-        self._pair_s = model.bound_ms(msgspec.structs.replace(step, prefill_pairs=10**6)) - empty_ms
-        self._pair_s /= 1e9
+        empty_ms = model.predict_ms(step)
+        pairs = msgspec.structs.replace(step, prefill_pairs=10**6)
+        self._pair_s = (model.predict_ms(pairs) - empty_ms) / 1e9
         chunk = msgspec.structs.replace(
             step,
             num_tokens=step.num_tokens + CAUTIOUS_CHUNK_TOKENS,
             prefill_tokens=CAUTIOUS_CHUNK_TOKENS,
         )
-        self._token_s = (model.bound_ms(chunk) - empty_ms) / CAUTIOUS_CHUNK_TOKENS / 1e3
+        self._token_s = (model.predict_ms(chunk) - empty_ms) / CAUTIOUS_CHUNK_TOKENS / 1e3
 
     def least_s(self, todo_tokens: Tokens, computed_tokens: Tokens) -> Tokens:
         """The least time that many tokens after so many computed ones take, in s."""
@@ -573,7 +685,7 @@ class _PromptCost:
 
 def _most_on_time(
     ranked: Sequence[Ranked], now_s: float, share: float
-) -> tuple[list[int], list[Ranked]]:
+) -> tuple[list[Ranked], list[Ranked]]:
     """Split prompts into those that can all be on time, and the rest ranked by the least time.
 
     Whenever one would be late, the longest so far is left out (of the lowest priority): Moore's
@@ -595,7 +707,7 @@ def _most_on_time(
             _, saved_s, longest = heapq.heappop(taken)
             end_s += saved_s
             dropped.add(longest)
-    kept = [index for place, (*_, index) in enumerate(ranked) if place not in dropped]
+    kept = [entry for place, entry in enumerate(ranked) if place not in dropped]
     rest = [ranked[place] for place in dropped]
     return kept, [(priority, least_s, least_s, index) for priority, _, least_s, index in rest]
 

@@ -216,12 +216,6 @@ class StepModel(msgspec.Struct, frozen=True, kw_only=True):
         """The duration that nine in ten stay below; what deadlines are planned with."""
         return self.predict_ms(step) * (1.0 + MARGIN_ERRORS * self.error)
 
-    @property
-    def caution(self) -> float:
-        """Part of a budget that is left where a second margin is kept."""
-        margin = MARGIN_ERRORS * self.error
-        return (1.0 + margin) / (1.0 + 2.0 * margin)
-
     def is_saturated(self, step: StepShape) -> bool:
         """Whether twice the rows would take about twice the time: a larger batch gains nothing."""
         twice = step.with_decodes(step.num_sequences, step.context_tokens)

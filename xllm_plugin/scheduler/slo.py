@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 from vllm.v1.core.sched.interface import PauseState
 
 from xllm_plugin.errors import ConfigError, PromiseError
+from xllm_plugin.scheduler.adapters import NO_ADAPTER, adapters_to_run
 from xllm_plugin.scheduler.config import SchedulerConfig
-from xllm_plugin.scheduler.plan import Limits, Plan, Running, View, make_plan
+from xllm_plugin.scheduler.plan import LOST_SLOWDOWN, Limits, Plan, Running, View, make_plan
 from xllm_plugin.scheduler.predictor import StepModel, StepShape, StepTimeLearner
 from xllm_plugin.scheduler.prior import prior_work
 from xllm_plugin.scheduler.promise import Promise, read_promise
@@ -44,9 +47,11 @@ __all__ = ["SloPolicy"]
 
 logger = logging.getLogger(__name__)
 
-STEP_SHARE_OF_TTFT: Final = 0.25
-"""A step with prompts in it takes at most this part of the default TTFT: who comes meanwhile has
-the rest."""
+STEP_SHARE_OF_TTFT: Final = 0.5
+"""A step with prompts in it takes at most this part of the tightest TTFT among the default and what
+was asked for of late, down to a fourth of the default: who comes meanwhile has the rest.  Where
+steps are scheduled ahead it waits for two, which share that part."""
+RECENT_REQUESTS: Final = 32
 LOADED_CHUNK_TOKENS: Final = 256
 """For requests whose KV a connector has loaded; plans do not see them."""
 MAX_EMPTY_STEPS: Final = 3
@@ -63,6 +68,7 @@ class Tracked:
         first_token_s: when its first token had come.
         num_given: output tokens that it came with (`resumed.py`).
         num_tokens: output tokens that it has, these included.
+        last_token_s: when the last of them came.
     """
 
     promise: Promise
@@ -71,6 +77,14 @@ class Tracked:
     first_token_s: float | None = None
     num_given: int = 0
     num_tokens: int = 0
+    last_token_s: float = -math.inf
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its promise is broken: its first token came too late."""
+        if self.first_token_s is None:
+            return False
+        return (self.first_token_s - self.arrival_s) * 1e3 > self.promise.ttft_ms
 
     def deadline_s(self, num_tokens: int, now_s: float) -> float:
         """When the token after `num_tokens` is due; some of those may still be in flight."""
@@ -134,10 +148,11 @@ class SloPolicy:
         self._scheduler = scheduler
         self._defaults = config.default_promise
         self._clock, self._wall_clock = clock, wall_clock
+        self._recent_ttft_ms = deque[float](maxlen=RECENT_REQUESTS)
         self._limits = Limits(
             max_sequences=scheduler.max_num_active_reqs,
             max_tokens=scheduler.max_num_scheduled_tokens,
-            max_step_ms=STEP_SHARE_OF_TTFT * config.ttft_ms,
+            max_step_ms=self._step_limit_ms(),
             target=config.target,
             max_wait_s=config.max_wait_s,
         )
@@ -170,9 +185,12 @@ class SloPolicy:
             tracked.arrival_s = arrival_s
             self._renew(request.request_id)
             return
+        promise = self._promise_of(request)
+        if promise.is_online:
+            self._limit_steps(promise.ttft_ms)
         num_given = len(resumed_tokens(request.sampling_params))
         self._requests[request.request_id] = Tracked(
-            self._promise_of(request),
+            promise,
             arrival_s,
             self._cached_tokens(request),
             num_given=num_given,
@@ -187,6 +205,19 @@ class SloPolicy:
         """Requests that were aborted."""
         for request in requests:
             self._requests.pop(request.request_id, None)
+
+    def _limit_steps(self, ttft_ms: float) -> None:
+        """Keep steps short enough for requests like those that came of late."""
+        self._recent_ttft_ms.append(ttft_ms)
+        limit_ms = self._step_limit_ms()
+        if limit_ms != self._limits.max_step_ms:
+            self._limits = msgspec.structs.replace(self._limits, max_step_ms=limit_ms)
+
+    def _step_limit_ms(self) -> float:
+        default_ms = self._defaults.ttft_ms
+        tightest_ms = max(default_ms / 4, min([default_ms, *self._recent_ttft_ms]))
+        num_steps = 2 if self._scheduler.scheduler_config.async_scheduling else 1
+        return STEP_SHARE_OF_TTFT * tightest_ms / num_steps
 
     def _promise_of(self, request: Request) -> Promise:
         defaults = replace(self._defaults, priority=request.priority)
@@ -213,9 +244,12 @@ class SloPolicy:
         began_s = self._began_s = self._clock()
         if self._may_not_plan():
             self._plan = None
-            yield
+            with self._unplanned():
+                yield
             return
-        plan = self._plan = make_plan(self._view(began_s), self._learner.model, self._limits)
+        view = self._view(self._begins_s(began_s))
+        plan = make_plan(view, self._learner.model, self._limits)
+        plan = self._plan = self._with_room_for_adapters(plan, view)
         held = self._take_out(plan)
         classes = Counter(self._requests[r.request_id].promise.service_class.value for r in held)
         self._metrics.record_plan(plan, classes, (self._clock() - began_s) * 1e3)
@@ -234,12 +268,64 @@ class SloPolicy:
             return True
         return self._scheduler.pause_state != PauseState.UNPAUSED
 
+    @contextlib.contextmanager
+    def _unplanned(self) -> Iterator[None]:
+        """Leave vLLM alone, but for adapters that one step has no room for."""
+        scheduler = self._scheduler
+        if scheduler.lora_config is None:
+            yield
+            return
+        running, most = scheduler.running, scheduler.max_num_active_reqs
+        arrival_s = {r.request_id: self._requests[r.request_id].arrival_s for r in running}
+        claims = [(_adapter_of(r), (False, arrival_s[r.request_id])) for r in running]
+        chosen = adapters_to_run(claims, scheduler.lora_config.max_loras)
+        held = [r for r in running if _adapter_of(r) not in chosen]
+        scheduler.running = [r for r in running if _adapter_of(r) in chosen]
+        scheduler.max_num_active_reqs = most - len(held)
+        try:
+            yield
+        finally:
+            scheduler.running += held
+            scheduler.max_num_active_reqs = most
+
+    def _with_room_for_adapters(self, plan: Plan, view: View) -> Plan:
+        """The plan without requests whose adapters the step has no room for; they are held."""
+        lora, requests = self._scheduler.lora_config, self._scheduler.requests
+        if lora is None:
+            return plan
+        adapter = {i: _adapter_of(requests[i]) for i in (*plan.order, *plan.admit)}
+        due = {r.request_id: _when_due(r) for r in view.running}
+        claims = [(adapter[i], due[i]) for i in plan.order]
+        if not self._num_empty_steps:  # else those to admit had no room: they wait for the others
+            waiting = {w.request_id: w for w in view.waiting}
+            claims += [(adapter[i], _when_due(waiting[i])) for i in plan.admit]
+        chosen = adapters_to_run(claims, lora.max_loras)
+        held = [i for i in plan.order if adapter[i] not in chosen]
+        return msgspec.structs.replace(
+            plan,
+            order=tuple(i for i in plan.order if adapter[i] in chosen),
+            hold=(*plan.hold, *held),
+            admit=tuple(i for i in plan.admit if adapter[i] in chosen),
+        )
+
+    def _begins_s(self, now_s: float) -> float:
+        """When the step that is planned now is to begin: after those that are under way."""
+        if not self._steps:
+            return now_s
+        steps = list(self._steps.values())
+        began_s = max(steps[0].began_s, self._ended_s)
+        return max(now_s, began_s + sum(step.predicted_ms for step in steps) / 1e3)
+
     def _view(self, now_s: float) -> View:
         scheduler = self._scheduler
         pool = scheduler.kv_cache_manager.block_pool
         # Each group of layers takes blocks of its own.
         num_groups = len(scheduler.kv_cache_config.kv_cache_groups)
-        running = [self._as_running(request, now_s) for request in scheduler.running]
+        running = [
+            self._as_running(request, now_s)
+            for request in scheduler.running
+            if not _ends_in_flight(request)
+        ]
         return View(
             now_s=now_s,
             running=[view for view in running if view.todo_tokens > 0],
@@ -266,6 +352,8 @@ class SloPolicy:
             computed,
             todo,
             todo > 1 + len(request.spec_token_ids),
+            is_lost=tracked.is_lost,
+            last_token_s=now_s if in_flight else tracked.last_token_s,
         )
 
     def _queue_of(self, waiting: Iterable[Request], now_s: float) -> WaitingQueue:
@@ -483,6 +571,7 @@ class SloPolicy:
                 due_s = tracked.deadline_s(tracked.num_tokens + num_new - 1, now_s)
                 self._metrics.record_slack((due_s - now_s) * 1e3, num_new)
             tracked.num_tokens += num_new
+            tracked.last_token_s = now_s
             if tracked.first_token_s is None:
                 tracked.first_token_s = now_s
         if output.finish_reason is not None:
@@ -547,3 +636,25 @@ class SloPolicy:
                     is_running and request.request_id in held,
                     (tracked.deadline_s(num_tokens, now_s) - now_s) * 1e3,
                 )
+
+
+def _ends_in_flight(request: Request) -> bool:
+    """Whether its last token is in flight: vLLM schedules it no more (as its `schedule` has it)."""
+    in_flight = request.num_output_placeholders
+    if not in_flight:
+        return False
+    num_known = request.num_computed_tokens + 2 - in_flight
+    return num_known >= request.num_prompt_tokens + request.max_tokens
+
+
+def _adapter_of(request: Request) -> int:
+    return NO_ADAPTER if request.lora_request is None else request.lora_request.lora_int_id
+
+
+def _when_due(view: Running | Waiting) -> tuple[bool, float]:
+    """Smaller is more urgent: online ones by when they are due, then offline ones by arrival."""
+    if not view.is_online:
+        return True, view.arrival_s
+    if isinstance(view, Running) and view.is_lost:
+        return False, view.last_token_s + LOST_SLOWDOWN * view.tpot_ms / 1e3
+    return False, view.deadline_s

@@ -3,12 +3,14 @@
 It runs `make_plan` on a simulated device, so that policies can be tested over hours of traffic in
 seconds.  What it keeps of vLLM's `schedule`: running requests before waiting ones, one token budget
 and one chunk limit, victims from the end of the running list, no admission in a step that
-preempted, whole prompts have to fit before a request joins.
+preempted, whole prompts have to fit before a request joins; and, where steps are scheduled ahead,
+that the next one is planned when the last one begins.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,7 +18,7 @@ from xllm_plugin.scheduler.plan import Limits, Plan, Running, View, Waiting, mak
 from xllm_plugin.scheduler.predictor import StepModel, StepShape, StepTimeLearner, Work
 from xllm_plugin.scheduler.waiting_queue import WaitingQueue
 
-__all__ = ["SimulatedEngine", "SimulatedRequest", "plan_fcfs"]
+__all__ = ["Policy", "SimulatedEngine", "SimulatedRequest", "plan_fcfs", "plan_shortest_first"]
 
 Policy = Callable[[View, StepModel, Limits], Plan]
 
@@ -34,14 +36,20 @@ class SimulatedRequest:
     is_online: bool = True
     priority: int = 0
     computed_tokens: int = 0
+    tokens_in_flight: int = 0
     num_blocks: int = 0
     num_preemptions: int = 0
     token_times_s: list[float] = field(default_factory=list)
 
     @property
     def todo_tokens(self) -> int:
-        """Tokens that are known and not computed."""
-        return self.prompt_tokens + len(self.token_times_s) - self.computed_tokens
+        """Tokens that are known or in flight, and not computed."""
+        return self.prompt_tokens + self.num_sampled - self.computed_tokens
+
+    @property
+    def num_sampled(self) -> int:
+        """Output tokens, those in flight included."""
+        return len(self.token_times_s) + self.tokens_in_flight
 
     @property
     def is_finished(self) -> bool:
@@ -49,11 +57,9 @@ class SimulatedRequest:
         return len(self.token_times_s) >= self.output_tokens
 
     @property
-    def deadline_s(self) -> float:
-        """When its next token is due."""
-        if not self.token_times_s:
-            return self.arrival_s + self.ttft_ms / 1e3
-        return self.token_times_s[0] + len(self.token_times_s) * self.tpot_ms / 1e3
+    def is_lost(self) -> bool:
+        """Whether its first token came too late."""
+        return bool(self.token_times_s) and self._ttft_ms() > self.ttft_ms
 
     @property
     def kept_promise(self) -> bool:
@@ -62,7 +68,33 @@ class SimulatedRequest:
             return False
         first_s, last_s = self.token_times_s[0], self.token_times_s[-1]
         mean_ms = (last_s - first_s) * 1e3 / max(1, len(self.token_times_s) - 1)
-        return (first_s - self.arrival_s) * 1e3 <= self.ttft_ms and mean_ms <= self.tpot_ms
+        return self._ttft_ms() <= self.ttft_ms and mean_ms <= self.tpot_ms
+
+    def deadline_s(self, now_s: float) -> float:
+        """When its next token that is not in flight is due."""
+        if not self.num_sampled:
+            return self.arrival_s + self.ttft_ms / 1e3
+        first_s = self.token_times_s[0] if self.token_times_s else now_s
+        return first_s + self.num_sampled * self.tpot_ms / 1e3
+
+    def _ttft_ms(self) -> float:
+        return (self.token_times_s[0] - self.arrival_s) * 1e3
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedStep:
+    """A step that was scheduled and has not ended."""
+
+    shape: StepShape
+    begins_s: float
+    duration_ms: float
+    sampling: tuple[tuple[SimulatedRequest, int], ...]
+    """Requests that get a token at its end, with how often each had been preempted by then."""
+
+    @property
+    def ends_s(self) -> float:
+        """On the clock of the engine."""
+        return self.begins_s + self.duration_ms / 1e3
 
 
 class SimulatedEngine:
@@ -75,6 +107,7 @@ class SimulatedEngine:
         limits: as of `make_plan`; the budgets that are asserted never to be exceeded.
         num_blocks: of the KV cache.
         block_tokens: tokens a block holds.
+        runs_ahead: whether a step is scheduled while the one before it runs.
     """
 
     def __init__(
@@ -86,9 +119,12 @@ class SimulatedEngine:
         policy: Policy = make_plan,
         num_blocks: int = 10_000,
         block_tokens: int = 16,
+        runs_ahead: bool = False,
     ) -> None:
         self._duration_ms = duration_ms
         self._policy = policy
+        self._num_ahead = int(runs_ahead)
+        self._open: deque[SimulatedStep] = deque()
         self.learner = StepTimeLearner(work)
         self.limits = limits
         self.num_blocks = num_blocks
@@ -113,11 +149,15 @@ class SimulatedEngine:
             self.waiting.remove(request)
 
     def view(self) -> View:
-        """What the policy sees."""
+        """What the policy sees, at the moment at which the step is expected to begin."""
+        model = self.learner.model
+        now_s = self.now_s
+        for step in self._open:
+            now_s = max(now_s, step.begins_s) + model.predict_ms(step.shape) / 1e3
         return View(
-            now_s=self.now_s,
-            running=[_as_running(r) for r in self.running],
-            waiting=WaitingQueue(_as_waiting(r) for r in self.waiting),
+            now_s=now_s,
+            running=[_as_running(r, now_s) for r in self._to_run()],
+            waiting=WaitingQueue(_as_waiting(r, now_s) for r in self.waiting),
             free_blocks=self.free_blocks,
             total_blocks=self.num_blocks,
             block_tokens=self.block_tokens,
@@ -125,7 +165,10 @@ class SimulatedEngine:
         )
 
     def step(self) -> dict[str, int]:
-        """Plan and run one step; tokens computed by request.  Empty if nothing could run."""
+        """Plan and schedule one step; tokens computed by request.
+
+        Ends the oldest step that is open, if as many are as may be; empty if nothing could run.
+        """
         plan = self._policy(self.view(), self.learner.model, self.limits)
         self.last_plan = plan
         self._check(plan)
@@ -134,10 +177,11 @@ class SimulatedEngine:
         assert len(self.running) <= self.limits.max_sequences
         if scheduled:
             shape = self._shape(scheduled)
-            duration_ms = self._duration_ms(shape)
-            self.learner.observe(shape, duration_ms)
-            self.now_s += duration_ms / 1e3
-            self._take_in(scheduled)
+            begins_s = self._open[-1].ends_s if self._open else self.now_s
+            sampling = self._advance(scheduled)
+            self._open.append(SimulatedStep(shape, begins_s, self._duration_ms(shape), sampling))
+        if self._open and (len(self._open) > self._num_ahead or not scheduled):
+            self._end(self._open.popleft())
         self.check_blocks()
         return scheduled
 
@@ -148,8 +192,12 @@ class SimulatedEngine:
         assert self.free_blocks >= 0
         assert not any(r.num_blocks for r in self.waiting)
 
+    def _to_run(self) -> list[SimulatedRequest]:
+        """Without those whose last token is in flight."""
+        return [r for r in self.running if r.num_sampled < r.output_tokens]
+
     def _check(self, plan: Plan) -> None:
-        running = {r.request_id for r in self.running}
+        running = {r.request_id for r in self._to_run()}
         named = [*plan.order, *plan.hold, *plan.preempt]
         assert len(named) == len(set(named)), "a running request is named twice"
         assert set(named) == running, "a running request is left out"
@@ -163,6 +211,8 @@ class SimulatedEngine:
             self._give_up(by_id[request_id])
         offered = [by_id[i] for i in plan.order]
         held = [by_id[i] for i in plan.hold]
+        named = {*plan.order, *plan.hold}
+        ending = [r for r in self.running if r.request_id not in named]
         self.running = offered
         scheduled: dict[str, int] = {}
         budget, has_preempted = plan.token_budget, False
@@ -184,8 +234,8 @@ class SimulatedEngine:
             budget -= num
             index += 1
         if not has_preempted:
-            self._admit(plan, by_id, scheduled, budget, len(held))
-        self.running += held
+            self._admit(plan, by_id, scheduled, budget, len(held) + len(ending))
+        self.running += held + ending
         return scheduled
 
     def _admit(
@@ -194,11 +244,11 @@ class SimulatedEngine:
         by_id: dict[str, SimulatedRequest],
         scheduled: dict[str, int],
         budget: int,
-        num_held: int,
+        num_beside: int,
     ) -> None:
         for request_id in plan.admit:
             request = by_id[request_id]
-            places = self.limits.max_sequences - num_held
+            places = self.limits.max_sequences - num_beside
             if budget <= 0 or len(self.running) >= places:
                 return
             if self._blocks(request.todo_tokens) > self.free_blocks:
@@ -223,12 +273,26 @@ class SimulatedEngine:
                 shape = shape.with_prefill(num, request.computed_tokens)
         return shape
 
-    def _take_in(self, scheduled: dict[str, int]) -> None:
-        for request in list(self.running):
+    def _advance(self, scheduled: dict[str, int]) -> tuple[tuple[SimulatedRequest, int], ...]:
+        """Count what a step computes; those whose known tokens it ends, and that get one more."""
+        sampling = []
+        for request in self.running:
             request.computed_tokens += scheduled.get(request.request_id, 0)
             if request.request_id in scheduled and not request.todo_tokens:
-                assert not request.is_finished, "a request is served twice"
-                request.token_times_s.append(self.now_s)
+                request.tokens_in_flight += 1
+                sampling.append((request, request.num_preemptions))
+        return tuple(sampling)
+
+    def _end(self, step: SimulatedStep) -> None:
+        """The clock goes to the end of a step, and its tokens are there."""
+        self.now_s = max(self.now_s, step.ends_s)
+        self.learner.observe(step.shape, step.duration_ms)
+        for request, num_preemptions in step.sampling:
+            if request not in self.running or request.num_preemptions != num_preemptions:
+                continue  # aborted or preempted meanwhile
+            assert not request.is_finished, "a request is served twice"
+            request.tokens_in_flight -= 1
+            request.token_times_s.append(self.now_s)
             if request.is_finished:
                 self.running.remove(request)
                 self._release(request)
@@ -245,7 +309,7 @@ class SimulatedEngine:
     def _give_up(self, request: SimulatedRequest) -> None:
         self.running.remove(request)
         self._release(request)
-        request.computed_tokens = 0
+        request.computed_tokens = request.tokens_in_flight = 0
         request.num_preemptions += 1
         self.waiting.insert(0, request)
 
@@ -259,14 +323,26 @@ class SimulatedEngine:
 
 def plan_fcfs(view: View, model: StepModel, limits: Limits) -> Plan:
     """vLLM's own order: decodes and started prompts, then arrivals, up to the token budget."""
+    del model
+    queue = sorted(view.waiting, key=lambda w: (not w.is_online, w.priority, w.arrival_s))
+    return _plan_in_order(view, queue, limits)
+
+
+def plan_shortest_first(view: View, model: StepModel, limits: Limits) -> Plan:
+    """vLLM's ``--scheduling-policy priority`` with a prompt's length for its priority."""
+    del model
+    queue = sorted(view.waiting, key=lambda w: (not w.is_online, w.todo_tokens, w.arrival_s))
+    return _plan_in_order(view, queue, limits)
+
+
+def _plan_in_order(view: View, queue: list[Waiting], limits: Limits) -> Plan:
     tokens = sum(r.todo_tokens for r in view.running)
     admit = []
-    for waiting in sorted(view.waiting, key=lambda w: (not w.is_online, w.priority, w.arrival_s)):
+    for waiting in queue:
         if tokens >= limits.max_tokens:
             break
         admit.append(waiting.request_id)
         tokens += waiting.todo_tokens
-    del model
     return Plan(
         order=tuple(r.request_id for r in view.running),
         admit=tuple(admit),
@@ -274,26 +350,28 @@ def plan_fcfs(view: View, model: StepModel, limits: Limits) -> Plan:
     )
 
 
-def _as_running(request: SimulatedRequest) -> Running:
+def _as_running(request: SimulatedRequest, now_s: float) -> Running:
+    times_s = request.token_times_s
     return Running(
         request.request_id,
         request.is_online,
-        request.deadline_s,
+        request.deadline_s(now_s),
         request.tpot_ms,
         request.arrival_s,
         request.priority,
         request.computed_tokens,
         request.todo_tokens,
         request.todo_tokens > 1,
+        is_lost=request.is_lost,
+        last_token_s=now_s if request.tokens_in_flight else times_s[-1] if times_s else -math.inf,
     )
 
 
-def _as_waiting(request: SimulatedRequest) -> Waiting:
-    assert math.isfinite(request.deadline_s)
+def _as_waiting(request: SimulatedRequest, now_s: float) -> Waiting:
     return Waiting(
         request.request_id,
         request.is_online,
-        request.deadline_s,
+        request.deadline_s(now_s),
         request.tpot_ms,
         request.arrival_s,
         request.priority,
