@@ -19,6 +19,7 @@ def measured(bench: ModuleType, between: float = 0.0, beside: float = 0.01) -> A
 
 
 @pytest.mark.engine
+@pytest.mark.full  # imports vLLM and computes, 10 s
 def test_all_forms_compute_the_same(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLLM_PLATFORM", "native")
     monkeypatch.setattr(bench, "WORKING_SET_BYTES", 2**21)
