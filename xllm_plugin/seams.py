@@ -570,7 +570,8 @@ SEAMS: tuple[Seam, ...] = (
         name="kv-cache-zeros",
         target="vllm.v1.worker.utils:allocate_kv_cache",
         why="it asks torch for one int8 tensor of zeros, which is replaced by fresh memory that "
-        "the kernel zeroes on first use.",
+        "the kernel zeroes on first use, or by an elastic range, in which layers may lie further "
+        "apart: it places them as each tensor says.",
         versions="0.32",
         upstream="vllm/v1/worker/utils.py",
         leaves_when="a platform can bring the KV cache's memory.",

@@ -321,7 +321,7 @@ def notes(num_pages: int) -> tuple[str, ...]:
 
 NOT_SHOWN = (
     "A GPU: the CUDA driver has not run on one yet. kvcached's figures are another machine's.",
-    "A running engine: nothing in a server uses the pool yet.",
+    "A running engine: see benchmarks/xtensor_step.",
     "Pages shared between processes, and a machine short of memory.",
 )
 

@@ -12,6 +12,7 @@ from xllm_plugin.bench.plots import (
     plot_burst,
     plot_curves,
     plot_latency_against_throughput,
+    plot_over_time,
 )
 
 
@@ -41,3 +42,10 @@ def test_curves_and_burst(tmp_path: Path) -> None:
     plot_burst(sides, burst_s=(1.0, 2.0), shown_s=(0.5, 4.0), title="Burst", path=burst)
     for path, height in ((curves, 528), (burst, 572)):
         assert struct.unpack(">II", path.read_bytes()[16:24]) == (1100, height)
+
+
+def test_lines_over_time(tmp_path: Path) -> None:
+    path = tmp_path / "time.png"
+    lines = {"live": [(0.0, 1.0), (0.5, 7.0)], "resident": [(0.0, 2.0), (0.5, 8.0)]}
+    plot_over_time(lines, y="MiB", title="Memory", path=path)
+    assert struct.unpack(">II", path.read_bytes()[16:24]) == (1100, 440)

@@ -15,12 +15,13 @@ from xllm_plugin.cpu.kv_cache import (  # noqa: E402
     ZeroOnFirstUse,
     elastic_memory,
 )
-from xllm_plugin.errors import ConfigError, InternalError  # noqa: E402
+from xllm_plugin.cpu.testkit import FaultyVmCalls  # noqa: E402
+from xllm_plugin.errors import InternalError, NotNowError  # noqa: E402
 from xllm_plugin.xtensor.config import XTensorConfig  # noqa: E402
 from xllm_plugin.xtensor.layout import Column, KVLayout  # noqa: E402
 from xllm_plugin.xtensor.messages import MemoryChange  # noqa: E402
 
-BLOCK = 3 * 2**14  # of which the largest power of two is 16 KiB
+BLOCK = 3 * 2**14  # of which the largest power of two is 16 KiB, and of two blocks 32 KiB
 NUM_BLOCKS = 20_000  # 1.8 GiB of addresses
 LAYOUT = KVLayout(NUM_BLOCKS, (Column(0, BLOCK), Column(NUM_BLOCKS * BLOCK, BLOCK)))
 
@@ -69,7 +70,7 @@ def test_an_elastic_buffer_has_the_memory_of_its_committed_slabs() -> None:
     before = rss_of_pages()
     config = XTensorConfig(slab_blocks=2, keep_idle_s=0.0)
     memory, driver = elastic_memory(LAYOUT, config)
-    assert driver.granularity_bytes == 2**14
+    assert driver.granularity_bytes == 2**15, "of a slab of two blocks"
     with ElasticBuffer(memory, driver):
         cache = torch.zeros(LAYOUT.num_bytes, dtype=torch.int8, device=torch.device("cpu"))
         assert torch.zeros(3, dtype=torch.int8).tolist() == [0, 0, 0]
@@ -96,6 +97,40 @@ def test_vllm_has_to_ask_for_the_buffer_once() -> None:
         torch.zeros(LAYOUT.num_bytes + 1, dtype=torch.int8, device="meta")
 
 
-def test_blocks_smaller_than_the_system_s_page_are_refused() -> None:
-    with pytest.raises(ConfigError, match="--block-size"):
-        elastic_memory(KVLayout(8, (Column(0, 3 * 2**10),)), XTensorConfig())
+def test_blocks_that_are_no_whole_pages_come_and_go_together() -> None:
+    """As those of latent attention; a column that would begin inside a page is moved."""
+    gc.collect()
+    before = rss_of_pages()
+    block, num_blocks = 18 * 2**10, 65
+    layout = KVLayout(num_blocks, (Column(0, block), Column(num_blocks * block, block)))
+    memory, driver = elastic_memory(layout, XTensorConfig(keep_idle_s=0.0))
+    placed = memory.range.layout
+    with ElasticBuffer(memory, driver):
+        cache = torch.zeros(placed.num_bytes, dtype=torch.int8)
+    layers = [
+        torch.as_strided(cache, (num_blocks, block), (block, 1), column.start_bytes)
+        for column in placed.columns
+    ]
+    assert (memory.range.num_slabs, memory.range.pages_per_slab) == (32, 18)
+    memory.apply(MemoryChange(budget_slabs=2, committed=(0, 31)))
+    for layer in layers:
+        layer[62:64] = 3
+    assert [int(layer[62:64].sum(dtype=torch.int64)) for layer in layers] == [6 * block] * 2
+    assert rss_of_pages() - before == 2 * 4 * block
+    memory.apply(MemoryChange(budget_slabs=2, released=(0, 31)))
+    memory.pool.maintain()
+    assert rss_of_pages() == before
+
+
+def test_a_kernel_that_takes_no_memory_back_is_told_of_and_the_cache_may_be_used() -> None:
+    calls = FaultyVmCalls()
+    with ZeroOnFirstUse() as made:
+        cache = torch.zeros(MIN_BYTES, dtype=torch.int8)
+    cache[:] = 1
+    calls.drop_fault.set(1)
+    with pytest.raises(NotNowError, match=r"KV cache's memory back.*/wake_up"):
+        made.drop(calls)
+    cache[5] = 7
+    assert cache[5] == 7
+    made.drop(calls)
+    assert not cache[:: MIN_BYTES // 8].any()

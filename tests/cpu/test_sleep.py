@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from xllm_plugin import shims  # noqa: E402
+from xllm_plugin.cpu.testkit import FaultyVmCalls  # noqa: E402
 from xllm_plugin.errors import InternalError, MisuseError, NotNowError  # noqa: E402
 
 pytestmark = pytest.mark.engine  # imports vLLM, some seconds
@@ -57,8 +58,8 @@ def make(runner: FakeRunner, tmp_path: Path) -> Any:
     from xllm_plugin.cpu.sleep import SleepMode
     from xllm_plugin.cpu.weight_memory import WeightMemory
 
-    def mode(directory: Path = tmp_path) -> Any:
-        return SleepMode(runner, WeightMemory(directory))
+    def mode(directory: Path = tmp_path, calls: Any = None) -> Any:
+        return SleepMode(runner, WeightMemory(directory, calls))
 
     return mode
 
@@ -137,3 +138,42 @@ def test_other_levels_are_refused(make: Any, level: int) -> None:
 def test_unknown_tags_are_refused(make: Any) -> None:
     with pytest.raises(MisuseError, match="weights, kv_cache or both"):
         make().wake_up(["graphs"])
+
+
+@pytest.mark.parametrize(("level", "loads"), [(1, []), (2, ["reload"])])
+def test_a_sleep_that_the_kernel_refuses_half_way_is_undone(
+    make: Any, runner: FakeRunner, level: int, loads: list[str]
+) -> None:
+    calls = FaultyVmCalls()
+    mode = make(calls=calls)
+    calls.drop_fault.set(1)
+    with pytest.raises(NotNowError, match="did not take the weights' memory"):
+        mode.sleep(level)
+    mode.check_awake(8)
+    assert runner.is_whole()
+    assert runner.asked == ["sleep", "wake", *loads]
+    mode.sleep(level)
+    mode.wake_up()
+    assert runner.is_whole()
+
+
+def test_a_sleep_that_could_not_be_undone_is_no_time_for_a_step_and_is_undone_by_the_next(
+    make: Any, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = FaultyVmCalls()
+    mode = make(calls=calls)
+    calls.drop_fault.set(1)
+
+    def unreachable() -> None:
+        raise NotNowError("the model's files are gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "reload_weights", unreachable)
+        with pytest.raises(NotNowError, match="files are gone"):
+            mode.sleep(2)
+    with pytest.raises(InternalError, match="8 tokens"):
+        mode.check_awake(8)
+    mode.sleep(1)
+    mode.wake_up()
+    assert runner.is_whole()
+    mode.check_awake(8)

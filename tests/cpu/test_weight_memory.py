@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 psutil = pytest.importorskip("psutil")
 
 from xllm_plugin import shims  # noqa: E402
+from xllm_plugin.cpu.testkit import FaultyVmCalls  # noqa: E402
 from xllm_plugin.errors import NotNowError  # noqa: E402
 
 pytestmark = pytest.mark.engine  # imports vLLM, some seconds
@@ -114,3 +115,54 @@ def test_pages_are_whole_and_of_the_weights_alone(weight_memory: Any) -> None:
     assert start <= run.address
     assert run.address + run.num_bytes <= start + 5 * PAGE
     assert run.num_bytes in {4 * PAGE, 5 * PAGE}
+
+
+def test_a_kernel_that_refuses_half_way_leaves_parked_weights_as_they_were(
+    weight_memory: Any, model: Any, tmp_path: Path
+) -> None:
+    calls = FaultyVmCalls()
+    memory = weight_memory.WeightMemory(tmp_path, calls)
+    expected = contents(model)
+    calls.drop_fault.set(2)
+    with pytest.raises(NotNowError, match=r"did not take the weights' memory.*/wake_up"):
+        memory.park(model)
+    assert not memory.is_away
+    assert not memory.is_kept
+    found = contents(model)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_what_cannot_be_read_back_either_is_away_and_kept(
+    weight_memory: Any, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = FaultyVmCalls()
+    memory = weight_memory.WeightMemory(tmp_path, calls)
+    expected, each = contents(model), weight_memory._each
+
+    def each_written(call: Any, run: Any) -> None:
+        if call.__name__ == "readinto":
+            raise OSError("a disk that is gone")
+        each(call, run)
+
+    calls.drop_fault.set(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_memory, "_each", each_written)
+        with pytest.raises(NotNowError, match="cannot be read back"):
+            memory.park(model)
+    assert memory.is_away
+    assert memory.is_kept
+    memory.restore()
+    found = contents(model)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_weights_that_were_dropped_before_the_kernel_refused_are_told_of(
+    weight_memory: Any, model: Any, tmp_path: Path
+) -> None:
+    calls = FaultyVmCalls()
+    memory = weight_memory.WeightMemory(tmp_path, calls)
+    calls.drop_fault.set(2)
+    with pytest.raises(NotNowError, match="did not take"):
+        memory.drop(model)
+    assert memory.is_away
+    assert not memory.is_kept

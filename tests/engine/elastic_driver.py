@@ -1,6 +1,7 @@
 """One tiny engine in this process, its KV cache elastic or not; what it answered, as JSON.
 
-``python elastic_driver.py MODEL`` with XLLM_XTENSOR__ENABLED; `test_elastic_memory` compares.
+``python elastic_driver.py MODEL [DTYPE BLOCK_TOKENS]`` with XLLM_XTENSOR__ENABLED;
+`test_elastic_memory` compares.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 import psutil
 from driving import greedy, report, scenarios, tiny_engine
 
-NUM_BLOCKS = 65
+BLOCK_TOKENS = 32
+NUM_BLOCKS = 65  # of so many tokens; an odd number
 PROMPTS = (
     "The sun rises in the",
     "Once upon a time there was a fox who",
@@ -29,8 +31,15 @@ def rss_of_pages() -> int:
 class Driver:
     """The scenarios; every method that does not start with an underscore is one."""
 
-    def __init__(self, model: str) -> None:
-        self._llm = tiny_engine(model, num_gpu_blocks_override=NUM_BLOCKS)
+    def __init__(self, model: str, dtype: str = "float32", block_tokens: str = "32") -> None:
+        self._scale = BLOCK_TOKENS // int(block_tokens)
+        self._llm = tiny_engine(
+            model,
+            dtype=dtype,
+            block_size=int(block_tokens),
+            num_gpu_blocks_override=NUM_BLOCKS * self._scale
+            | 1,  # odd, so that a column may begin inside a page
+        )
         core: Any = self._llm.llm_engine.engine_core
         self._core = core.engine_core
         self._scheduler = self._core.scheduler
@@ -45,9 +54,14 @@ class Driver:
         if self._cache is not None:
             self._cache._pool.check_integrity()
 
-    def _set_budget(self, num_blocks: int) -> None:
+    def _set_budget(self, num_blocks: int | None = None) -> None:
+        """So many blocks of `BLOCK_TOKENS`; None is all."""
         if self._cache is not None:
-            self._scheduler._memory.set_memory_budget(num_blocks * self._cache._layout.block_bytes)
+            section = self._cache.section()
+            num_bytes = section.num_slabs * section.slab_bytes
+            if num_blocks is not None:
+                num_bytes = num_blocks * self._scale * section.block_bytes
+            self._scheduler._memory.set_memory_budget(num_bytes)
 
     def _settle(self) -> Any:
         """Let the workers hear of everything; the section afterwards."""
@@ -73,7 +87,7 @@ class Driver:
         self._set_budget(20)
         found = self._generate([f"{i} {PROMPTS[i % 2]}" for i in range(8)], greedy(max_tokens=150))
         self.found_memory["preemptions"] = self._scheduler._telemetry.num_preemptions - before
-        self._set_budget(NUM_BLOCKS)
+        self._set_budget()
         self._check()
         return found
 
@@ -83,7 +97,7 @@ class Driver:
         for i in range(8):
             engine.add_request(str(i), f"{i} {PROMPTS[i % 4]}", greedy(max_tokens=100))
         finished = {}
-        budgets = {20: 18, 60: NUM_BLOCKS, 100: 25}
+        budgets = {20: 18, 60: None, 100: 25}
         step = 0
         while engine.has_unfinished_requests():
             if step in budgets:
@@ -91,12 +105,12 @@ class Driver:
             finished.update({o.request_id: o for o in engine.step() if o.finished})
             self._check()
             step += 1
-        self._set_budget(NUM_BLOCKS)
+        self._set_budget()
         return [list(finished[str(i)].outputs[0].token_ids) for i in range(8)]
 
     def _follow_memory(self) -> None:
         """Memory in this process is that of the blocks which requests use."""
-        block_bytes = self._cache._layout.block_bytes
+        slab_bytes = self._cache.section().slab_bytes
         self._llm.reset_prefix_cache()
         self._settle()
         pages = self._core.model_executor.driver_worker.worker.elastic_memory().pool
@@ -111,12 +125,12 @@ class Driver:
             engine.step()
             pages.maintain()
             section = self._cache.section()
-            live.append((section.num_resident_slabs * block_bytes, rss_of_pages()))
+            live.append((section.resident_bytes, rss_of_pages()))
         self._llm.reset_prefix_cache()
         section = self._settle()
         pages.maintain()
         self.found_memory |= {
-            "block_bytes": block_bytes,
+            "slab_bytes": slab_bytes,
             "idle_bytes": idle_bytes,
             "most_bytes": max(rss for _, rss in live),
             "is_rss_of_live_blocks": all(slabs == rss for slabs, rss in live),
@@ -126,7 +140,7 @@ class Driver:
 
 
 def main() -> None:
-    driver = Driver(sys.argv[1])
+    driver = Driver(*sys.argv[1:])
     found: dict[str, Any] = {name: getattr(driver, name)() for name in scenarios(driver)}
     if driver._cache is not None:
         driver._follow_memory()

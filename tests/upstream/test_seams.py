@@ -241,6 +241,8 @@ def test_generators_are_rewound_by_an_offset_that_a_cpu_s_lack() -> None:
 def test_kv_cache_is_one_tensor_of_zeros() -> None:
     source = vllm_source("v1", "worker", "utils.py")
     assert "buf = torch.zeros(buf_size, dtype=torch.int8, device=device)" in source
+    placed = "fixed_strides=(layer_stride, block_stride, None, None, None)"
+    assert placed in vllm_source("v1", "kv_cache_interface.py"), "layers lie where a tensor says"
 
 
 def test_cpu_worker_does_not_ask_for_amx() -> None:

@@ -42,6 +42,11 @@ PAGE = 4
 NUM_BLOCKS = 13
 BLOCK_BYTES = 3 * PAGE
 LAYOUT = KVLayout(NUM_BLOCKS, (Column(0, PAGE), Column(NUM_BLOCKS * PAGE, 2 * PAGE)))
+# As with latent attention: a block is a page and a half, and a slab has an even number of them.
+UNEVEN = KVLayout(
+    NUM_BLOCKS,
+    (Column(0, BLOCK_BYTES // 2), Column(NUM_BLOCKS * BLOCK_BYTES // 2, BLOCK_BYTES // 2)),
+).aligned(PAGE)
 CACHE_IDLE_S = 60.0
 
 
@@ -70,6 +75,7 @@ class Engine:
         budget_slabs: int,
         share: BudgetShare | None = None,
         clock: ManualClock | None = None,
+        layout: KVLayout = LAYOUT,
     ) -> None:
         shims.install()
         from vllm.v1.core.block_pool import BlockPool
@@ -78,6 +84,7 @@ class Engine:
         from xllm_plugin.xtensor.kv_cache import ElasticKvCache
 
         self.clock = clock or ManualClock()
+        self.layout = layout
         config = XTensorConfig(
             enabled=True, slab_blocks=slab_blocks, cache_idle_s=CACHE_IDLE_S, keep_idle_s=5.0
         )
@@ -87,14 +94,14 @@ class Engine:
         )
         self.pool = adopt_block_pool(vllm_pool, ledger, self.clock)
         self.cache = ElasticKvCache(
-            self.pool, LAYOUT, config, min_budget_slabs=1, share=share, clock=self.clock
+            self.pool, layout, config, min_budget_slabs=1, share=share, clock=self.clock
         )
         self.share = share
         num_bytes = NUM_BLOCKS * BLOCK_BYTES
         self.driver = FakeMemoryDriver(
             granularity_bytes=PAGE, capacity_pages=num_bytes // PAGE, finish_on_wait=True
         )
-        self.memory = ElasticMemory(self.driver, LAYOUT, config, clock=self.clock)
+        self.memory = ElasticMemory(self.driver, layout, slab_blocks, config, clock=self.clock)
         self.requests: list[FakeRequest] = []
         self.steps: deque[Step] = deque()
         self.writes: dict[int, int] = {}  # by the next step
@@ -159,11 +166,11 @@ class Engine:
             self.memory.settle()
         start = self.memory.range.start
         for block, stamp in step.writes.items():
-            for piece in LAYOUT.pieces(block, 1):
+            for piece in self.layout.pieces(block, 1):
                 self.driver.write(start + piece.start, bytes([stamp]) * len(piece))
         used = []
         for block, stamp in step.shows.items():
-            for piece in LAYOUT.pieces(block, 1):
+            for piece in self.layout.pieces(block, 1):
                 used += [start + at for at in piece[::PAGE]]
                 found = self.driver.read(start + piece.start, len(piece))
                 assert found == bytes([stamp]) * len(piece), f"block {block} has lost its contents"
@@ -200,10 +207,13 @@ class Engine:
 class ElasticMachine(RuleBasedStateMachine):
     """Requests keep what they wrote, whatever comes and goes around them."""
 
-    @initialize(slab_blocks=st.integers(1, 4), data=st.data())
-    def start(self, slab_blocks: int, data: st.DataObject) -> None:
+    @initialize(slab_blocks=st.integers(1, 4), is_uneven=st.booleans(), data=st.data())
+    def start(self, slab_blocks: int, is_uneven: bool, data: st.DataObject) -> None:
+        layout = UNEVEN if is_uneven else LAYOUT
+        slab_blocks *= layout.unit_blocks(PAGE)
         self.num_slabs = NUM_BLOCKS // slab_blocks
-        self.engine = Engine(slab_blocks, data.draw(st.integers(1, self.num_slabs)))
+        budget_slabs = data.draw(st.integers(1, self.num_slabs))
+        self.engine = Engine(slab_blocks, budget_slabs, layout=layout)
         self.is_asleep = False
 
     @rule()
@@ -492,6 +502,7 @@ def adopt(config: XTensorConfig, num_blocks: int = NUM_BLOCKS) -> Any:
         ),
         SimpleNamespace(model_config=SimpleNamespace(max_model_len=77)),
         config,
+        page_bytes=PAGE,
     )
 
 

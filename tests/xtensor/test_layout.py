@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.xtensor.config import XTensorConfig
-from xllm_plugin.xtensor.layout import MAX_MAPPINGS, Column, KVLayout, slab_blocks_of
+from xllm_plugin.xtensor.layout import MAX_MAPPINGS, Column, KVLayout, moved, slab_blocks_of
 
 
 @dataclass
@@ -84,7 +84,6 @@ def test_the_pieces_of_a_slab_are_the_bytes_of_its_blocks(
     found = [at for piece in layout.pieces(first, num) for at in piece]
     expected = set().union(*(cache.bytes_of(block) for block in range(first, first + num)))
     assert sorted(found) == sorted(expected)
-    assert all(not piece.start % layout.alignment_bytes for piece in layout.pieces(first, num))
 
 
 @given(caches)
@@ -106,7 +105,7 @@ def test_layers_of_different_sizes_are_columns_of_different_strides() -> None:
     small, large = Tensor(120, ["a", "b"], 20, 4), Tensor(120, ["c"], 80, 16, offset=40)
     layout = KVLayout.of_tensors(5, [small, large])
     assert layout.columns == (Column(0, 4), Column(20, 4), Column(40, 16))
-    assert (layout.block_bytes, layout.alignment_bytes) == (24, 4)
+    assert (layout.block_bytes, layout.unit_blocks(8)) == (24, 2)
 
 
 @pytest.mark.parametrize(
@@ -132,9 +131,88 @@ def test_blocks_that_are_not_there_are_an_error() -> None:
 def test_slabs_are_as_small_as_the_limit_on_mappings_allows() -> None:
     config = XTensorConfig()
     small, large = layers_outermost(30, 100, 4).layout(), layers_outermost(30, 3000, 4).layout()
-    assert slab_blocks_of(config, small) == 1
-    slab_blocks = slab_blocks_of(config, large)
+    assert slab_blocks_of(config, small, 4) == 1
+    slab_blocks = slab_blocks_of(config, large, 4)
     assert slab_blocks == 6
     assert 2 * 30 * -(-3000 // slab_blocks) <= MAX_MAPPINGS
-    assert slab_blocks_of(XTensorConfig(slab_blocks=5), small) == 5
-    assert slab_blocks_of(XTensorConfig(slab_blocks=500), small) == 100
+    assert slab_blocks_of(XTensorConfig(slab_blocks=5), small, 4) == 5
+    assert slab_blocks_of(XTensorConfig(slab_blocks=500), small, 4) == 100
+
+
+@given(caches, st.sampled_from([2, 4, 8, 16]), st.integers(0, 5))
+def test_slabs_are_whole_pages_of_their_own(
+    cache: Cache, page_bytes: int, wanted_blocks: int
+) -> None:
+    """Whatever a block's size and however many blocks there are."""
+    layout = cache.layout()
+    slab_blocks = slab_blocks_of(XTensorConfig(slab_blocks=wanted_blocks), layout, page_bytes)
+    page = layout.page_bytes(slab_blocks, 32)
+    assert page % page_bytes == 0
+    aligned = layout.aligned(page)
+    pieces = [
+        piece
+        for slab in range(cache.num_blocks // slab_blocks)
+        for piece in aligned.pieces(slab * slab_blocks, slab_blocks)
+    ]
+    assert all(piece.start % page == piece.stop % page == 0 for piece in pieces)
+    taken = [at for piece in pieces for at in piece]
+    assert len(taken) == len(set(taken))
+    assert aligned.block_bytes == layout.block_bytes
+
+
+@given(caches, st.sampled_from([2, 4, 8, 16]))
+def test_moved_tensors_have_their_blocks_where_the_layout_says(
+    cache: Cache, page_bytes: int
+) -> None:
+    layout = cache.layout()
+    aligned = layout.aligned(page_bytes)
+    elsewhere = replace(cache, tensors=moved(cache.tensors, layout, aligned))
+    for block in range(cache.num_blocks):
+        found = {at for piece in aligned.pieces(block, 1) for at in piece}
+        assert found == elsewhere.bytes_of(block)
+    assert {tensor.size for tensor in elsewhere.tensors} == {aligned.num_bytes}
+
+
+def test_latent_attention_has_two_blocks_a_slab_and_columns_apart() -> None:
+    """16 tokens of 576 elements of two bytes, and an odd number of blocks."""
+    cache = layers_outermost(3, 65, 18 * 1024)
+    layout = cache.layout()
+    slab_blocks = slab_blocks_of(XTensorConfig(), layout, 4096)
+    assert (slab_blocks, layout.page_bytes(slab_blocks, 2**21)) == (2, 4096)
+    aligned = layout.aligned(4096)
+    assert [column.start_bytes % 4096 for column in layout.columns] == [0, 2048, 0]
+    assert [column.start_bytes % 4096 for column in aligned.columns] == [0, 0, 0]
+    (tensor,) = moved(cache.tensors, layout, aligned)
+    assert (tensor.layer_stride, tensor.size) == (
+        65 * 18 * 1024 + 2048,
+        2 * (65 * 18 * 1024 + 2048) + 65 * 18 * 1024,
+    )
+
+
+def test_a_larger_slab_has_larger_pages() -> None:
+    layout = layers_outermost(2, 64, 3 * 2**14).layout()
+    assert [layout.page_bytes(blocks, 2**21) for blocks in (1, 2, 3, 64)] == [
+        2**14,
+        2**15,
+        2**14,
+        2**20,
+    ]
+
+
+def test_slabs_are_rounded_up_to_whole_pages_and_down_to_the_blocks_there_are() -> None:
+    layout = layers_outermost(2, 13, 6).layout()
+    wanted = (1, 2, 3, 12, 13)
+    found = [slab_blocks_of(XTensorConfig(slab_blocks=n), layout, 4) for n in wanted]
+    assert found == [2, 2, 4, 12, 12]
+    assert slab_blocks_of(XTensorConfig(), layout, 64) == 32, "more than there are: no slab at all"
+
+
+def test_layers_that_would_lie_at_several_distances_are_refused() -> None:
+    """Columns of one size move by the same; those of a tensor with others between may not."""
+    tensors = [Tensor(70, ["a", "b", "c"], 20, 4), Tensor(70, ["d"], 10, 2, offset=60)]
+    layout = KVLayout.of_tensors(5, tensors)
+    assert layout.columns[-1] == Column(60, 2)
+    moved(tensors, layout, layout.aligned(8))
+    uneven = KVLayout(5, (Column(0, 4), Column(24, 4), Column(56, 4), Column(80, 2)))
+    with pytest.raises(ConfigError, match=r"layers a and following.*xtensor\.enabled"):
+        moved(tensors, layout, uneven)

@@ -18,6 +18,7 @@ __all__ = [
     "plot_burst",
     "plot_curves",
     "plot_latency_against_throughput",
+    "plot_over_time",
 ]
 
 _MARKERS = "osD^vPX*"
@@ -93,6 +94,21 @@ def plot_curves(
             axis.set_xlim(left=0)
         axes[0].set_ylabel(labels.y)
         _legend(figure, axes)
+        figure.suptitle(title)
+
+
+def plot_over_time(
+    lines: Mapping[str, Sequence[tuple[float, float]]], *, y: str, title: str, path: Path
+) -> None:
+    """Write a PNG with one panel: a line a name, of points (seconds, y).
+
+    Raises `ImportError` without matplotlib.
+    """
+    with _drawing(path, panels=1, height=4.0) as (figure, (axis,)):
+        for name, points in lines.items():
+            axis.plot(*zip(*points, strict=True), linewidth=1.6, label=name)
+        axis.set(xlabel="time, s", ylabel=y, ylim=(0, None))
+        _legend(figure, [axis])
         figure.suptitle(title)
 
 

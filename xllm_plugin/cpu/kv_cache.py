@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from xllm_plugin.cpu.memory import PAGE_BYTES, CpuMemoryDriver
 from xllm_plugin.cpu.vm_calls import VmCalls
-from xllm_plugin.errors import ConfigError, InternalError
+from xllm_plugin.errors import InternalError, NotNowError
 from xllm_plugin.xtensor.config import XTensorConfig
-from xllm_plugin.xtensor.layout import KVLayout
+from xllm_plugin.xtensor.layout import KVLayout, slab_blocks_of
 from xllm_plugin.xtensor.memory import ElasticMemory
 
 __all__ = ["ElasticBuffer", "ZeroOnFirstUse", "elastic_memory"]
@@ -42,9 +42,19 @@ class ZeroOnFirstUse(TorchFunctionMode):
         self._made: list[torch.Tensor] = []
 
     def drop(self, calls: VmCalls) -> None:
-        """Give the memory of these tensors back to the system; they are zeros again."""
-        for tensor in self._made:
-            calls.drop(tensor.data_ptr(), -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+        """Give the memory of these tensors back to the system; they are zeros again.
+
+        Raises:
+            NotNowError: the kernel refused; the contents are lost, and the tensors may be used.
+        """
+        try:
+            for tensor in self._made:
+                calls.drop(tensor.data_ptr(), -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+        except OSError as error:
+            raise NotNowError(
+                f"the kernel did not take the KV cache's memory back: {error}. Try again. The "
+                "engine is paused; /wake_up resumes it."
+            ) from error
 
     def __torch_function__(
         self,
@@ -108,22 +118,16 @@ class ElasticBuffer(TorchFunctionMode):
 def elastic_memory(
     layout: KVLayout, config: XTensorConfig
 ) -> tuple[ElasticMemory, CpuMemoryDriver]:
-    """An elastic range for a KV buffer, of pages as large as its blocks allow.
+    """An elastic range for a KV buffer, of pages as large as its slabs allow.
 
-    Raises:
-        ConfigError: blocks are of no whole number of the system's pages.
+    The range has the layout's blocks in columns that begin with pages (`KVLayout.aligned`).
     """
-    page_bytes = min(layout.alignment_bytes, PAGE_BYTES)
-    if page_bytes < mmap.PAGESIZE:
-        raise ConfigError(
-            f"a KV block has pieces of {[column.stride_bytes for column in layout.columns][:4]} "
-            f"bytes, of which the largest unit is {page_bytes}; elastic memory needs multiples of "
-            f"{mmap.PAGESIZE}. Give a larger --block-size where the model allows (latent attention "
-            "does not), or set xtensor.enabled to false."
-        )
+    slab_blocks = slab_blocks_of(config, layout, mmap.PAGESIZE)
+    page_bytes = layout.page_bytes(slab_blocks, PAGE_BYTES)
+    layout = layout.aligned(page_bytes)
     num_bytes = -(-layout.num_bytes // page_bytes) * page_bytes
     driver = CpuMemoryDriver(page_bytes=page_bytes, capacity_bytes=num_bytes)
-    return ElasticMemory(driver, layout, config), driver
+    return ElasticMemory(driver, layout, slab_blocks, config), driver
 
 
 def untouched_zeros(num_bytes: int) -> torch.Tensor:

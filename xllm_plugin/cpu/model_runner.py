@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import mmap
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ from xllm_plugin.cpu.native.model import full_refusal, take_over
 from xllm_plugin.cpu.platform import native_refusal
 from xllm_plugin.cpu.vm_calls import VmCalls
 from xllm_plugin.worker.model_runner import XllmModelRunnerMixin
-from xllm_plugin.xtensor.layout import KVLayout
+from xllm_plugin.xtensor.layout import KVLayout, moved
 from xllm_plugin.xtensor.memory import ElasticMemory
 
 if TYPE_CHECKING:
@@ -51,27 +52,31 @@ class XllmCpuModelRunner(XllmModelRunnerMixin, CPUModelRunner):
         kv_cache_allocation_context: AbstractContextManager[Any] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Allocate the KV cache without writing to it; see vLLM's GPUModelRunner."""
-        with self._kv_buffer(kv_cache_config):
+        kv_buffer, kv_cache_config = self._kv_buffer(kv_cache_config)
+        with kv_buffer:
             return super().initialize_kv_cache_tensors(
                 kv_cache_config, kernel_block_sizes, kv_cache_allocation_context
             )
 
-    def _kv_buffer(self, kv_cache_config: KVCacheConfig) -> TorchFunctionMode:
+    def _kv_buffer(self, kv_cache_config: KVCacheConfig) -> tuple[TorchFunctionMode, KVCacheConfig]:
+        """What makes the buffer, and vLLM's tensors as they are placed in it."""
         config = load_config(self.vllm_config.additional_config).xtensor
         if not config.enabled or not kv_cache_config.kv_cache_tensors:
             can_sleep = self.model_config.enable_sleep_mode
             self._fixed_memory = ZeroOnFirstUse(mmap.PAGESIZE) if can_sleep else ZeroOnFirstUse()
-            return self._fixed_memory
+            return self._fixed_memory, kv_cache_config
         layout = KVLayout.of_tensors(kv_cache_config.num_blocks, kv_cache_config.kv_cache_tensors)
         self.elastic_memory, driver = elastic_memory(layout, config)
         self.elastic_memory.start()
-        return ElasticBuffer(self.elastic_memory, driver)
+        tensors = moved(kv_cache_config.kv_cache_tensors, layout, self.elastic_memory.range.layout)
+        placed = replace(kv_cache_config, kv_cache_tensors=list(tensors))
+        return ElasticBuffer(self.elastic_memory, driver), placed
 
     def sleep_kv_cache(self) -> None:
         """Give the KV cache's memory back to the system; every block's contents are lost.
 
         Raises:
-            PagesExhaustedError: see `ElasticMemory.sleep`.
+            NotNowError: see `ElasticMemory.sleep` and `ZeroOnFirstUse.drop`.
         """
         if self.elastic_memory is not None:
             self.elastic_memory.sleep()

@@ -92,7 +92,7 @@ class SleepMode:
         Raises:
             MisuseError: there is no such level, or the weights could not be loaded again.
             NotNowError: the weights cannot be written, or memory not be given back; nothing is away
-                that was not before.
+                that was not before, unless bringing it back failed as well (`check_awake`).
         """
         if level not in {1, 2}:
             raise MisuseError(f"level={level}: give 1 (weights kept in a file) or 2 (dropped).")
@@ -102,6 +102,7 @@ class SleepMode:
                 "at level 1. The engine is paused; /wake_up resumes it."
             )
         started_s = self._clock()
+        self._bring_weights_back()  # those that a sleep which failed has left away
         was_kv_away = self._is_kv_away
         self._drop_kv()
         dropped_s = self._clock()
@@ -111,6 +112,7 @@ class SleepMode:
         except XllmError:
             if not was_kv_away:
                 self._wake_kv()
+            self._bring_weights_back()
             raise
         logger.info(
             "xllm-plugin: asleep at level %d: KV cache away in %.0f ms, %.1f MiB of weights in "
@@ -147,10 +149,8 @@ class SleepMode:
         if not wanted <= {KV_CACHE, WEIGHTS}:
             raise MisuseError(f"tags={sorted(wanted)}: give {WEIGHTS}, {KV_CACHE} or both.")
         started_s = self._clock()
-        if WEIGHTS in wanted and self._weights.is_away:
-            if not self._weights.is_kept:
-                self._runner.reload_weights()
-            self._weights.restore()
+        if WEIGHTS in wanted:
+            self._bring_weights_back()
         restored_s = self._clock()
         if KV_CACHE in wanted and self._is_kv_away:
             self._wake_kv()
@@ -160,6 +160,12 @@ class SleepMode:
             1e3 * (restored_s - started_s),
             1e3 * (self._clock() - restored_s),
         )
+
+    def _bring_weights_back(self) -> None:
+        if self._weights.is_away:
+            if not self._weights.is_kept:
+                self._runner.reload_weights()
+            self._weights.restore()
 
     def _drop_kv(self) -> None:
         self._runner.sleep_kv_cache()

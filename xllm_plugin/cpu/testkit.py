@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 
 from xllm_plugin.cpu.memory import CpuMemoryDriver
@@ -25,6 +26,7 @@ class FaultyVmCalls(VmCalls):
     def __init__(self) -> None:
         super().__init__()
         self.map_fault = Countdown()
+        self.drop_fault = Countdown()
         self.can_move = True
         self.can_populate = True
 
@@ -40,6 +42,13 @@ class FaultyVmCalls(VmCalls):
             self.unmap(address, num_bytes)
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         super().show(address, num_bytes, file, offset_bytes)
+
+    def drop(self, address: int, num_bytes: int) -> None:
+        """Fail having dropped most of it, as madvise does when it meets pages that it may not."""
+        if self.drop_fault.fires():
+            super().drop(address, max(num_bytes - mmap.PAGESIZE, mmap.PAGESIZE))
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        super().drop(address, num_bytes)
 
     def populate(self, address: int, num_bytes: int) -> None:
         """Populate, unless this kernel cannot."""

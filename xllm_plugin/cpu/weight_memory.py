@@ -38,6 +38,9 @@ class PageRun(NamedTuple):
 class WeightMemory:
     """The memory of one model's weights, here or away.
 
+    If the kernel refuses to take memory back half-way, `is_away` says that some of it is gone;
+    `restore` brings that back, where the weights are kept.
+
     Args:
         directory: where `park` writes them, `sleep` in the cache of models by default; on a disk,
             for a file in memory would win nothing.
@@ -52,7 +55,7 @@ class WeightMemory:
 
     @property
     def is_away(self) -> bool:
-        """Whether weights are zeros at this moment."""
+        """Whether weights, all or some, are zeros at this moment."""
         return bool(self._away)
 
     @property
@@ -64,7 +67,8 @@ class WeightMemory:
         """Write the weights to a file and give their memory back; return how many bytes that is.
 
         Raises:
-            NotNowError: the file cannot be written; the weights are as they were.
+            NotNowError: the file cannot be written, or the kernel refused; the weights are as they
+                were, or else `is_away` and `is_kept` say how they are.
         """
         runs = whole_pages(weights_of(model))
         try:
@@ -75,12 +79,19 @@ class WeightMemory:
                 "set engine.sleep_dir to another directory, or sleep at level 2. The engine is "
                 "paused; /wake_up resumes it."
             ) from error
-        return self._drop(runs)
+        try:
+            return self._drop(runs)
+        except NotNowError:
+            self.restore()
+            raise
 
     def drop(self, model: torch.nn.Module) -> int:
         """Give the memory of weights back without keeping them; return how many bytes that is.
 
         Buffers stay: no checkpoint has them.
+
+        Raises:
+            NotNowError: the kernel refused, and what is gone by then has to be loaded again.
         """
         return self._drop(whole_pages(weights_of(model, with_buffers=False)))
 
@@ -117,9 +128,15 @@ class WeightMemory:
         return file
 
     def _drop(self, runs: tuple[PageRun, ...]) -> int:
-        for run in runs:
-            self._calls.drop(run.address, run.num_bytes)
-        self._away = runs
+        for number, run in enumerate(runs, start=1):
+            self._away = runs[:number]  # before the call: it may do a part of the run and then fail
+            try:
+                self._calls.drop(run.address, run.num_bytes)
+            except OSError as error:
+                raise NotNowError(
+                    f"the kernel did not take the weights' memory back: {error}. Try again, or "
+                    "restart the engine. The engine is paused; /wake_up resumes it."
+                ) from error
         return sum(run.num_bytes for run in runs)
 
 

@@ -36,7 +36,8 @@ class XTensorConfig(BaseModel):
 
     slab_blocks: int = Field(default=0, ge=0)
     """Consecutive blocks whose memory comes and goes together.  0: the fewest with which the
-    number of mappings stays within half of Linux's default limit."""
+    number of mappings stays within half of Linux's default limit.  Rounded up to whole pages of the
+    system, which matters where a block is none (latent attention: two blocks)."""
 
     cache_idle_s: float = Field(default=60.0, ge=0)
     """Cached blocks that no request has used for so long are dropped, when their whole slab is

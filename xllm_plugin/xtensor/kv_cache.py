@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -66,15 +67,24 @@ class ElasticKvCache:
         kv_cache_config: KVCacheConfig,
         vllm_config: VllmConfig,
         config: XTensorConfig,
+        *,
+        page_bytes: int = mmap.PAGESIZE,
     ) -> ElasticKvCache:
         """Make vLLM's KV cache manager, which nobody has used yet, an elastic one.
+
+        Args:
+            manager: vLLM's.
+            kv_cache_config: of the first rank.
+            vllm_config: of the engine.
+            config: the settings.
+            page_bytes: the workers' smallest page.
 
         Raises:
             ConfigError: the budget cannot hold one request of full length, or the cache's layout
                 cannot be taken apart; says what would do.
         """
         layout = KVLayout.of_tensors(kv_cache_config.num_blocks, kv_cache_config.kv_cache_tensors)
-        slab_blocks = slab_blocks_of(config, layout)
+        slab_blocks = slab_blocks_of(config, layout, page_bytes)
         num_blocks = full_request_blocks(kv_cache_config, vllm_config) + 1  # the null block
         num_slabs, needed = layout.num_blocks // slab_blocks, -(-num_blocks // slab_blocks)
         slab_bytes = slab_blocks * layout.block_bytes

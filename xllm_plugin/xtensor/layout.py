@@ -12,20 +12,27 @@ outermost there is a column a layer, with the blocks outermost a single one.  Th
 hybrid model lie over each other and share their columns.
 
 A *slab* is so many consecutive blocks, in all columns: the unit in which memory is given and taken
-back, as in the allocators that the word comes from.
+back, as in the allocators that the word comes from.  It is whole pages: where one block is not, a
+slab has several, and the columns are moved apart so that each begins with a page (`aligned`)::
+
+    pages   |     |     |     |     |     |     |     |     |     |     |
+    columns |   b0   |   b1   |   b2   |   b3   |   b4   |  |   b0   | ...
+    slabs   |       s0        |       s1        |  unused   |       s0
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.xtensor.config import XTensorConfig
 
-__all__ = ["Column", "KVLayout", "TensorPlacement", "slab_blocks_of"]
+__all__ = ["Column", "KVLayout", "TensorPlacement", "moved", "slab_blocks_of"]
 
 MAX_MAPPINGS = 32_768
 """At most so many mappings for a range; half of Linux's default for a process
@@ -33,13 +40,17 @@ MAX_MAPPINGS = 32_768
 
 
 class TensorPlacement(Protocol):
-    """What is read of vLLM's `KVCacheTensor`; sizes in bytes."""
+    """What is read of vLLM's `KVCacheTensor`, a dataclass; sizes in bytes."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     size: int
     layers: list[str]
     layer_stride: int
     block_stride: int
     offset: int
+
+
+PlacementT = TypeVar("PlacementT", bound=TensorPlacement)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -56,7 +67,7 @@ class KVLayout:
 
     Attributes:
         num_blocks: virtual blocks; there may be less memory than that.
-        columns: in order; they fill the buffer without a gap.
+        columns: in order.  As vLLM places them, they fill the buffer without a gap.
     """
 
     num_blocks: int
@@ -99,20 +110,41 @@ class KVLayout:
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole buffer."""
-        return self.num_blocks * self.block_bytes
-
-    @property
-    def alignment_bytes(self) -> int:
-        """The largest power of two that divides where every block of every column begins."""
-        unit = math.gcd(*(part for column in self.columns for part in _parts(column)))
-        return unit & -unit
+        """From the beginning of the first column to the end of the last."""
+        last = self.columns[-1]
+        return last.start_bytes + self.num_blocks * last.stride_bytes
 
     @property
     def min_slab_blocks(self) -> int:
         """The fewest blocks a slab may have so that the mappings of all slabs are not too many."""
         # A slab that is mapped between two that are not makes two mappings a column.
         return max(1, math.ceil(2 * len(self.columns) * self.num_blocks / MAX_MAPPINGS))
+
+    def unit_blocks(self, page_bytes: int) -> int:
+        """The fewest consecutive blocks that are whole pages in every column.
+
+        One, where a block is; two for latent attention on pages of 4 KiB, whose 16 tokens take
+        18 KiB a layer.
+        """
+        return math.lcm(
+            *(page_bytes // math.gcd(page_bytes, column.stride_bytes) for column in self.columns)
+        )
+
+    def page_bytes(self, slab_blocks: int, most_bytes: int) -> int:
+        """The largest page, a power of two up to `most_bytes`, of which slabs are whole numbers."""
+        return math.gcd(most_bytes, *(slab_blocks * column.stride_bytes for column in self.columns))
+
+    def aligned(self, page_bytes: int) -> KVLayout:
+        """The same columns, moved apart so that each begins with a page.
+
+        What lies between them is addresses; no block is there, and no page is needed.
+        """
+        columns, end = [], 0
+        for column in self.columns:
+            start = -(-end // page_bytes) * page_bytes
+            columns.append(Column(start, column.stride_bytes))
+            end = start + self.num_blocks * column.stride_bytes
+        return KVLayout(self.num_blocks, tuple(columns))
 
     def pieces(self, first_block: int, num_blocks: int) -> Iterator[range]:
         """Where consecutive blocks lie, as ranges of bytes, one a column.
@@ -129,10 +161,45 @@ class KVLayout:
             yield range(start, start + num_blocks * column.stride_bytes)
 
 
-def _parts(column: Column) -> tuple[int, int]:
-    return column.start_bytes, column.stride_bytes
+def slab_blocks_of(config: XTensorConfig, layout: KVLayout, page_bytes: int) -> int:
+    """How many blocks a slab has; the same on the scheduler's and on the worker's side.
+
+    Args:
+        config: the settings.
+        layout: of the KV buffer.
+        page_bytes: of the smallest page, of which a slab has to be a whole number.
+    """
+    unit = layout.unit_blocks(page_bytes)
+    wanted = config.slab_blocks or layout.min_slab_blocks
+    return max(unit, min(-(-wanted // unit), layout.num_blocks // unit) * unit)
 
 
-def slab_blocks_of(config: XTensorConfig, layout: KVLayout) -> int:
-    """How many blocks a slab has; the same on the scheduler's and on the worker's side."""
-    return min(config.slab_blocks or layout.min_slab_blocks, layout.num_blocks)
+def moved(
+    tensors: Iterable[PlacementT], before: KVLayout, after: KVLayout
+) -> tuple[PlacementT, ...]:
+    """vLLM's tensors, placed in the columns of another layout of the same blocks.
+
+    Raises:
+        ConfigError: a tensor's layers would no longer lie at one distance from each other.
+    """
+    return tuple(_moved(tensor, before, after) for tensor in tensors)
+
+
+def _moved(tensor: PlacementT, before: KVLayout, after: KVLayout) -> PlacementT:
+    places = []
+    for layer in range(len(tensor.layers)):
+        place = tensor.offset + layer * tensor.layer_stride
+        number = bisect_right(before.columns, place, key=_start_of) - 1
+        inside = place - before.columns[number].start_bytes
+        places.append(after.columns[number].start_bytes + inside)
+    strides = {end - start for start, end in pairwise(places)} or {tensor.layer_stride}
+    if len(strides) > 1:
+        raise ConfigError(
+            f"layers {tensor.layers[0]} and following cannot be moved to where pages begin, for "
+            "their KV blocks have different sizes; set xtensor.enabled to false."
+        )
+    return replace(tensor, size=after.num_bytes, offset=places[0], layer_stride=strides.pop())
+
+
+def _start_of(column: Column) -> int:
+    return column.start_bytes

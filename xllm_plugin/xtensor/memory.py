@@ -10,7 +10,7 @@ from xllm_plugin.accelerator.memory import MemoryDriver
 from xllm_plugin.errors import PagesExhaustedError
 from xllm_plugin.xtensor.config import XTensorConfig
 from xllm_plugin.xtensor.keeper import PoolKeeper
-from xllm_plugin.xtensor.layout import KVLayout, slab_blocks_of
+from xllm_plugin.xtensor.layout import KVLayout
 from xllm_plugin.xtensor.messages import MemoryChange, MemoryReport
 from xllm_plugin.xtensor.page import PageState
 from xllm_plugin.xtensor.page_pool import PagePool, PoolPolicy
@@ -26,6 +26,7 @@ class ElasticMemory:
     Args:
         driver: of the device; nobody else uses it.
         layout: of the KV buffer.
+        slab_blocks: blocks of a slab, by `slab_blocks_of`.
         config: the settings.
         clock: seconds, monotonic.
 
@@ -38,11 +39,11 @@ class ElasticMemory:
         self,
         driver: MemoryDriver,
         layout: KVLayout,
+        slab_blocks: int,
         config: XTensorConfig,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        slab_blocks = slab_blocks_of(config, layout)
         slab_pages = slab_blocks * layout.block_bytes // driver.granularity_bytes
         num_slabs = layout.num_blocks // slab_blocks
         policy = PoolPolicy(

@@ -24,8 +24,9 @@ from xllm_plugin.xtensor.messages import MemoryReport, PoolSection
 
 __all__ = ["RETURN_LOOK_S", "BudgetShare", "Demand", "PoolDemand", "join_pool"]
 
-LOOK_S = 0.5
-"""How often an idle engine looks whether another waits."""
+LOOK_S = 0.1
+"""How often an idle engine looks whether another waits, while it holds more than its minimum.
+Until then the other has only its own: 0.1 s are ten steps of a small model."""
 JOIN_LOOK_S = 0.1
 RETURN_LOOK_S = 0.05
 """How often workers are asked while memory is on its way back."""
