@@ -25,7 +25,7 @@ from xllm_plugin.testing.cann import find_emulator
 from xllm_plugin.testing.collect import Prompt, Settings, collect_in_child, read_prompts
 from xllm_plugin.testing.dialogues import read_metric
 from xllm_plugin.testing.equality import Completion, Report, Spread, check_near_ties, measure
-from xllm_plugin.testing.float32 import answers_in_float32
+from xllm_plugin.testing.float32 import InFloat32, answers_in_float32, without_expert_ties
 
 FOLDER = Path(__file__).resolve().parent
 PROMPTS = FOLDER.parent / "equality" / "data" / "prompts.jsonl"
@@ -43,9 +43,10 @@ PATIENCE_S = 3000.0
 
 NOTES = (
     (
-        "Reference: the CPU family in bfloat16, the same prompts. 'positions': over the text that "
-        "both sides share, up to and including a sequence's first other token; 'agree': those "
-        "with the same token."
+        "'positions': over the text that a run shares with transformers in float32, up to and "
+        "including a sequence's first other token; 'agree': those with the same token; 'margin': "
+        "how much likelier float32 held its own token, in nats; 'change': of log-probs. 'with the "
+        "CPU': the same against the CPU family in bfloat16."
     ),
     (
         "'offline, eager': an offline engine without graphs. 'served, graphs': `xllm serve`, steps "
@@ -53,11 +54,15 @@ NOTES = (
         "with prompts that its prefix cache knows. In all, prompts are computed in chunks."
     ),
     (
-        "Judged as near-ties (`xllm_plugin/testing/equality.py`) with the yardstick 'CPU, "
-        "bfloat16': how far the CPU family's bfloat16 is from transformers in float32. So a token "
-        "may differ where bfloat16 was seen to move the gap of two candidates by as much, not more "
-        "often than bfloat16 makes the CPU family differ, and log-probs drift at most three times "
-        "as far."
+        "Judged as near-ties (`xllm_plugin/testing/equality.py`) of float32, with 'CPU, bfloat16' "
+        "as the yardstick: a token may differ where bfloat16 moved the gap of two candidates by as "
+        "much on the CPU, not more often than there, and log-probs drift at most three times as "
+        "far."
+    ),
+    (
+        "'expert ties': sequences that part where a router's logits of the last expert chosen and "
+        "the first one not chosen are less than two steps of bfloat16 apart. They are cut before "
+        "that place: with another expert the log-probs are others."
     ),
 )
 NOT_SHOWN = (
@@ -106,7 +111,7 @@ Answers = Sequence[Completion]
 class Sides(Protocol):
     """Who is asked; each method gives one completion a prompt."""
 
-    def in_float32(self, case: Case) -> Answers:
+    def in_float32(self, case: Case) -> InFloat32:
         """Transformers on the host."""
 
     def on_cpu(self, case: Case) -> Answers:
@@ -121,29 +126,43 @@ class Sides(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One run of one model.  `report` is None for the yardstick, which nobody judges."""
+    """One run of one model.
+
+    Attributes:
+        case: the model.
+        run: which.
+        spread: from float32.
+        num_expert_ties: sequences that part from float32 where experts tie; not in `spread`.
+        against_cpu: from the CPU family; None for the CPU family itself.
+        report: the judgement; None for the yardstick, which nobody judges.
+    """
 
     case: Case
     run: str
     spread: Spread
+    num_expert_ties: int
+    against_cpu: Spread | None = None
     report: Report | None = None
 
 
 def run_case(case: Case, sides: Sides) -> list[Outcome]:
     """Ask all sides in turn, and judge those of the NPU family."""
-    cpu = sides.on_cpu(case)
-    noise = measure(sides.in_float32(case), cpu)
+    truth, cpu = sides.in_float32(case), sides.on_cpu(case)
     served, cached = sides.served(case)
+    expected, found, num_ties = without_expert_ties(truth, cpu)
+    noise = measure(expected, found)
+    outcomes = [Outcome(case, "CPU, bfloat16", noise, num_ties)]
     runs = {
         "offline, eager": sides.offline(case),
         "served, graphs": served,
         "served, cached": cached,
     }
-    reports = {run: check_near_ties(cpu, answers, noise) for run, answers in runs.items()}
-    return [
-        Outcome(case, "CPU, bfloat16", noise),
-        *(Outcome(case, run, report.spread, report) for run, report in reports.items()),
-    ]
+    for run, answers in runs.items():
+        expected, found, num_ties = without_expert_ties(truth, answers)
+        report = check_near_ties(expected, found, noise)
+        against_cpu = measure(cpu, answers)
+        outcomes.append(Outcome(case, run, report.spread, num_ties, against_cpu, report))
+    return outcomes
 
 
 class RealSides:
@@ -158,7 +177,7 @@ class RealSides:
         self._device = {**device, "XLLM_DEVICE": "npu"}
         self._folder = folder
 
-    def in_float32(self, case: Case) -> Answers:
+    def in_float32(self, case: Case) -> InFloat32:
         """See `Sides`."""
         return answers_in_float32(
             prepare(case.model),
@@ -302,16 +321,22 @@ def row(outcome: Outcome) -> Row:
         "run": outcome.run,
         "verdict": verdict,
     }
-    return Row(
-        labels=labels,
-        figures=(
-            Figure.of("positions", "", [spread.num_tokens]),
-            Figure.of("agree", "", [spread.num_tokens - spread.num_differing]),
-            Figure.of("largest margin", "nats", [spread.max_margin]),
-            Figure.of("mean log-prob change", "nats", [spread.mean_abs_logprob_difference]),
-            Figure.of("max log-prob change", "nats", [spread.max_abs_logprob_difference]),
-        ),
-    )
+    figures = [
+        Figure.of("positions", "", [spread.num_tokens]),
+        Figure.of("agree", "", [spread.num_tokens - spread.num_differing]),
+        Figure.of("expert ties", "", [outcome.num_expert_ties]),
+        Figure.of("largest margin", "nats", [spread.max_margin]),
+        Figure.of("mean change", "nats", [spread.mean_abs_logprob_difference]),
+        Figure.of("max change", "nats", [spread.max_abs_logprob_difference]),
+    ]
+    if (cpu := outcome.against_cpu) is not None:
+        figures += [
+            Figure.of("positions with the CPU", "", [cpu.num_tokens]),
+            Figure.of("agree with the CPU", "", [cpu.num_tokens - cpu.num_differing]),
+            Figure.of("mean change to the CPU", "nats", [cpu.mean_abs_logprob_difference]),
+            Figure.of("max change to the CPU", "nats", [cpu.max_abs_logprob_difference]),
+        ]
+    return Row(labels=labels, figures=tuple(figures))
 
 
 def check(outcome: Outcome, report: Report) -> Check:

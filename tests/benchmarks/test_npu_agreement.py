@@ -16,6 +16,7 @@ import pytest
 from xllm_plugin.bench import readme, schema
 from xllm_plugin.testing.cann import Emulator
 from xllm_plugin.testing.equality import Completion, Verdict
+from xllm_plugin.testing.float32 import InFloat32, without_expert_ties
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "npu_agreement"
 
@@ -38,11 +39,11 @@ class MadeUp:
     def __init__(self, npu: Sequence[Completion]) -> None:
         self.npu = npu
 
-    def in_float32(self, case: Any) -> Sequence[Completion]:
-        return completions(flips=1, shift=0.25)
+    def in_float32(self, case: Any) -> InFloat32:
+        return InFloat32(tuple(completions()), {})
 
     def on_cpu(self, case: Any) -> Sequence[Completion]:
-        return completions()
+        return completions(flips=1, shift=0.25)
 
     def offline(self, case: Any) -> Sequence[Completion]:
         return self.npu
@@ -65,15 +66,29 @@ def test_bfloat16_may_decide_as_often_as_it_does_on_the_cpu(bench: ModuleType) -
 
 
 @pytest.mark.parametrize(
-    "npu", [completions(flips=1, gap=1.4), completions(shift=0.9)], ids=["token", "drift"]
+    ("npu", "gap"), [(completions(flips=1, gap=1.4), 1.4), (completions(shift=0.9), 0.25)]
 )
-def test_more_than_rounding_fails(bench: ModuleType, npu: list[Completion]) -> None:
-    reference = completions(gap=1.4) if npu[0].token_ids[-1] == 2 else completions()
+def test_more_than_rounding_fails(bench: ModuleType, npu: list[Completion], gap: float) -> None:
     sides = MadeUp(npu)
-    sides.on_cpu = lambda case: reference  # type: ignore[method-assign]
+    sides.in_float32 = lambda case: InFloat32(  # type: ignore[method-assign]
+        tuple(completions(gap=gap)), {}
+    )
+    sides.on_cpu = lambda case: completions(gap=gap, shift=0.25)  # type: ignore[method-assign]
     found = {one.run: one for one in bench.run_case(bench.CASES[0], sides)}
     outcome = found["offline, eager"]
     assert not bench.check(outcome, outcome.report).passed
+
+
+def test_a_sequence_is_cut_where_experts_tie_and_nowhere_else() -> None:
+    truth = completions(gap=9.0)
+    flipped = completions(flips=2, gap=9.0)
+    reference = InFloat32(tuple(truth), {"p0": frozenset({15}), "p1": frozenset({3})})
+    expected, found, num_cut = without_expert_ties(reference, flipped)
+    assert num_cut == 1
+    assert [len(one.token_ids) for one in expected[:3]] == [15, 16, 16]
+    assert [one.token_ids for one in expected] == [
+        one.token_ids if at != 1 else truth[1].token_ids for at, one in enumerate(found)
+    ]
 
 
 def test_a_chats_log_probs_become_a_completion(bench: ModuleType) -> None:
@@ -96,7 +111,7 @@ def test_the_table_can_be_rendered(bench: ModuleType) -> None:
         checks=[bench.check(one, one.report) for one in found if one.report is not None],
     )
     assert result.passed
-    assert "| tiny-llama | dense | served, graphs | token-equal | 128 | 128 |" in readme.render(
+    assert "| tiny-llama | dense | served, graphs | token-equal | 128 | 128 | 0 |" in readme.render(
         result
     )
 
