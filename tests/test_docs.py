@@ -58,3 +58,11 @@ def test_links_between_documents_lead_somewhere() -> None:
     for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", read(name)):
             assert (ROOT / target).exists(), f"{name} -> {target}"
+
+
+def test_the_comparison_has_the_number_of_lines_of_the_npu_family() -> None:
+    files = (ROOT / "xllm_plugin" / "npu").rglob("*.py")
+    num_lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+    rows = read("README.md").splitlines()
+    (row,) = [row for row in rows if row.startswith("| lines of Python for the device")]
+    assert f"| about {round(num_lines, -2):,} |" in row

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -27,6 +27,7 @@ class Process(StrEnum):
     SERVER = "API server"
     ENGINE = "engine"
     WORKER = "worker"
+    NPU_WORKER = "worker of the NPU family"
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +269,98 @@ def _engine_is_stopped_on_a_thread() -> None:
     if "run_in_executor" not in source or "engine_client.shutdown" not in source:
         raise AttributeError("serve_http no longer stops the engine client on a thread")
     _attribute("vllm.v1.engine.async_llm:AsyncLLM.get_num_unfinished_requests")
+
+
+def _a_worker_takes_another_device() -> None:
+    worker = _attribute("vllm.v1.worker.gpu_worker:Worker")
+    expected = {
+        "init_device": (
+            "init_worker_distributed_environment",
+            "set_random_seed",
+            "MemorySnapshot",
+            "request_memory",
+            "init_snapshot",
+            "requested_memory",
+            "_init_workspace_and_model_runner",
+        ),
+        "_init_workspace_and_model_runner": ("_make_model_runner",),
+        "determine_available_memory": ("init_snapshot", "requested_memory"),
+        "load_model": ("_maybe_get_memory_pool_context",),
+    }
+    _expect_names(worker, expected)
+    _expect_parameters(
+        "vllm.v1.worker.utils:request_memory", ("init_snapshot", "cache_config"), first=0
+    )
+    _expect_parameters(
+        "vllm.v1.worker.gpu_worker:init_worker_distributed_environment",
+        ("vllm_config", "rank", "distributed_init_method", "local_rank", "backend"),
+        first=0,
+    )
+
+
+def _a_runner_gives_its_step_away() -> None:
+    runner = _attribute("vllm.v1.worker.gpu_model_runner:GPUModelRunner")
+    expected = {
+        "__init__": ("async_scheduling", "attn_groups", "max_num_reqs"),
+        "execute_model": ("_model_forward",),
+    }
+    _expect_names(runner, expected)
+    _expect_parameters(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward",
+        ("input_ids", "positions", "intermediate_tensors", "inputs_embeds", "model_kwargs"),
+    )
+    table = _attribute("vllm.v1.worker.block_table:BlockTable")
+    _expect_names(table, {"__init__": ("block_size", "block_table", "slot_mapping")})
+    _attribute("vllm.v1.worker.block_table:BlockTable.get_device_tensor")
+    fields = _attribute("vllm.v1.attention.backend:CommonAttentionMetadata").__dataclass_fields__
+    for name in ("query_start_loc_cpu", "seq_lens_cpu_upper_bound", "block_table_tensor"):
+        if name not in fields:
+            raise AttributeError(f"CommonAttentionMetadata has no {name}")
+
+
+def _latent_attention_is_split_by_its_layer() -> None:
+    layer = _attribute("vllm.model_executor.layers.attention.mla_attention:MLAAttention")
+    read = ("forward_mha", "forward_mqa", "num_actual_tokens", "num_decode_tokens")
+    _expect_names(layer, {"forward_impl": read})
+    impl = "vllm.v1.attention.backend:MLAAttentionImpl"
+    step = ("kv_c_and_k_pe_cache", "attn_metadata")
+    _expect_parameters(f"{impl}.forward_mqa", ("q", *step, "layer"))
+    _expect_parameters(
+        f"{impl}.forward_mha",
+        ("q", "kv_c_normed", "k_pe", *step, "k_scale", "output", "output_scale"),
+    )
+    _expect_parameters(
+        f"{impl}.do_kv_cache_update",
+        ("kv_c_normed", "k_pe", "kv_cache", "slot_mapping", "kv_cache_dtype", "k_scale"),
+    )
+
+
+def _experts_may_choose_themselves() -> None:
+    layer = _attribute("vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts")
+    _expect_names(layer, {"forward_monolithic": ("quant_method", "apply_monolithic")})
+    method = "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method"
+    _expect_parameters(
+        f"{method}:UnquantizedFusedMoEMethod.apply_monolithic",
+        ("layer", "x", "router_logits", "input_ids"),
+    )
+
+
+def _expect_names(owner: Any, expected: Mapping[str, Sequence[str]]) -> None:
+    """Each method, as it was written, still names these functions and attributes."""
+    for method, names in expected.items():
+        used = inspect.unwrap(getattr(owner, method)).__code__.co_names
+        missing = set(names) - set(used)
+        if missing:
+            raise AttributeError(
+                f"{owner.__name__}.{method} no longer uses {', '.join(sorted(missing))}"
+            )
+
+
+def _expect_parameters(path: str, names: Sequence[str], *, first: int = 1) -> None:
+    """A function's parameters from `first` on, which is 1 for methods, still begin so."""
+    found = tuple(inspect.signature(_attribute(path)).parameters)[first:]
+    if found[: len(names)] != tuple(names):
+        raise TypeError(f"{path.rpartition(':')[2]} takes {', '.join(found)}")
 
 
 def _always() -> None:
@@ -664,5 +757,63 @@ SEAMS: tuple[Seam, ...] = (
             "vllm.v1.worker.gpu_input_batch:InputBatch.remove_request",
             "vllm.v1.worker.gpu_input_batch:InputBatch.update_req_spec_token_ids",
         ),
+    ),
+    Seam(
+        name="npu-worker-device",
+        target="vllm.v1.worker.gpu_worker:Worker.init_device",
+        why='it takes a device by the name "cuda" alone, so ours takes an NPU, measures its memory '
+        "and hands over to the methods after it; two of them, _make_model_runner and "
+        "_maybe_get_memory_pool_context, are ours.",
+        versions="0.32",
+        upstream="vllm/v1/worker/gpu_worker.py",
+        leaves_when="vLLM's worker takes the device that its platform names.",
+        process=Process.NPU_WORKER,
+        fits=_a_worker_takes_another_device,
+    ),
+    Seam(
+        name="npu-runner-streams",
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.use_async_scheduling",
+        why="vLLM's V1 runner makes streams and events of torch.cuda where steps are scheduled "
+        "ahead; the family schedules step by step, so that they are never made.",
+        versions="0.32",
+        upstream="vllm/v1/worker/gpu_model_runner.py",
+        leaves_when="the runner asks torch.accelerator, or the family extends vLLM's V2 runner.",
+        process=Process.NPU_WORKER,
+        fits=_a_runner_gives_its_step_away,
+    ),
+    Seam(
+        name="npu-graph-step",
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward",
+        why="a step of one-token requests is replayed as one graph there, from copies of the "
+        "runner's block table and slots, which have no public reader.",
+        versions="0.32",
+        upstream="vllm/v1/worker/gpu_model_runner.py, vllm/v1/worker/block_table.py",
+        leaves_when="a platform's graph wrapper is given a step's lengths, and may decline it.",
+        process=Process.NPU_WORKER,
+        fits=_a_runner_gives_its_step_away,
+    ),
+    Seam(
+        name="npu-latent-attention",
+        target="vllm.model_executor.layers.attention.mla_attention:MLAAttention.forward_impl",
+        why="vLLM's layer of latent attention splits a step by fields of the backend's own "
+        "metadata and calls the two halves of its implementation, whose arguments no base class "
+        "promises.",
+        versions="0.32",
+        upstream="vllm/model_executor/layers/attention/mla_attention.py",
+        leaves_when="vLLM documents what it reads of a latent backend's metadata.",
+        process=Process.NPU_WORKER,
+        fits=_latent_attention_is_split_by_its_layer,
+    ),
+    Seam(
+        name="npu-experts",
+        target="vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts."
+        "forward_monolithic",
+        why="vLLM's router calls kernels that only CUDA has; a method that is monolithic is given "
+        "the logits instead, and chooses experts itself.",
+        versions="0.32",
+        upstream="vllm/model_executor/layers/fused_moe/runner/moe_runner.py",
+        leaves_when="a platform can bring its own router.",
+        process=Process.NPU_WORKER,
+        fits=_experts_may_choose_themselves,
     ),
 )

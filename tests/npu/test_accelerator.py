@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from xllm_plugin.models import prepare
 from xllm_plugin.npu.accelerator import FAMILY, SUPPORTED_TORCH_NPU
 from xllm_plugin.npu.socs import soc_named
 from xllm_plugin.testing.cann import Emulator
@@ -109,4 +110,38 @@ def test_without_a_device_a_command_ends_with_one_message(
     assert done.returncode == 2
     assert "XLLM_DEVICE=npu: not usable here" in done.stderr
     assert "but no device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.npu
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("arguments", "variables", "code", "said"),
+    [
+        pytest.param(
+            (), {"XLLM_CANN_BUSY": "1"}, 75, "device 0 cannot be taken: aclrtSetDevice", id="busy"
+        ),
+        pytest.param(
+            (), {"XLLM_CANN_USED_BYTES": str(2**31)}, 75, "has 2.00 of its 4.00 GiB", id="shared"
+        ),
+        pytest.param(
+            (), {"XLLM_CANN_MEMORY_BYTES": str(2**25)}, 2, "the model needs at least", id="small"
+        ),
+        pytest.param(("--dtype", "float32"), {}, 2, "--dtype float32", id="dtype"),
+        pytest.param(("-tp", "2"), {}, 2, "does not support 2 ranks (HCCL)", id="ranks"),
+    ],
+)
+def test_what_cannot_be_served_ends_with_one_message(  # noqa: PLR0917  a case and its means
+    emulator: Emulator,
+    run_python: Callable[..., subprocess.CompletedProcess[str]],
+    arguments: tuple[str, ...],
+    variables: dict[str, str],
+    code: int,
+    said: str,
+) -> None:
+    environment = emulator.environment({"PYTHONPATH": str(Path(__file__).parents[2])})
+    command = ("-m", "xllm_plugin.cli", "serve", str(prepare("tiny-llama")), *arguments)
+    done = run_python(*command, XLLM_DEVICE="npu", **environment, **variables)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
     assert "Traceback" not in done.stderr

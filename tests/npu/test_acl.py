@@ -26,7 +26,7 @@ int main(void)
            offsetof(aclrtPhysicalMemProp, memAttr), offsetof(aclrtPhysicalMemProp, location),
            offsetof(aclrtPhysicalMemProp, reserve), offsetof(aclrtMemLocation, type),
            sizeof(aclrtMemLocation));
-    printf("%d %d %d %d %d %d %d %d %d %d\\n", ACL_MEM_HANDLE_TYPE_NONE,
+    printf("%d %d %d %d %d %d %d %d %d %d %d\\n", ACL_HBM_MEM, ACL_MEM_HANDLE_TYPE_NONE,
            ACL_MEM_ALLOCATION_TYPE_PINNED, ACL_HBM_MEM_HUGE, ACL_MEM_LOCATION_TYPE_DEVICE,
            ACL_RT_MEM_ALLOC_GRANULARITY_RECOMMENDED, ACL_MEMCPY_HOST_TO_DEVICE,
            ACL_MEMCPY_DEVICE_TO_HOST, ACL_ERROR_RT_MEMORY_ALLOCATION, ACL_ERROR_RT_DEVICE_OOM,
@@ -64,7 +64,8 @@ def test_layouts_and_numbers_are_those_of_the_headers(emulator: Emulator, tmp_pa
     ]
     page = acl.huge_pages_of(3)
     assert page.location.id == 3
-    assert numbers[:7] == [
+    assert numbers[:8] == [
+        acl.HBM_MEM,
         page.handleType,
         page.allocationType,
         page.memAttr,
@@ -73,7 +74,7 @@ def test_layouts_and_numbers_are_those_of_the_headers(emulator: Emulator, tmp_pa
         acl.MEMCPY_HOST_TO_DEVICE,
         acl.MEMCPY_DEVICE_TO_HOST,
     ]
-    assert set(numbers[7:]) == acl.OUT_OF_MEMORY
+    assert set(numbers[8:]) == acl.OUT_OF_MEMORY
 
 
 def test_a_machine_without_cann_is_told_what_to_do() -> None:

@@ -28,12 +28,10 @@ spec = NpuAttentionBackend.customize_spec(spec)
 memory = torch.full((blocks, 128, kv_heads, 256), torch.nan, dtype=torch.bfloat16, device="npu")
 cache = memory.transpose(1, 2)  # [blocks, heads, 128, K and V], as vLLM shows it
 result["page bytes"] = spec.page_size_bytes == memory[0].numel() * 2
-with set_current_vllm_config(VllmConfig()):
-    attention = NpuAttention(heads, dim, dim ** -0.5, kv_heads)
 builder = NpuMetadataBuilder(spec, [], None, torch.device("npu"))
 table = torch.tensor([[3, 1, 0], [6, 0, 0], [2, 4, 5]], dtype=torch.int32)
 
-def step(starts, ends, states):
+def step(attention, starts, ends, states):
     "One step: request i goes from starts[i] to ends[i]; returns the outputs of each."
     lengths = [e - s for s, e in zip(starts, ends)]
     query_start = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
@@ -57,19 +55,36 @@ def step(starts, ends, states):
 
 ends = [200, 5, 300]
 def random_states(n):
-    return [torch.randn(length, n, dim, dtype=torch.bfloat16) for length in ends]
+    return [torch.randn(length + 1, n, dim, dtype=torch.bfloat16) for length in ends]
 states = [random_states(heads), random_states(kv_heads), random_states(kv_heads)]
-first = step([0, 0, 0], [196, 4, 299], states)  # prompts, one of them in two chunks
-second = step([196, 4, 299], ends, states)
-same = []
-for i in range(3):
-    q, k, v = (one[i].double().transpose(0, 1)[None] for one in states)
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0]
-    found = torch.cat((first[i], second[i])).double()
-    same.append(torch.allclose(found, expected.transpose(0, 1), 1e-2, 1e-2))
-result["attention"] = same
+
+def outputs_are_right(window):
+    with set_current_vllm_config(VllmConfig()):
+        attention = NpuAttention(heads, dim, dim ** -0.5, kv_heads, sliding_window=window)
+    memory.fill_(torch.nan)
+    parts = [
+        step(attention, [0, 0, 0], [196, 4, 299], states),  # prompts, two of them in chunks
+        step(attention, [196, 4, 299], ends, states),  # a chunk beside decodes
+    ]
+    if window is not None:
+        memory[2] = torch.nan  # of the third request, keys 0 to 127: vLLM frees such a block
+    parts.append(step(attention, ends, [end + 1 for end in ends], states))  # decodes alone
+    right = []
+    for i, end in enumerate(ends):
+        q, k, v = (one[i].double().transpose(0, 1)[None] for one in states)
+        distance = torch.arange(end + 1).unsqueeze(1) - torch.arange(end + 1)
+        mask = (distance >= 0) & (distance < (window or end + 1))
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0]
+        found = torch.cat([part[i] for part in parts]).double()
+        right.append(torch.allclose(found, expected.transpose(0, 1), 1e-2, 1e-2))
+    return right
+result["window"] = outputs_are_right(100)
+result["window of one"] = outputs_are_right(1)
+result["attention"] = outputs_are_right(None)
 kept = memory.cpu()
 result["block is its own bytes"] = [bool(kept[block].isnan().all()) for block in (0, 1, 2)]
+with set_current_vllm_config(VllmConfig()):
+    attention = NpuAttention(heads, dim, dim ** -0.5, kv_heads)
 output = torch.ones(4, heads, dim, dtype=torch.bfloat16, device="npu")
 attention.forward(None, output, output, output, cache, None, output)
 result["profiling"] = output.sum().item()
@@ -109,6 +124,8 @@ def test_steps_of_mixed_requests_and_layers(on_device: Callable[..., Any]) -> No
         "platform": "XllmNpuPlatform",
         "vllm device": "npu",
         "page bytes": True,
+        "window": [True] * 3,
+        "window of one": [True] * 3,
         "attention": [True] * 3,
         "block is its own bytes": [True, False, False],
         "profiling": 0.0,

@@ -340,6 +340,47 @@ def test_new_requests_enter_a_batch_without_output() -> None:
     assert "# Only used for v2 model runner.\n    prefill_token_ids" in scheduled
 
 
+def test_a_gpu_worker_takes_cuda_alone() -> None:
+    source = vllm_source("v1", "worker", "gpu_worker.py")
+    taking = source.partition("    def init_device(self):\n")[2].partition("\n    def ")[0]
+    assert taking.startswith('        if self.device_config.device_type == "cuda":\n')
+    assert 'raise RuntimeError(f"Unsupported device type: {self.device_config.device}")' in taking
+
+
+def test_the_v1_runner_names_streams_of_cuda() -> None:
+    """Under asynchronous scheduling or drafts; each further place has to be looked at."""
+    source = vllm_source("v1", "worker", "gpu_model_runner.py")
+    assert sum("torch.cuda" in line for line in source.splitlines()) == 26
+    made = source.partition("        if self.use_async_scheduling:\n")[2]
+    assert made.startswith("            self.async_output_copy_stream = torch.cuda.Stream()\n")
+
+
+def test_vllms_graphs_are_captured_by_a_list_of_sizes() -> None:
+    """Before the first step; a graph wrapper is told a batch's size and none of its lengths."""
+    forward = vllm_source("forward_context.py")
+    descriptor = forward.partition("class BatchDescriptor")[2].partition("\n\n\n")[0]
+    fields = re.findall(r"^    (\w+): ", descriptor, re.MULTILINE)
+    assert "num_tokens" in fields
+    assert not [name for name in fields if "len" in name or "seq" in name]
+
+
+def test_no_base_class_promises_a_latent_backends_metadata() -> None:
+    """The layer reads what vLLM's own builders happen to write."""
+    source = vllm_source("v1", "attention", "backend.py")
+    assert source.count("class AttentionMetadata:\n    pass\n") == 1
+    layer = vllm_source("model_executor", "layers", "attention", "mla_attention.py")
+    assert "num_mqa_tokens = attn_metadata.num_decode_tokens" in layer
+
+
+def test_no_platform_brings_a_router_of_experts() -> None:
+    """The runner asks the method whether it chooses, and its own router otherwise."""
+    assert "router" not in vllm_source("platforms", "interface.py")
+    runner = vllm_source("model_executor", "layers", "fused_moe", "runner", "moe_runner.py")
+    choice = runner.partition("        if self.routed_experts.quant_method.is_monolithic:\n")[2]
+    assert "self.routed_experts.forward_monolithic(" in choice
+    assert "self.router.select_experts(" in choice
+
+
 def test_every_row_has_a_test_here() -> None:
     """Every row of the table names tests of this file that are there, and no other row is named."""
     assert set(TESTS) == {seam.name for seam in SEAMS}
@@ -379,4 +420,9 @@ TESTS = {
     "resumed-output": "test_only_a_prompt_is_expected_to_be_cached_at_first",
     "resumed-batch": "test_new_requests_enter_a_batch_without_output",
     "cpu-rotary-3d": "test_rotary_operator_is_wrong_for_three_dimensions",
+    "npu-worker-device": "test_a_gpu_worker_takes_cuda_alone",
+    "npu-runner-streams": "test_the_v1_runner_names_streams_of_cuda",
+    "npu-graph-step": "test_vllms_graphs_are_captured_by_a_list_of_sizes",
+    "npu-latent-attention": "test_no_base_class_promises_a_latent_backends_metadata",
+    "npu-experts": "test_no_platform_brings_a_router_of_experts",
 }

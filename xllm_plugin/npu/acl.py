@@ -19,6 +19,7 @@ LIBRARY = "libascendcl.so"
 # aclrtMemcpyKind, aclrtMemAttr, aclrtMemLocationType, aclrtMemGranularityOptions
 MEMCPY_HOST_TO_DEVICE = 1
 MEMCPY_DEVICE_TO_HOST = 2
+HBM_MEM = 1
 HBM_MEM_HUGE = 4
 LOCATION_DEVICE = 1
 GRANULARITY_RECOMMENDED = 1

@@ -13,6 +13,7 @@ So a block stays one run of bytes, which is what copies and connectors of vLLM t
 Limits are those of npu_fused_infer_attention_score_v2 with layout TND (torch_npu 2.13.0,
 _op_plugin_docs.py): bfloat16, a head size of 128 (smaller heads are padded with zeros, which
 changes no score and no output), block sizes that are multiples of 128, below 2**31 elements.
+A sliding window is a band of the mask.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from xllm_plugin.errors import PlatformError
+from xllm_plugin.npu.limits import BLOCK_SIZE, HEAD_SIZE
 
 __all__ = [
     "NpuAttention",
@@ -42,14 +44,15 @@ __all__ = [
     "PagedBackend",
 ]
 
-BLOCK_SIZE = 128
-HEAD_SIZE = 128
 MAX_ELEMENTS = 2**31 - 1
 MASK_SIZE = 2048
 """Of the compressed causal mask, whatever the lengths."""
 
-RIGHT_DOWN_CAUSAL = 3
-"""The sparse mode in which a request's last query sees all its keys."""
+RIGHT_DOWN_CAUSAL, BAND = 3, 4
+"""Sparse modes: a request's last query sees all its keys; or as many as are named before it."""
+
+UNLIMITED = 2**31 - 1
+"""Keys named where the sparse mode is not `BAND`: the operator's default."""
 
 
 class PagedBackend(AttentionBackend):
@@ -94,6 +97,11 @@ class NpuAttentionBackend(PagedBackend):
     def supports_head_size(cls, head_size: int) -> bool:
         """Smaller heads are padded."""
         return head_size <= HEAD_SIZE
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """As a band of the mask."""
+        return True
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
@@ -186,7 +194,6 @@ class NpuAttention(AttentionImpl[Any]):
     ) -> None:
         unsupported = {
             "alibi slopes": alibi_slopes,
-            "a sliding window": sliding_window,
             "a soft cap of the logits": logits_soft_cap,
             "layers that share a KV cache": kv_sharing_target_layer_name,
         }
@@ -194,13 +201,15 @@ class NpuAttention(AttentionImpl[Any]):
         if asked or attn_type != AttentionType.DECODER:
             raise PlatformError(
                 f"attention on the NPU family does not do {' or '.join(asked) or attn_type}; it "
-                "does full causal decoder attention."
+                "does causal decoder attention, full or in a sliding window."
             )
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
+        # Of the keys before a query, itself not counted.
+        self.window = None if sliding_window is None else sliding_window - 1
 
     def forward(  # noqa: PLR0917  as vLLM's
         self,
@@ -240,21 +249,32 @@ class NpuAttention(AttentionImpl[Any]):
         torch_npu.npu_scatter_pa_kv_cache(
             key, value, keys, values, attn_metadata.slots, cache_mode="Norm"
         )
+        query_ends = attn_metadata.query_ends
+        is_doubled = self.window is not None and attn_metadata.lengths_of_decodes() is not None
+        if is_doubled:
+            # Where every request has one query the operator looks at no band (its documentation
+            # of sparse_mode), so each is given twice, and the second is the one at the end.
+            query = query.repeat_interleave(2, 0)
+            query_ends = [2 * end for end in query_ends]
         attended, _ = torch_npu.npu_fused_infer_attention_score_v2(
             query,
             keys.flatten(2),
             values.flatten(2),
             atten_mask=attn_metadata.mask,
-            actual_seq_qlen=attn_metadata.query_ends,
+            actual_seq_qlen=query_ends,
             actual_seq_kvlen=attn_metadata.num_keys,
             block_table=attn_metadata.page_table,
             num_query_heads=self.num_heads,
             num_key_value_heads=self.num_kv_heads,
             softmax_scale=self.scale,
             input_layout="TND",
-            sparse_mode=RIGHT_DOWN_CAUSAL,
+            sparse_mode=RIGHT_DOWN_CAUSAL if self.window is None else BAND,
+            pre_tokens=UNLIMITED if self.window is None else self.window,
+            next_tokens=UNLIMITED if self.window is None else 0,
             block_size=BLOCK_SIZE,
         )
+        if is_doubled:
+            attended = attended[1::2]
         output[:num_tokens].copy_(attended[..., : self.head_size].view_as(output[:num_tokens]))
         return output
 

@@ -1,7 +1,8 @@
 """Mixture of experts: choose, sort by expert, two grouped products, and back to the tokens' order.
 
 vLLM's router stays out of it: on a device out of tree it would call kernels that CUDA alone has.
-An experts' method that is monolithic gets the router's logits and does the choosing as well.
+An experts' method that is monolithic gets the router's logits and does the choosing as well
+(seam "npu-experts").
 """
 
 from __future__ import annotations

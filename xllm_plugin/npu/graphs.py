@@ -7,6 +7,7 @@ replayed work waits for that alone: the host waits for nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -23,6 +24,8 @@ from xllm_plugin.graph.config import GraphConfig
 from xllm_plugin.graph.mode import BatchShape, GraphKey, GraphMode
 
 __all__ = ["DecodeGraphs", "NpuGraphBackend"]
+
+logger = logging.getLogger("vllm.xllm_plugin")
 
 LENGTHS = "actual_seq_kvlen"
 """The argument of attention that differs from step to step and is the host's."""
@@ -130,7 +133,13 @@ class DecodeGraphs:
             input_ids: [tokens].
             positions: [tokens].
         """
-        self._cache.maintain(self._work)
+        captured = self._cache.maintain(self._work)
+        if captured is not None:
+            logger.info(
+                "xllm-plugin: steps of %d requests run as one graph from now on (%d MiB in all).",
+                captured.num_tokens,
+                self._backend.memory_used_bytes() // 2**20,
+            )
         lengths = self._lengths_of_decodes()
         num_tokens = len(input_ids)
         shape = BatchShape(num_tokens, is_decode=lengths is not None)

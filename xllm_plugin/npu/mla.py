@@ -30,18 +30,11 @@ from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from xllm_plugin.errors import InternalError, PlatformError
-from xllm_plugin.npu.attention import (
-    BLOCK_SIZE,
-    HEAD_SIZE,
-    RIGHT_DOWN_CAUSAL,
-    PagedBackend,
-    causal_mask,
-    padded,
-)
+from xllm_plugin.npu.attention import RIGHT_DOWN_CAUSAL, PagedBackend, causal_mask, padded
+from xllm_plugin.npu.limits import BLOCK_SIZE, HEAD_SIZE, LATENT_SIZE, ROPE_SIZE
 
 __all__ = ["NpuLatentAttention", "NpuLatentBackend", "NpuLatentMetadata", "NpuLatentPrefill"]
 
-LATENT_SIZE, ROPE_SIZE = 512, 64
 NUM_HEADS = frozenset({1, 2, 4, 8, 16, 32, 64, 128})
 
 
@@ -200,8 +193,8 @@ def slots_of(block_table: torch.Tensor, num_keys: list[int]) -> torch.Tensor:
 class NpuLatentAttention(MLAAttentionImpl[Any]):
     """Latent attention of one layer; see the module.
 
-    `MLAAttention` of vLLM, which owns the layer, multiplies one-token queries into the space of
-    latents and their outputs out of it.
+    `MLAAttention` of vLLM (seam "npu-latent-attention"), which owns the layer, multiplies one-token
+    queries into the space of latents and their outputs out of it.
     """
 
     def __init__(

@@ -21,7 +21,8 @@ class XllmNpuModelRunner(XllmModelRunnerMixin, GPUModelRunner):
     """vLLM's V1 runner with ours in front.
 
     It names `torch.cuda` for asynchronous scheduling, drafts and graphs alone, which the platform
-    refuses or turns off; all else goes through `torch.accelerator`, `torch.Event` and tensors.
+    refuses or turns off (seam "npu-runner-streams"); all else goes through `torch.accelerator`,
+    `torch.Event` and tensors.
     """
 
     graphs: DecodeGraphs | None = None
@@ -45,7 +46,7 @@ class XllmNpuModelRunner(XllmModelRunnerMixin, GPUModelRunner):
         inputs_embeds: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        """The model's output, by a graph where one is worth it; vLLM gives this method to us."""
+        """The model's output, by a graph where one is worth it (seam "npu-graph-step")."""
         eager = super()._model_forward
 
         def run() -> Any:

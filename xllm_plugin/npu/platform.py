@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from vllm.platforms.interface import Platform, PlatformEnum
 from xllm_plugin.accelerator.platform import XllmPlatformMixin
 from xllm_plugin.config import load_config
 from xllm_plugin.errors import PlatformError
+from xllm_plugin.npu import availability
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -88,6 +90,7 @@ class XllmNpuPlatform(XllmPlatformMixin, Platform):
             )
         if vllm_config.model_config is not None:
             cls.check_if_supports_dtype(vllm_config.model_config.dtype)
+            check_device(vllm_config)
         capture_nothing_of_vllms(vllm_config)
 
     @classmethod
@@ -140,8 +143,12 @@ class XllmNpuPlatform(XllmPlatformMixin, Platform):
 
     @classmethod
     def get_device_total_memory(cls, device_id: int = 0) -> int:
-        """A device's memory in bytes."""
-        return int(torch.npu.get_device_properties(device_id).total_memory)
+        """A device's memory in bytes; asked without taking the device in this process.
+
+        Raises:
+            NotNowError: the device cannot be taken.
+        """
+        return availability.ask(device_id).total_bytes
 
     @classmethod
     def set_device(cls, device: torch.device) -> None:
@@ -216,6 +223,22 @@ def refusal(vllm_config: VllmConfig) -> str | None:
             f"quantization ({model.quantization})": model.quantization is not None,
         }
     return next((what for what, is_asked in asked.items() if is_asked), None)
+
+
+def check_device(vllm_config: VllmConfig) -> None:
+    """See that the device can be taken and may hold the model, before an engine is started.
+
+    Once this process holds the device, or is a server's child, the answer is known.
+
+    Raises:
+        NotNowError: it cannot be taken now, or others hold its memory.
+        PlatformError: it is too small.
+    """
+    if torch.npu.is_initialized() or multiprocessing.parent_process() is not None:
+        return
+    from xllm_plugin.npu.demand import demand_of
+
+    availability.check_memory(0, availability.ask(0), demand_of(vllm_config))
 
 
 def capture_nothing_of_vllms(vllm_config: VllmConfig) -> None:

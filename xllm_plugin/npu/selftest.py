@@ -16,7 +16,8 @@ import torch
 import torch_npu  # noqa: F401  registers the operators
 from torch.utils._pytree import tree_leaves, tree_map
 
-from xllm_plugin.npu.attention import BLOCK_SIZE, HEAD_SIZE, RIGHT_DOWN_CAUSAL, causal_mask
+from xllm_plugin.npu.attention import BAND, RIGHT_DOWN_CAUSAL, causal_mask
+from xllm_plugin.npu.limits import BLOCK_SIZE, HEAD_SIZE
 from xllm_plugin.testing.cann.device import operators  # noqa: F401  enters them
 from xllm_plugin.testing.cann.device.contract import EMULATED
 from xllm_plugin.testing.selftest import Check
@@ -101,6 +102,12 @@ def attention_arguments(generator: torch.Generator) -> Arguments:
         "sparse_mode": RIGHT_DOWN_CAUSAL,
         "block_size": BLOCK_SIZE,
     }
+
+
+def window_arguments(generator: torch.Generator) -> Arguments:
+    """The same step, in a window of 100 keys."""
+    positional, named = attention_arguments(generator)
+    return positional, {**named, "sparse_mode": BAND, "pre_tokens": 99, "next_tokens": 0}
 
 
 def latent_arguments(generator: torch.Generator) -> Arguments:
@@ -194,6 +201,7 @@ CASES = (
     Case("npu_mrope", f"33 x {HEADS}, {KEY_HEADS} x {HEAD_SIZE}", rotary_arguments, 2),
     Case("npu_scatter_pa_kv_cache", "33 slots of 512", scatter_arguments, written=(2, 3)),
     Case(ATTENTION, "paged: 4 of 200, 5 of 5, 1 of 300", attention_arguments),
+    Case(ATTENTION, "in a window of 100: 4 of 200, 5 of 5, 1 of 300", window_arguments),
     Case(ATTENTION, "latent: 1 of 200, 1 of 5", latent_arguments),
     Case(ATTENTION, "packed: 4 of 200, 5 of 5", prefill_arguments),
     Case("npu_moe_gating_top_k", f"33 x {EXPERTS}, {CHOSEN}", gating_arguments, 2),

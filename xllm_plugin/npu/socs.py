@@ -1,6 +1,8 @@
 """Which chips the family runs on, by the name that CANN gives them.
 
 Atlas A2 and A3 are the two for which torch_npu's documentation allows the operators called here.
+Weights stay in the plain format (ND) on both: for bfloat16 that documentation names the other one,
+NZ, with none of the operators that multiply weights here.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from xllm_plugin.npu.acl import MEMCPY_DEVICE_TO_HOST, MEMCPY_HOST_TO_DEVICE
+from xllm_plugin.npu.acl import HBM_MEM, MEMCPY_DEVICE_TO_HOST, MEMCPY_HOST_TO_DEVICE, Acl
 from xllm_plugin.npu.memory import NpuMemoryDriver
 from xllm_plugin.testing.conformance import (
     GraphKit,
@@ -73,7 +73,7 @@ def num_free_bytes(driver: NpuMemoryDriver) -> int:
     """The device's free memory."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     with driver.current():
-        driver.acl.call("aclrtGetMemInfo", 1, ctypes.byref(free), ctypes.byref(total))
+        driver.acl.call("aclrtGetMemInfo", HBM_MEM, ctypes.byref(free), ctypes.byref(total))
     return free.value
 
 
@@ -97,10 +97,11 @@ SELFTEST = selftest
 
 
 def probe_graphs(backend: NpuGraphBackend) -> GraphProbe:
-    """Work on the current device; how it runs out of memory is not shown."""
+    """Work on the current device; on the emulator it also runs out of memory on demand."""
     import torch
 
     del backend
+    library = Acl().library
 
     def make_work() -> GraphWork:
         source = torch.zeros(1, dtype=torch.int32, device="npu")
@@ -110,7 +111,9 @@ def probe_graphs(backend: NpuGraphBackend) -> GraphProbe:
             read=lambda output: int(output.item()),
         )
 
-    return GraphProbe(make_work=make_work)
+    return GraphProbe(
+        make_work=make_work, fail_next_capture=getattr(library, "emulator_fail_capture", None)
+    )
 
 
 def make_graph_backend() -> NpuGraphBackend:

@@ -16,6 +16,7 @@ from vllm.v1.worker.utils import request_memory
 
 from xllm_plugin.npu import experts, operators  # noqa: F401  register our layers
 from xllm_plugin.npu.model_runner import XllmNpuModelRunner
+from xllm_plugin.seams import Process, check_all
 from xllm_plugin.worker.worker import XllmWorkerMixin
 
 __all__ = ["XllmNpuWorker"]
@@ -27,8 +28,9 @@ class XllmNpuWorker(XllmWorkerMixin, Worker):
     def init_device(self) -> None:
         """Take the device, join the group of one, measure memory, build the runner.
 
-        As `Worker.init_device`, which does so for "cuda" alone.
+        As `Worker.init_device`, which does so for "cuda" alone (seam "npu-worker-device").
         """
+        check_all(Process.NPU_WORKER)
         self.device = torch.device("npu", self.local_rank)
         current_platform.set_device(self.device)
         current_platform.check_if_supports_dtype(self.model_config.dtype)

@@ -7,7 +7,8 @@
  * Work is done when it is given to a stream.  `emulator_hold` makes the device busy: events
  * recorded from then on, and every wait for a stream, are not done before `emulator_release`.
  *
- * Environment: XLLM_CANN_DEVICES (1), XLLM_CANN_MEMORY_BYTES (4 GiB a device), XLLM_CANN_SOC
+ * Environment: XLLM_CANN_DEVICES (1), XLLM_CANN_MEMORY_BYTES (4 GiB a device), XLLM_CANN_USED_BYTES
+ * (0, what other processes hold of it), XLLM_CANN_BUSY (0; 1: no device can be taken), XLLM_CANN_SOC
  * (Ascend910B3), XLLM_CANN_VERSION (8.5.0).
  */
 #define _GNU_SOURCE
@@ -76,6 +77,11 @@ static size_t capacity_bytes(void)
     return (size_t)setting("XLLM_CANN_MEMORY_BYTES", 4LL << 30);
 }
 
+static size_t used_by_others_bytes(void)
+{
+    return (size_t)setting("XLLM_CANN_USED_BYTES", 0);
+}
+
 /* The emulator's own calls, for tests. */
 
 void emulator_hold(void)
@@ -95,6 +101,12 @@ void emulator_release(void)
 static int fail_map_at;
 
 void emulator_fail_map(int at) { fail_map_at = at; }
+
+extern int32_t emulator_capturing;
+static int fails_in_capture;
+
+/* The next capture finds no memory. */
+void emulator_fail_capture(void) { fails_in_capture = 1; }
 
 /* Initialisation and devices. */
 
@@ -132,6 +144,8 @@ aclError aclrtSetDevice(int32_t device)
 {
     if (device < 0 || device >= num_devices())
         return fail(ACL_ERROR_RT_INVALID_DEVICEID, "device %d of %d", device, num_devices());
+    if (setting("XLLM_CANN_BUSY", 0))
+        return fail(ACL_ERROR_RT_DEV_SETUP_ERROR, "device %d is set up by another process", device);
     contexts[device].device = device;
     current = &contexts[device];
     return ACL_SUCCESS;
@@ -221,8 +235,10 @@ aclError aclrtSetDeviceSatMode(aclrtFloatOverflowMode mode) { (void)mode; return
 static int take(int device, size_t bytes)
 {
     int fits;
+    size_t used = used_by_others_bytes();
     pthread_mutex_lock(&lock);
-    fits = bytes <= capacity_bytes() && used_bytes[device] <= capacity_bytes() - bytes;
+    used += used_bytes[device];
+    fits = bytes <= capacity_bytes() && used <= capacity_bytes() - bytes;
     if (fits) used_bytes[device] += bytes;
     pthread_mutex_unlock(&lock);
     return fits;
@@ -244,6 +260,8 @@ aclError aclrtMalloc(void **address, size_t bytes, aclrtMemMallocPolicy policy)
     (void)policy;
     if (!current) return fail(ACL_ERROR_RT_CONTEXT_NULL, "no device was set in this thread");
     if (!bytes) return fail(ACL_ERROR_RT_PARAM_INVALID, "size is 0");
+    if (fails_in_capture && emulator_capturing)
+        return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "a failure was asked for");
     if (!take(current->device, whole))
         return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "out of memory: %zu bytes", bytes);
     block = aligned_alloc(HEADER, whole + HEADER);
@@ -284,7 +302,7 @@ aclError aclrtGetMemInfo(aclrtMemAttr attribute, size_t *free_bytes, size_t *tot
     if (!current) return fail(ACL_ERROR_RT_CONTEXT_NULL, "no device was set in this thread");
     pthread_mutex_lock(&lock);
     *total_bytes = capacity_bytes();
-    *free_bytes = *total_bytes - used_bytes[current->device];
+    *free_bytes = *total_bytes - used_by_others_bytes() - used_bytes[current->device];
     pthread_mutex_unlock(&lock);
     return ACL_SUCCESS;
 }
@@ -505,7 +523,7 @@ aclError aclmdlRICaptureEnd(aclrtStream stream, aclmdlRI *model)
         return fail(ACL_ERROR_RT_STREAM_NOT_CAPTURED, "the stream is not being captured");
     *model = captured;
     captured = NULL;
-    emulator_capturing = 0;
+    emulator_capturing = fails_in_capture = 0;
     return ACL_SUCCESS;
 }
 

@@ -22,8 +22,10 @@ __all__: list[str] = []
 MASK_SIZE = 2048
 """The one size of a compressed causal mask."""
 
-RIGHT_DOWN_CAUSAL = 3
-"""The sparse mode in which a request's last query sees all its keys."""
+RIGHT_DOWN_CAUSAL, BAND = 3, 4
+"""Sparse modes: a request's last query sees all its keys; or those named, before and after it."""
+
+UNLIMITED = 2**31 - 1
 
 HEAD_DIM, LATENT_DIM, ROPE_DIM = 128, 512, 64
 MAX_LATENT_QUERIES = 16
@@ -48,6 +50,8 @@ def fused_infer_attention_score_v2(
     num_query_heads: int = 1,
     num_key_value_heads: int = 0,
     softmax_scale: float = 1.0,
+    pre_tokens: int = UNLIMITED,
+    next_tokens: int = UNLIMITED,
     input_layout: str = "BSH",
     sparse_mode: int = 0,
     block_size: int = 0,
@@ -58,7 +62,9 @@ def fused_infer_attention_score_v2(
 
     `actual_seq_qlen` are running sums; `actual_seq_kvlen` is the length of each request where there
     is a block table, and running sums elsewhere.  Sparse mode 0: all keys; 3: a request's last
-    query sees all its keys, each one before it one key less.
+    query sees all its keys, each one before it one key less; 4: of these, `pre_tokens` before the
+    query's own key, and `next_tokens` after it, but for calls with one query a request and no
+    rope, where the operator takes no notice of modes and tokens.
     """
     require(not not_emulated, f"not emulated: {', '.join(not_emulated)}")
     require(input_layout == "TND", f"layout {input_layout!r} is not emulated, only 'TND'")
@@ -83,20 +89,24 @@ def fused_infer_attention_score_v2(
     if query.shape[2] == LATENT_DIM:
         require(block_table is not None, "a head dimension of 512 needs pages")
         _check_latent(query, query_lengths, num_kv_heads, sparse_mode)
+    before, after = _band_of(sparse_mode, pre_tokens, next_tokens, query_lengths, num_keys)
+    if max(query_lengths) == 1 and query_rope is None:
+        before = after = UNLIMITED
     out = torch.empty_like(query)
     if query_rope is not None:
         query = torch.cat((query, query_rope), -1)
     lse = torch.empty(len(query), num_query_heads, 1) if return_softmax_lse else torch.empty(0)
     end = 0
     for request, (length, keys_here) in enumerate(zip(query_lengths, num_keys, strict=True)):
-        require(sparse_mode == 0 or keys_here >= length, "fewer keys than queries")
         start, end = end, end + length
-        keys = read(key, request)
+        first = max(0, keys_here - length - before)  # keys before it are not read
+        keys = read(key, request)[first:]
         if key_rope is not None:
-            keys = torch.cat((keys, read(key_rope, request)), -1)
+            keys = torch.cat((keys, read(key_rope, request)[first:]), -1)
         queries = query[start:end].float()
-        scores = _scores(queries, keys.float(), softmax_scale, causal=sparse_mode != 0)
-        values = read(value, request).float().repeat_interleave(num_query_heads // num_kv_heads, 1)
+        scores = _scores(queries, keys.float(), softmax_scale, before, after)
+        values = read(value, request)[first:].float()
+        values = values.repeat_interleave(num_query_heads // num_kv_heads, 1)
         out[start:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).to(out.dtype)
         if return_softmax_lse:
             lse[start:end, :, 0] = scores.logsumexp(-1).t()
@@ -130,19 +140,36 @@ def _packed(num_keys: Sequence[int]) -> Reader:
     return read
 
 
+def _band_of(
+    sparse_mode: int,
+    pre_tokens: int,
+    next_tokens: int,
+    query_lengths: Sequence[int],
+    num_keys: Sequence[int],
+) -> tuple[int, int]:
+    """How many keys before and after its own a query sees, the last query's own being the last."""
+    if sparse_mode == 0:
+        return UNLIMITED, UNLIMITED
+    pairs = list(zip(query_lengths, num_keys, strict=True))
+    if sparse_mode == RIGHT_DOWN_CAUSAL:
+        require(all(keys >= length for length, keys in pairs), "fewer keys than queries")
+        return UNLIMITED, 0
+    fits = all(pre_tokens >= -length and next_tokens >= -keys for length, keys in pairs)
+    require(fits and pre_tokens + next_tokens >= 0, f"band of {pre_tokens} and {next_tokens}")
+    return pre_tokens, next_tokens
+
+
 def _scores(
-    queries: torch.Tensor, keys: torch.Tensor, scale: float, *, causal: bool
+    queries: torch.Tensor, keys: torch.Tensor, scale: float, before: int, after: int
 ) -> torch.Tensor:
-    """Of each head [heads, queries, keys]."""
+    """Of each head [heads, queries, keys]; the last query's own key is the last."""
     keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
     scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
-    if causal:
-        num_queries, num_keys = scores.shape[1:]
-        unseen = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(
-            num_keys - num_queries + 1
-        )
-        scores = scores.masked_fill(unseen, -math.inf)
-    return scores
+    num_queries, num_keys = scores.shape[1:]
+    own = torch.arange(num_keys - num_queries, num_keys).unsqueeze(1)
+    others = torch.arange(num_keys)
+    unseen = (others < own - before) | (others > own + after)
+    return scores.masked_fill(unseen, -math.inf)
 
 
 def _check_tensor(name: str, tensor: torch.Tensor) -> None:
@@ -262,8 +289,9 @@ def _check_mask(sparse_mode: int, mask: torch.Tensor | None) -> None:
     if sparse_mode == 0:
         require(mask is None, "sparse mode 0 with a mask is not emulated")
         return
-    require(sparse_mode == RIGHT_DOWN_CAUSAL, f"sparse mode {sparse_mode} is not emulated")
-    require(mask is not None, "sparse mode 3 needs a mask")
+    is_known = sparse_mode in {RIGHT_DOWN_CAUSAL, BAND}
+    require(is_known, f"sparse mode {sparse_mode} is not emulated")
+    require(mask is not None, f"sparse mode {sparse_mode} needs a mask")
     assert mask is not None
     require_dtype("atten_mask", mask, (torch.bool, torch.int8, torch.uint8))
     require(tuple(mask.shape) == (MASK_SIZE, MASK_SIZE), f"atten_mask is {tuple(mask.shape)}")
