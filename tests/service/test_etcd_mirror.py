@@ -167,6 +167,20 @@ def test_a_drain_that_etcd_does_not_know_is_left_alone() -> None:
     assert etcd.state() is State.DRAINING
 
 
+def test_a_server_that_was_cut_off_while_it_drained_does_so_no_longer_when_it_is_back() -> None:
+    etcd = ready()
+    etcd.put_drain()
+    etcd.follow()
+    etcd.delete("/x/instances/a", "/x/drains/a")
+    etcd.follow()
+    etcd.mirror.mend(etcd.view)
+    assert etcd.state() is State.DRAINING
+    etcd.put_instance()
+    etcd.follow()
+    etcd.probe()
+    assert etcd.state() is State.READY
+
+
 def test_junk_is_said_once_and_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
     etcd = ready()
     for key in ("/x/instances/a", "/x/instances/b", "/x/drains/a"):

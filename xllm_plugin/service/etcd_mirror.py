@@ -74,6 +74,7 @@ class FleetMirror:
 
     def mend(self, view: View) -> None:
         """Try again what could not be taken over: a name may be free now."""
+        self._drained = {name for name in self._drained if self.mine(name) is not None}
         missing = {self._key(name) for name in self.held if self.mine(name) is None}
         self.follow(view, missing | self.problems.keys())
 
@@ -119,8 +120,8 @@ class FleetMirror:
             self.problems.pop(key_of(self._prefix, kind, name), None)
         if held is None or instance is None:
             return
-        self._drained.discard(name)
         if held.record.is_draining:
+            self._drained.discard(name)
             self._fleet.report(instance, lifecycle.Withdrawn(lifecycle.LEFT))
         else:
             self._fleet.report(instance, lifecycle.Lapsed("its lease at etcd has lapsed"))
