@@ -121,6 +121,17 @@ def test_a_broken_promise_waits_for_those_that_can_be_kept() -> None:
     assert planned(*lost, tight, model=DOUBTED).hold == ()
 
 
+def test_a_promise_that_no_step_can_keep_stops_nobody() -> None:
+    hopeless = decode("hopeless", due_ms=5, tpot_ms=5.0)  # a row alone takes 11.2 ms
+    ahead = decode("ahead", due_ms=500)
+    plan = planned(hopeless, ahead, waiting("late", due_ms=-10, todo_tokens=200))
+    assert plan.admit == ("late",)
+    plan = planned(hopeless, ahead, waiting("offline", is_online=False))
+    assert plan.admit == ("offline",)
+    lost = decode("lost", is_lost=True, last_token_s=0.0)
+    assert planned(hopeless, ahead, lost).hold == ()
+
+
 def test_a_broken_promise_is_not_forgotten() -> None:
     lost = decode("lost", is_lost=True, last_token_s=-0.2)
     plan = planned(lost, decode("tight", due_ms=5), waiting("w", todo_tokens=900))

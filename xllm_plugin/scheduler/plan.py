@@ -288,11 +288,16 @@ class _Planner:
     def _unreserved_ms(self) -> float:
         """The least slack beyond one more TPOT, which is kept for a step that is slower than said.
 
-        Work without a promise would else use all credit up, and a last token have none.
+        Of those whose promise this device can keep.  Work without a promise would else use all credit up, and a last token have none.
         """
-        now_s = self._view.now_s
+        now_s, lone_ms = self._view.now_s, self._lone_ms
         return min(
-            [(r.deadline_s - now_s) * 1e3 - r.tpot_ms for r in self._decodes], default=math.inf
+            [
+                (r.deadline_s - now_s) * 1e3 - r.tpot_ms
+                for r in self._decodes
+                if r.tpot_ms >= lone_ms
+            ],
+            default=math.inf,
         )
 
     def _hold_spare(self, budget_ms: float) -> None:
