@@ -144,6 +144,10 @@ def test_a_broken_promise_is_not_forgotten() -> None:
 def test_a_prompt_of_a_broken_promise_comes_after_those_that_can_be_on_time() -> None:
     plan = planned(prompt("lost", is_lost=True), prompt("fine", due_ms=2000))
     assert plan.order == ("fine", "lost")
+    preempted = waiting("lost", due_ms=999, todo_tokens=4000, is_lost=True)
+    plan = planned(preempted, waiting("fine", todo_tokens=4000))
+    assert plan.admit == ("fine",), "its next token could be on time, and mends nothing"
+    assert plan.num_late == 1
 
 
 def test_a_started_prompt_takes_nothing_from_who_is_admitted_before_it() -> None:

@@ -304,6 +304,11 @@ def test_who_got_its_first_token_too_late_has_lost_its_promise(rig: Rig) -> None
     late, fine = rig.policy._view(rig.now_s).running
     assert (late.is_lost, fine.is_lost) == (True, False)
     assert late.last_token_s == rig.now_s
+    rig.scheduler.running.clear()  # both are preempted
+    for request_id in ("late", "fine"):
+        rig.scheduler.waiting.add_request(rig.scheduler.requests[request_id])
+    preempted = {w.request_id: w.is_lost for w in rig.policy._view(rig.now_s).waiting}
+    assert preempted == {"late": True, "fine": False}
 
 
 def test_a_paused_engine_is_left_alone(rig: Rig, vllm: Any) -> None:

@@ -509,7 +509,8 @@ class _Planner:
     def _keep_in_time(self, prompt: Prompt) -> None:
         """Let what is added to a step in which `prompt` ends not make it late."""
         due_ms = (prompt.deadline_s - self._view.now_s) * 1e3
-        if prompt.is_online and due_ms >= self._model.bound_ms(self._step):
+        is_kept = prompt.is_online and not prompt.is_lost
+        if is_kept and due_ms >= self._model.bound_ms(self._step):
             self._budget_ms = min(self._budget_ms, due_ms)
 
     def _fitting(self, prompt: Prompt, most: int) -> int:

@@ -388,6 +388,7 @@ class SloPolicy:
             promise.priority,
             todo,
             request.num_tokens - todo,
+            tracked.is_lost,
         )
 
     def _todo_tokens(self, request: Request) -> int:
@@ -655,6 +656,8 @@ def _when_due(view: Running | Waiting) -> tuple[bool, float]:
     """Smaller is more urgent: online ones by when they are due, then offline ones by arrival."""
     if not view.is_online:
         return True, view.arrival_s
-    if isinstance(view, Running) and view.is_lost:
+    if not view.is_lost:
+        return False, view.deadline_s
+    if isinstance(view, Running):
         return False, view.last_token_s + LOST_SLOWDOWN * view.tpot_ms / 1e3
-    return False, view.deadline_s
+    return False, view.deadline_s + (LOST_SLOWDOWN - 1) * view.tpot_ms / 1e3

@@ -376,4 +376,5 @@ def _as_waiting(request: SimulatedRequest, now_s: float) -> Waiting:
         request.arrival_s,
         request.priority,
         request.todo_tokens,
+        is_lost=request.is_lost,
     )
