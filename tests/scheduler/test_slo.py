@@ -67,7 +67,8 @@ class Scheduler:
 
     def __init__(self, vllm: Any) -> None:
         parallel = SimpleNamespace(data_parallel_index=2)
-        self.vllm_config = SimpleNamespace(parallel_config=parallel)
+        device = SimpleNamespace(device_type="cuda")
+        self.vllm_config = SimpleNamespace(parallel_config=parallel, device_config=device)
         self.need_mamba_block_aligned_split = False
         self.cache_config = SimpleNamespace(enable_prefix_caching=False)
         self.kv_cache_config = SimpleNamespace(kv_cache_groups=[None])
@@ -228,6 +229,32 @@ def test_a_step_has_the_adapters_that_it_has_room_for(rig: Rig) -> None:
     rig.scheduler.requests["b"].num_output_tokens = 9  # it is ahead now
     rig.scheduler.requests["b2"].num_output_tokens = 9
     assert rig.plan()["running"] == ["none", "a"]
+
+
+def test_on_a_cpu_requests_without_an_adapter_run_apart(rig: Rig) -> None:
+    """vLLM's CPU operators would compute them with somebody's adapter."""
+    rig.scheduler.lora_config = SimpleNamespace(max_loras=2)
+    rig.policy._is_base_apart = True
+    rig.run(with_adapter(decoding("a"), 1), first_token_s=50.0)
+    rig.run(decoding("none"), first_token_s=50.1)
+    rig.wait(request("w", prompt=10))
+    seen = rig.plan()
+    assert (seen["running"], seen["joining"]) == (["a"], 0)
+    rig.scheduler.requests["a"].num_output_tokens = 9
+    seen = rig.plan()
+    assert (seen["running"], seen["joining"]) == (["none"], 1)
+
+
+def test_on_a_cpu_they_run_apart_too_where_nothing_is_planned(rig: Rig, vllm: Any) -> None:
+    rig.scheduler.lora_config = SimpleNamespace(max_loras=2)
+    rig.policy._is_base_apart = True
+    rig.scheduler.pause_state = vllm.interface.PauseState.PAUSED_NEW
+    assert rig.plan()["joining"] == 1
+    rig.run(with_adapter(decoding("a"), 1), first_token_s=50.0)
+    rig.now_s += 0.1
+    rig.run(decoding("none"), first_token_s=50.1)
+    seen = rig.plan()
+    assert (seen["running"], seen["joining"]) == (["a"], 0)
 
 
 def test_adapters_are_counted_too_where_nothing_is_planned(rig: Rig, vllm: Any) -> None:

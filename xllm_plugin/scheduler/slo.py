@@ -24,7 +24,7 @@ import msgspec
 from vllm.v1.core.sched.interface import PauseState
 
 from xllm_plugin.errors import ConfigError, PromiseError
-from xllm_plugin.scheduler.adapters import NO_ADAPTER, adapters_to_run
+from xllm_plugin.scheduler.adapters import NO_ADAPTER, Urgency, adapters_to_run
 from xllm_plugin.scheduler.config import SchedulerConfig
 from xllm_plugin.scheduler.plan import LOST_SLOWDOWN, Limits, Plan, Running, View, make_plan
 from xllm_plugin.scheduler.predictor import StepModel, StepShape, StepTimeLearner
@@ -157,6 +157,7 @@ class SloPolicy:
             max_wait_s=config.max_wait_s,
         )
         self._learner = StepTimeLearner(prior_work(scheduler.vllm_config))
+        self._is_base_apart = scheduler.vllm_config.device_config.device_type == "cpu"
         self._metrics = SloMetrics()
         self._requests: dict[str, Tracked] = {}
         self._queue = WaitingQueue()
@@ -270,7 +271,10 @@ class SloPolicy:
 
     @contextlib.contextmanager
     def _unplanned(self) -> Iterator[None]:
-        """Leave vLLM alone, but for adapters that one step has no room for."""
+        """Leave vLLM alone, but for adapters that one step has no room for.
+
+        Where requests without an adapter run apart, one at most joins, and only if nobody runs.
+        """
         scheduler = self._scheduler
         if scheduler.lora_config is None:
             yield
@@ -278,20 +282,29 @@ class SloPolicy:
         running, most = scheduler.running, scheduler.max_num_active_reqs
         arrival_s = {r.request_id: self._requests[r.request_id].arrival_s for r in running}
         claims = [(_adapter_of(r), (False, arrival_s[r.request_id])) for r in running]
-        chosen = adapters_to_run(claims, scheduler.lora_config.max_loras)
+        chosen = self._adapters_to_run(claims)
         held = [r for r in running if _adapter_of(r) not in chosen]
         scheduler.running = [r for r in running if _adapter_of(r) in chosen]
         scheduler.max_num_active_reqs = most - len(held)
+        if self._is_base_apart:
+            num_there = len(scheduler.running) + scheduler.num_waiting_for_streaming_input
+            num_places = num_there + (not scheduler.running)
+            scheduler.max_num_active_reqs = min(scheduler.max_num_active_reqs, num_places)
         try:
             yield
         finally:
             scheduler.running += held
             scheduler.max_num_active_reqs = most
 
+    def _adapters_to_run(self, claims: Iterable[tuple[int, Urgency]]) -> frozenset[int]:
+        return adapters_to_run(
+            claims, self._scheduler.lora_config.max_loras, is_base_apart=self._is_base_apart
+        )
+
     def _with_room_for_adapters(self, plan: Plan, view: View) -> Plan:
         """The plan without requests whose adapters the step has no room for; they are held."""
-        lora, requests = self._scheduler.lora_config, self._scheduler.requests
-        if lora is None:
+        requests = self._scheduler.requests
+        if self._scheduler.lora_config is None:
             return plan
         adapter = {i: _adapter_of(requests[i]) for i in (*plan.order, *plan.admit)}
         due = {r.request_id: _when_due(r) for r in view.running}
@@ -299,7 +312,7 @@ class SloPolicy:
         if not self._num_empty_steps:  # else those to admit had no room: they wait for the others
             waiting = {w.request_id: w for w in view.waiting}
             claims += [(adapter[i], _when_due(waiting[i])) for i in plan.admit]
-        chosen = adapters_to_run(claims, lora.max_loras)
+        chosen = self._adapters_to_run(claims)
         held = [i for i in plan.order if adapter[i] not in chosen]
         return msgspec.structs.replace(
             plan,
