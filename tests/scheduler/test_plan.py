@@ -217,14 +217,12 @@ def test_the_overdue_have_their_turn_and_not_more() -> None:
     old = waiting("old", due_ms=-40_000, arrival_s=-41, todo_tokens=900)
     fine = waiting("fine", todo_tokens=50)
     plan = planned(old, fine, admitted_since_overdue=3)
-    assert plan.admit[0] == "old"
-    assert plan.serves_overdue
+    assert (plan.admit[0], plan.turn) == ("old", "old")
     limits = msgspec.structs.replace(LIMITS, max_sequences=1)
     plan = planned(decode("d"), old, admitted_since_overdue=3, limits=limits)
-    assert not plan.serves_overdue, "without a place its turn is still to come"
+    assert plan.turn is None, "without a place its turn is still to come"
     plan = planned(old, fine, admitted_since_overdue=2)
-    assert plan.admit[0] == "fine"
-    assert not plan.serves_overdue
+    assert (plan.admit[0], plan.turn) == ("fine", None)
 
 
 def test_an_overdue_prompt_gets_a_chunk_whatever_it_costs() -> None:

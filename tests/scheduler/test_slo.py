@@ -281,6 +281,23 @@ def test_who_has_no_room_beside_a_held_one_waits_for_it(rig: Rig) -> None:
     assert rig.plan()["running"] == ["d"]
 
 
+def test_the_overdue_have_their_turn_whatever_their_adapter(rig: Rig) -> None:
+    rig.scheduler.lora_config = SimpleNamespace(max_loras=1)
+    rig.policy._admitted_since_overdue = 3
+    rig.wait(with_adapter(request("old", xllm_ttft_ms=9000), 2))
+    rig.now_s += 40.0
+    for number in range(2):
+        rig.wait(with_adapter(request(f"new{number}", xllm_ttft_ms=500), 1))
+    seen = rig.plan()
+    assert (seen["waiting"][0], seen["joining"]) == ("old", 1)
+    nothing = SimpleNamespace(num_scheduled_tokens={}, scheduled_encoder_inputs={})
+    rig.policy.record_scheduled(nothing, 0)
+    rig.run(with_adapter(decoding("d"), 1), first_token_s=90.0)
+    rig.plan()
+    assert rig.policy._plan.admit == ("new0",)
+    assert rig.policy._plan.turn is None, "it had no room, and its turn is still to come"
+
+
 def test_a_step_scheduled_ahead_is_planned_for_when_it_begins(rig: Rig) -> None:
     rig.run(request("p", prompt=300))
     rig.scheduler.requests["p"].num_computed_tokens = 300

@@ -74,6 +74,7 @@ class AnyQueue(RuleBasedStateMachine):
         online.sort(key=lambda r: (r.priority, r.deadline_s))
         offline.sort(key=lambda r: (r.priority, r.arrival_s))
         assert names(list(self.queue)) == names([*online, *offline])
+        assert all(self.queue[r.request_id] is r for r in self.there)
         assert (len(self.queue), self.queue.num_online) == (len(self.there), len(online))
         assert names(self.queue.offline(3)) == names(offline[:3])
         oldest = min(

@@ -165,7 +165,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         predicted_ms: how long.
         bound: why it is not larger.
         num_late: online requests whose TTFT can no longer be met.
-        serves_overdue: whether an overdue request has its turn in this step.
+        turn: the overdue request that has its turn in this step, if one has.
     """
 
     order: tuple[str, ...] = ()
@@ -178,7 +178,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     predicted_ms: float = 0.0
     bound: Bound = Bound.WORK
     num_late: int = 0
-    serves_overdue: bool = False
+    turn: str | None = None
 
 
 Prompt = Running | Waiting
@@ -651,7 +651,7 @@ class _Planner:
             self._bound = Bound.MEMORY
         elif not self._step.num_tokens:
             offered, hold = hold, []
-        most = self._limits.max_tokens
+        most, turn = self._limits.max_tokens, self._turn
         return Plan(
             order=tuple(r.request_id for r in offered),
             hold=tuple(r.request_id for r in hold),
@@ -663,7 +663,7 @@ class _Planner:
             predicted_ms=self._model.predict_ms(self._step),
             bound=self._bound,
             num_late=self._num_late,
-            serves_overdue=self._turn is not None and self._turn.request_id in self._chunks,
+            turn=turn.request_id if turn is not None and turn.request_id in self._chunks else None,
         )
 
 

@@ -302,23 +302,32 @@ class SloPolicy:
         )
 
     def _with_room_for_adapters(self, plan: Plan, view: View) -> Plan:
-        """The plan without requests whose adapters the step has no room for; they are held."""
+        """The plan without requests whose adapters the step has no room for; they are held.
+
+        Whose turn it is comes first; otherwise its turn would go by, and it never be served.
+        """
         requests = self._scheduler.requests
         if self._scheduler.lora_config is None:
             return plan
         adapter = {i: _adapter_of(requests[i]) for i in (*plan.order, *plan.admit)}
-        due = {r.request_id: _when_due(r) for r in view.running}
-        claims = [(adapter[i], due[i]) for i in plan.order]
+        running = {r.request_id: r for r in view.running}
+
+        def claim(made: Running | Waiting) -> tuple[int, Urgency]:
+            name = made.request_id
+            return adapter[name], (False, -math.inf) if name == plan.turn else _when_due(made)
+
+        claims = [claim(running[i]) for i in plan.order]
         if not self._num_empty_steps:  # else those to admit had no room: they wait for the others
-            waiting = {w.request_id: w for w in view.waiting}
-            claims += [(adapter[i], _when_due(waiting[i])) for i in plan.admit]
+            claims += [claim(view.waiting[i]) for i in plan.admit]
         chosen = self._adapters_to_run(claims)
         held = [i for i in plan.order if adapter[i] not in chosen]
+        turn = plan.turn if plan.turn is not None and adapter[plan.turn] in chosen else None
         return msgspec.structs.replace(
             plan,
             order=tuple(i for i in plan.order if adapter[i] in chosen),
             hold=(*plan.hold, *held),
             admit=tuple(i for i in plan.admit if adapter[i] in chosen),
+            turn=turn,
         )
 
     def _begins_s(self, now_s: float) -> float:
@@ -481,7 +490,7 @@ class SloPolicy:
         if num_joined <= 0:
             return
         self._admitted_since_overdue += num_joined
-        if plan.serves_overdue:
+        if plan.turn is not None:
             self._admitted_since_overdue = 0
 
     # After it.

@@ -89,6 +89,9 @@ class WaitingQueue:
     def __contains__(self, request_id: object) -> bool:
         return request_id in self._keys
 
+    def __getitem__(self, request_id: str) -> Waiting:
+        return self._keys[request_id][3]
+
     @property
     def num_online(self) -> int:
         """How many of them have a promise that counts."""
