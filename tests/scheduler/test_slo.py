@@ -91,10 +91,19 @@ class Scheduler:
         self.waiting = vllm.queue.FCFSRequestQueue()
         self.running: list[Any] = []
         self.requests: dict[str, Any] = {}
+        self.preempted: list[str] = []
         self.seen: dict[str, Any] = {}
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.running or self.waiting)
+
+    def _request_blocks_can_be_freed(self, request: Any) -> bool:
+        return not request.num_output_placeholders
+
+    def _preempt_request(self, request: Any, now_s: float, *, drop_stale_output: bool) -> None:
+        del now_s, drop_stale_output
+        self.preempted.append(request.request_id)
+        self.waiting.prepend_request(request)
 
     def look(self) -> None:
         """What stands there while vLLM schedules."""
@@ -279,6 +288,21 @@ def test_who_has_no_room_beside_a_held_one_waits_for_it(rig: Rig) -> None:
     nothing = SimpleNamespace(num_scheduled_tokens={}, scheduled_encoder_inputs={})
     rig.policy.record_scheduled(nothing, 0)
     assert rig.plan()["running"] == ["d"]
+
+
+def test_those_held_for_their_adapter_give_up_blocks_before_the_most_urgent(rig: Rig) -> None:
+    """vLLM takes blocks from those that run alone: here from who runs."""
+    rig.scheduler.lora_config = SimpleNamespace(max_loras=1)
+    free = SimpleNamespace(num_gpu_blocks=1000, get_num_free_blocks=lambda: 0)
+    rig.scheduler.kv_cache_manager.block_pool = free
+    urgent = with_adapter(request("a", prompt=112, computed=112, output=1), 1)  # 7 full blocks
+    rig.run(urgent, first_token_s=49.96)
+    for number in range(3):
+        made = with_adapter(request(f"b{number}", prompt=112, computed=112, output=1), 2)
+        rig.run(made, first_token_s=50.0 + number / 100)
+    assert rig.plan()["running"] == ["a"]
+    assert rig.scheduler.preempted == ["b2"]
+    assert [r.request_id for r in rig.scheduler.running] == ["a", "b0", "b1"]
 
 
 def test_the_overdue_have_their_turn_whatever_their_adapter(rig: Rig) -> None:

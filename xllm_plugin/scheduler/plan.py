@@ -36,7 +36,17 @@ import msgspec
 from xllm_plugin.scheduler.predictor import StepModel, StepShape
 from xllm_plugin.scheduler.waiting_queue import Columns, Ranked, Waiting, WaitingQueue
 
-__all__ = ["Bound", "Limits", "Plan", "Running", "View", "Waiting", "make_plan"]
+__all__ = [
+    "Bound",
+    "Limits",
+    "Plan",
+    "Running",
+    "View",
+    "Waiting",
+    "blocks_lacking",
+    "make_plan",
+    "num_blocks",
+]
 
 MIN_CHUNK_TOKENS: Final = 16
 """Smaller chunks are not worth a row, unless they end a prompt."""
@@ -201,6 +211,23 @@ def make_plan(view: View, model: StepModel, limits: Limits) -> Plan:
     planner.run_offline_decodes()
     planner.run_offline_prompts()
     return planner.finished()
+
+
+def num_blocks(tokens: int, block_tokens: int) -> int:
+    """KV blocks that hold so many tokens."""
+    return -(-tokens // block_tokens)
+
+
+def blocks_lacking(view: View, plan: Plan, running: Iterable[Running]) -> int:
+    """KV blocks that `running` want in the step beyond those that are free once `plan` preempts."""
+    size, preempted = view.block_tokens, frozenset(plan.preempt)
+    freed = [r.computed_tokens for r in view.running if r.request_id in preempted]
+    wanted = 0
+    for r in running:
+        chunk = min(r.todo_tokens, plan.chunk_tokens or r.todo_tokens)
+        after = num_blocks(r.computed_tokens + chunk, size)
+        wanted += after - num_blocks(r.computed_tokens, size)
+    return wanted - view.free_blocks - sum(num_blocks(tokens, size) for tokens in freed)
 
 
 class _Planner:
@@ -573,7 +600,7 @@ class _Planner:
         return needed <= self._blocks_for_online
 
     def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self._view.block_tokens)
+        return num_blocks(tokens, self._view.block_tokens)
 
     def _growth(self, prompt: Prompt, tokens: int) -> int:
         computed = prompt.computed_tokens

@@ -26,7 +26,17 @@ from vllm.v1.core.sched.interface import PauseState
 from xllm_plugin.errors import ConfigError, PromiseError
 from xllm_plugin.scheduler.adapters import NO_ADAPTER, Urgency, adapters_to_run
 from xllm_plugin.scheduler.config import SchedulerConfig
-from xllm_plugin.scheduler.plan import LOST_SLOWDOWN, Limits, Plan, Running, View, make_plan
+from xllm_plugin.scheduler.plan import (
+    LOST_SLOWDOWN,
+    Bound,
+    Limits,
+    Plan,
+    Running,
+    View,
+    blocks_lacking,
+    make_plan,
+    num_blocks,
+)
 from xllm_plugin.scheduler.predictor import StepModel, StepShape, StepTimeLearner
 from xllm_plugin.scheduler.prior import prior_work
 from xllm_plugin.scheduler.promise import Promise, read_promise
@@ -304,7 +314,9 @@ class SloPolicy:
     def _with_room_for_adapters(self, plan: Plan, view: View) -> Plan:
         """The plan without requests whose adapters the step has no room for; they are held.
 
-        Whose turn it is comes first; otherwise its turn would go by, and it never be served.
+        Whose turn it is comes first; otherwise its turn would go by, and it never be served.  vLLM
+        takes blocks only from those that run: if these lack some, the least urgent held give up
+        theirs, or the most urgent would.
         """
         requests = self._scheduler.requests
         if self._scheduler.lora_config is None:
@@ -322,10 +334,16 @@ class SloPolicy:
         chosen = self._adapters_to_run(claims)
         held = [i for i in plan.order if adapter[i] not in chosen]
         turn = plan.turn if plan.turn is not None and adapter[plan.turn] in chosen else None
+        order = [i for i in plan.order if adapter[i] in chosen]
+        victims: list[str] = []
+        if plan.bound is Bound.MEMORY and order:
+            lacking = blocks_lacking(view, plan, [running[i] for i in order])
+            victims = _giving_up(lacking, [running[i] for i in held], view.block_tokens)
         return msgspec.structs.replace(
             plan,
-            order=tuple(i for i in plan.order if adapter[i] in chosen),
-            hold=(*plan.hold, *held),
+            order=tuple(order),
+            hold=(*plan.hold, *(i for i in held if i not in victims)),
+            preempt=(*plan.preempt, *victims),
             admit=tuple(i for i in plan.admit if adapter[i] in chosen),
             turn=turn,
         )
@@ -672,6 +690,17 @@ def _ends_in_flight(request: Request) -> bool:
 
 def _adapter_of(request: Request) -> int:
     return NO_ADAPTER if request.lora_request is None else request.lora_request.lora_int_id
+
+
+def _giving_up(lacking: int, held: Iterable[Running], block_tokens: int) -> list[str]:
+    """The least urgent of `held` whose blocks make up for what is lacking, or all."""
+    victims = []
+    for r in sorted(held, key=_when_due, reverse=True):
+        if lacking <= 0:
+            break
+        victims.append(r.request_id)
+        lacking -= num_blocks(r.computed_tokens, block_tokens)
+    return victims
 
 
 def _when_due(view: Running | Waiting) -> tuple[bool, float]:
