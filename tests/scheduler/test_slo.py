@@ -344,6 +344,18 @@ def test_who_ends_with_the_step_under_way_binds_nobody(rig: Rig) -> None:
     assert rig.plan()["tokens"] < 400
 
 
+def test_who_ends_with_the_step_under_way_still_has_its_place(rig: Rig) -> None:
+    for number in range(6):  # as many as there may be
+        ending = rig.run(decoding(f"d{number}"), first_token_s=50.0)
+    ending.num_output_placeholders, ending.num_computed_tokens = 1, 101
+    ending.max_tokens = 2
+    rig.wait(request("w", prompt=10))
+    assert rig.plan()["joining"] == 0
+    assert rig.policy._plan.admit == ()
+    rig.scheduler.running.remove(ending)
+    assert rig.plan()["joining"] == 1
+
+
 def test_steps_get_shorter_for_requests_that_ask_for_less(rig: Rig) -> None:
     def limit() -> float:
         return float(rig.policy._limits.max_step_ms)

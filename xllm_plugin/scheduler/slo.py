@@ -259,7 +259,7 @@ class SloPolicy:
                 yield
             return
         view = self._view(self._begins_s(began_s))
-        plan = make_plan(view, self._learner.model, self._limits)
+        plan = make_plan(view, self._learner.model, self._limits_beside(view))
         plan = self._plan = self._with_room_for_adapters(plan, view)
         held = self._take_out(plan)
         classes = Counter(self._requests[r.request_id].promise.service_class.value for r in held)
@@ -375,6 +375,16 @@ class SloPolicy:
             block_tokens=max(1, scheduler.block_size // max(1, num_groups)),
             admitted_since_overdue=self._admitted_since_overdue,
         )
+
+    def _limits_beside(self, view: View) -> Limits:
+        """The limits without the places of those that vLLM counts and a plan does not see."""
+        scheduler = self._scheduler
+        num_unseen = len(scheduler.running) - len(view.running)
+        num_unseen += scheduler.num_waiting_for_streaming_input
+        if not num_unseen:
+            return self._limits
+        most = self._limits.max_sequences - num_unseen
+        return msgspec.structs.replace(self._limits, max_sequences=most)
 
     def _as_running(self, request: Request, now_s: float) -> Running:
         tracked = self._requests[request.request_id]
