@@ -3,7 +3,8 @@
 vLLM's `schedule` is not copied.  A plan is put into force by what it reads at each call, and taken
 back after it (seam "scheduler-plan"):
 
-* a held request is taken out of `running` for the call, and put back with its KV blocks;
+* a held request is taken out of `running` for the call, and put back with its KV blocks; so is one
+  whose LoRA adapter the step has no room for, which is found here and not by the plan;
 * the order of `running` decides who is served first, and who gives up blocks: the last;
 * waiting requests to admit are put first in `waiting`, and `max_num_active_reqs` says how many;
 * `max_num_scheduled_tokens` and `long_prefill_token_threshold` bound the step and its chunks.
@@ -42,6 +43,7 @@ from xllm_plugin.scheduler.prior import prior_work
 from xllm_plugin.scheduler.promise import Promise, read_promise
 from xllm_plugin.scheduler.report import Listed, SchedulerReport, StepReport, class_report
 from xllm_plugin.scheduler.slo_metrics import SloMetrics, SloSnapshot
+from xllm_plugin.scheduler.step_limit import max_step_ms
 from xllm_plugin.scheduler.trace import StepTrace, TracedStep
 from xllm_plugin.scheduler.waiting_queue import Waiting, WaitingQueue
 from xllm_plugin.worker.resumed import resumed_tokens
@@ -57,11 +59,8 @@ __all__ = ["SloPolicy"]
 
 logger = logging.getLogger(__name__)
 
-STEP_SHARE_OF_TTFT: Final = 0.5
-"""A step with prompts in it takes at most this part of the tightest TTFT among the default and what
-was asked for of late, down to a fourth of the default: who comes meanwhile has the rest.  Where
-steps are scheduled ahead it waits for two, which share that part."""
 RECENT_REQUESTS: Final = 32
+"""Their TTFTs say how long a step may take."""
 LOADED_CHUNK_TOKENS: Final = 256
 """For requests whose KV a connector has loaded; plans do not see them."""
 MAX_EMPTY_STEPS: Final = 3
@@ -225,10 +224,8 @@ class SloPolicy:
             self._limits = msgspec.structs.replace(self._limits, max_step_ms=limit_ms)
 
     def _step_limit_ms(self) -> float:
-        default_ms = self._defaults.ttft_ms
-        tightest_ms = max(default_ms / 4, min([default_ms, *self._recent_ttft_ms]))
-        num_steps = 2 if self._scheduler.scheduler_config.async_scheduling else 1
-        return STEP_SHARE_OF_TTFT * tightest_ms / num_steps
+        runs_ahead = self._scheduler.scheduler_config.async_scheduling
+        return max_step_ms(self._defaults.ttft_ms, self._recent_ttft_ms, runs_ahead=runs_ahead)
 
     def _promise_of(self, request: Request) -> Promise:
         defaults = replace(self._defaults, priority=request.priority)
