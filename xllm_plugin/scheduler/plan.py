@@ -19,7 +19,9 @@ In this order (paper, section 3.1 and 3.2; ProServe's slide batching, arXiv 2512
    no online one is due.  Both stop at the next step when online work comes.
 6. If there are still too few blocks, nothing is held: vLLM takes them from the last in order.
 
-A held request keeps its KV blocks.  Imports neither torch nor vLLM.
+A held request keeps its KV blocks.  Plans know of no LoRA adapters: `slo.py` holds those that a
+step has no room for, and after rule 6 lets the least urgent of these give up blocks.  Imports
+neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -315,7 +317,8 @@ class _Planner:
     def _unreserved_ms(self) -> float:
         """The least slack beyond one more TPOT, which is kept for a step that is slower than said.
 
-        Of those whose promise this device can keep.  Work without a promise would else use all credit up, and a last token have none.
+        Of those whose promise this device can keep.  Work without a promise would else use all
+        credit up, and a last token have none.
         """
         now_s, lone_ms = self._view.now_s, self._lone_ms
         return min(
@@ -664,7 +667,10 @@ class _Planner:
     # The end.
 
     def finished(self) -> Plan:
-        """The plan; everything is offered if blocks are short, or nothing would have run."""
+        """The plan; everything is offered if blocks are short, or nothing would have run.
+
+        Of what is offered `slo.py` may hold some all the same, for their LoRA adapters.
+        """
         hold = self._hold
         decodes = sorted(self._decodes, key=_DEADLINE)
         online = [r for r in self._chosen if r.is_online]
