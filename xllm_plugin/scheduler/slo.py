@@ -281,6 +281,7 @@ class SloPolicy:
         """Leave vLLM alone, but for adapters that one step has no room for.
 
         Where requests without an adapter run apart, one at most joins, and only if nobody runs.
+        If blocks are short, vLLM takes them from those that run, not from those held here.
         """
         scheduler = self._scheduler
         if scheduler.lora_config is None:
