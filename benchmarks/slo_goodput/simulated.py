@@ -22,6 +22,7 @@ from xllm_plugin.bench.arrivals import Bursts
 from xllm_plugin.bench.ladder import Ladder
 from xllm_plugin.bench.promises import Promise, parse_promises
 from xllm_plugin.bench.traces import Lengths, read_lengths
+from xllm_plugin.scheduler.config import SchedulerConfig
 from xllm_plugin.scheduler.plan import Limits, make_plan
 from xllm_plugin.scheduler.predictor import (
     DeviceSpeed,
@@ -30,6 +31,7 @@ from xllm_plugin.scheduler.predictor import (
     StepTimeLearner,
     Work,
 )
+from xllm_plugin.scheduler.step_limit import max_step_ms
 from xllm_plugin.testing.simulator import (
     Policy,
     SimulatedEngine,
@@ -44,6 +46,7 @@ WINDOW_S, GIVE_UP_MARGIN_S = 16.0, 0.5
 SLOW_STEPS = 0.02
 WITH_PROMPTS = 0.5
 GOAL = 0.9
+DEFAULT_TTFT_MS = SchedulerConfig().ttft_ms  # as served: no side of the benchmark sets another
 PROMISES = "1000/50,500/35,4000/100"
 # SmolLM2-135M in bfloat16, as the scheduler's prior has it.
 WORK = Work.of(
@@ -140,7 +143,7 @@ def trial(
     limits = Limits(
         max_sequences=128,
         max_tokens=side.max_tokens,
-        max_step_ms=STEP_SHARE * promise.ttft_ms / (1 + runs_ahead),
+        max_step_ms=max_step_ms(DEFAULT_TTFT_MS, [promise.ttft_ms], runs_ahead=runs_ahead),
     )
     engine = SimulatedEngine(
         noisy(str(seed), noise), WORK, limits, policy=side.policy, runs_ahead=runs_ahead
@@ -159,9 +162,6 @@ def trial(
         if is_idle and left:
             engine.now_s = max(engine.now_s, left[-1].arrival_s)
     return asked
-
-
-STEP_SHARE = 0.5  # of TTFT, `xllm_plugin.scheduler.slo.STEP_SHARE_OF_TTFT`
 
 
 def attainment(

@@ -47,8 +47,9 @@ def make_adapter(model: Path, folder: Path, seed: int) -> LoRARequest:
 class Lora(Driver):
     """More adapters than one step has room for.
 
-    Every request has one: on a CPU, vLLM 0.32 computes rows without an adapter with that of the
-    last slot where others in the batch have one (index -1 in `lora/ops/torch_ops/lora_ops.py`).
+    Every request has one: on a CPU, vLLM 0.32's own order computes rows without an adapter with
+    that of the last slot where others in the step have one.  The policy gives them steps of their
+    own (`xllm_plugin/scheduler/adapters.py`), so that their answers would differ, ours being right.
     """
 
     def __init__(self, model: str, folder: Path) -> None:

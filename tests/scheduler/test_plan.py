@@ -121,6 +121,17 @@ def test_a_broken_promise_waits_for_those_that_can_be_kept() -> None:
     assert planned(*lost, tight, model=DOUBTED).hold == ()
 
 
+def test_a_promise_that_no_step_can_keep_stops_nobody() -> None:
+    hopeless = decode("hopeless", due_ms=5, tpot_ms=5.0)  # a row alone takes 11.2 ms
+    ahead = decode("ahead", due_ms=500)
+    plan = planned(hopeless, ahead, waiting("late", due_ms=-10, todo_tokens=200))
+    assert plan.admit == ("late",)
+    plan = planned(hopeless, ahead, waiting("offline", is_online=False))
+    assert plan.admit == ("offline",)
+    lost = decode("lost", is_lost=True, last_token_s=0.0)
+    assert planned(hopeless, ahead, lost).hold == ()
+
+
 def test_a_broken_promise_is_not_forgotten() -> None:
     lost = decode("lost", is_lost=True, last_token_s=-0.2)
     plan = planned(lost, decode("tight", due_ms=5), waiting("w", todo_tokens=900))
@@ -133,6 +144,10 @@ def test_a_broken_promise_is_not_forgotten() -> None:
 def test_a_prompt_of_a_broken_promise_comes_after_those_that_can_be_on_time() -> None:
     plan = planned(prompt("lost", is_lost=True), prompt("fine", due_ms=2000))
     assert plan.order == ("fine", "lost")
+    preempted = waiting("lost", due_ms=999, todo_tokens=4000, is_lost=True)
+    plan = planned(preempted, waiting("fine", todo_tokens=4000))
+    assert plan.admit == ("fine",), "its next token could be on time, and mends nothing"
+    assert plan.num_late == 1
 
 
 def test_a_started_prompt_takes_nothing_from_who_is_admitted_before_it() -> None:
@@ -202,14 +217,12 @@ def test_the_overdue_have_their_turn_and_not_more() -> None:
     old = waiting("old", due_ms=-40_000, arrival_s=-41, todo_tokens=900)
     fine = waiting("fine", todo_tokens=50)
     plan = planned(old, fine, admitted_since_overdue=3)
-    assert plan.admit[0] == "old"
-    assert plan.serves_overdue
+    assert (plan.admit[0], plan.turn) == ("old", "old")
     limits = msgspec.structs.replace(LIMITS, max_sequences=1)
     plan = planned(decode("d"), old, admitted_since_overdue=3, limits=limits)
-    assert not plan.serves_overdue, "without a place its turn is still to come"
+    assert plan.turn is None, "without a place its turn is still to come"
     plan = planned(old, fine, admitted_since_overdue=2)
-    assert plan.admit[0] == "fine"
-    assert not plan.serves_overdue
+    assert (plan.admit[0], plan.turn) == ("fine", None)
 
 
 def test_an_overdue_prompt_gets_a_chunk_whatever_it_costs() -> None:

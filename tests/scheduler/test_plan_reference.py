@@ -62,8 +62,7 @@ class Reference(planning._Planner):
         late: list[Ranked] = []
         for index, p in enumerate(prompts):
             least_s = cost.least_s(p.todo_tokens, p.computed_tokens)
-            is_lost = isinstance(p, Running) and p.is_lost
-            if not is_lost and now_s + least_s <= p.deadline_s:
+            if not p.is_lost and now_s + least_s <= p.deadline_s:
                 in_time.append((p.priority, p.deadline_s, least_s, index))
             else:
                 late.append((p.priority, least_s, least_s, index))
@@ -155,6 +154,7 @@ def views(draw: st.DrawFn) -> tuple[View, Limits]:
             rng.choice([0, 0, 1]),
             rng.choice([1, 16, 160, rng.randint(1, 900)]),
             rng.choice([0, 0, 64]),
+            is_lost=rng.random() < lost_share,
         )
         for i in range(num_waiting)
     ]

@@ -67,7 +67,8 @@ class Scheduler:
 
     def __init__(self, vllm: Any) -> None:
         parallel = SimpleNamespace(data_parallel_index=2)
-        self.vllm_config = SimpleNamespace(parallel_config=parallel)
+        device = SimpleNamespace(device_type="cuda")
+        self.vllm_config = SimpleNamespace(parallel_config=parallel, device_config=device)
         self.need_mamba_block_aligned_split = False
         self.cache_config = SimpleNamespace(enable_prefix_caching=False)
         self.kv_cache_config = SimpleNamespace(kv_cache_groups=[None])
@@ -90,10 +91,19 @@ class Scheduler:
         self.waiting = vllm.queue.FCFSRequestQueue()
         self.running: list[Any] = []
         self.requests: dict[str, Any] = {}
+        self.preempted: list[str] = []
         self.seen: dict[str, Any] = {}
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.running or self.waiting)
+
+    def _request_blocks_can_be_freed(self, request: Any) -> bool:
+        return not request.num_output_placeholders
+
+    def _preempt_request(self, request: Any, now_s: float, *, drop_stale_output: bool) -> None:
+        del now_s, drop_stale_output
+        self.preempted.append(request.request_id)
+        self.waiting.prepend_request(request)
 
     def look(self) -> None:
         """What stands there while vLLM schedules."""
@@ -230,6 +240,32 @@ def test_a_step_has_the_adapters_that_it_has_room_for(rig: Rig) -> None:
     assert rig.plan()["running"] == ["none", "a"]
 
 
+def test_on_a_cpu_requests_without_an_adapter_run_apart(rig: Rig) -> None:
+    """vLLM's CPU operators would compute them with somebody's adapter."""
+    rig.scheduler.lora_config = SimpleNamespace(max_loras=2)
+    rig.policy._is_base_apart = True
+    rig.run(with_adapter(decoding("a"), 1), first_token_s=50.0)
+    rig.run(decoding("none"), first_token_s=50.1)
+    rig.wait(request("w", prompt=10))
+    seen = rig.plan()
+    assert (seen["running"], seen["joining"]) == (["a"], 0)
+    rig.scheduler.requests["a"].num_output_tokens = 9
+    seen = rig.plan()
+    assert (seen["running"], seen["joining"]) == (["none"], 1)
+
+
+def test_on_a_cpu_they_run_apart_too_where_nothing_is_planned(rig: Rig, vllm: Any) -> None:
+    rig.scheduler.lora_config = SimpleNamespace(max_loras=2)
+    rig.policy._is_base_apart = True
+    rig.scheduler.pause_state = vllm.interface.PauseState.PAUSED_NEW
+    assert rig.plan()["joining"] == 1
+    rig.run(with_adapter(decoding("a"), 1), first_token_s=50.0)
+    rig.now_s += 0.1
+    rig.run(decoding("none"), first_token_s=50.1)
+    seen = rig.plan()
+    assert (seen["running"], seen["joining"]) == (["a"], 0)
+
+
 def test_adapters_are_counted_too_where_nothing_is_planned(rig: Rig, vllm: Any) -> None:
     rig.scheduler.lora_config = SimpleNamespace(max_loras=1)
     for number in (1, 2):
@@ -254,6 +290,38 @@ def test_who_has_no_room_beside_a_held_one_waits_for_it(rig: Rig) -> None:
     assert rig.plan()["running"] == ["d"]
 
 
+def test_those_held_for_their_adapter_give_up_blocks_before_the_most_urgent(rig: Rig) -> None:
+    """vLLM takes blocks from those that run alone: here from who runs."""
+    rig.scheduler.lora_config = SimpleNamespace(max_loras=1)
+    free = SimpleNamespace(num_gpu_blocks=1000, get_num_free_blocks=lambda: 0)
+    rig.scheduler.kv_cache_manager.block_pool = free
+    urgent = with_adapter(request("a", prompt=112, computed=112, output=1), 1)  # 7 full blocks
+    rig.run(urgent, first_token_s=49.96)
+    for number in range(3):
+        made = with_adapter(request(f"b{number}", prompt=112, computed=112, output=1), 2)
+        rig.run(made, first_token_s=50.0 + number / 100)
+    assert rig.plan()["running"] == ["a"]
+    assert rig.scheduler.preempted == ["b2"]
+    assert [r.request_id for r in rig.scheduler.running] == ["a", "b0", "b1"]
+
+
+def test_the_overdue_have_their_turn_whatever_their_adapter(rig: Rig) -> None:
+    rig.scheduler.lora_config = SimpleNamespace(max_loras=1)
+    rig.policy._admitted_since_overdue = 3
+    rig.wait(with_adapter(request("old", xllm_ttft_ms=9000), 2))
+    rig.now_s += 40.0
+    for number in range(2):
+        rig.wait(with_adapter(request(f"new{number}", xllm_ttft_ms=500), 1))
+    seen = rig.plan()
+    assert (seen["waiting"][0], seen["joining"]) == ("old", 1)
+    nothing = SimpleNamespace(num_scheduled_tokens={}, scheduled_encoder_inputs={})
+    rig.policy.record_scheduled(nothing, 0)
+    rig.run(with_adapter(decoding("d"), 1), first_token_s=90.0)
+    rig.plan()
+    assert rig.policy._plan.admit == ("new0",)
+    assert rig.policy._plan.turn is None, "it had no room, and its turn is still to come"
+
+
 def test_a_step_scheduled_ahead_is_planned_for_when_it_begins(rig: Rig) -> None:
     rig.run(request("p", prompt=300))
     rig.scheduler.requests["p"].num_computed_tokens = 300
@@ -274,6 +342,18 @@ def test_who_ends_with_the_step_under_way_binds_nobody(rig: Rig) -> None:
     assert rig.plan()["tokens"] == 400
     ending.max_tokens = 3
     assert rig.plan()["tokens"] < 400
+
+
+def test_who_ends_with_the_step_under_way_still_has_its_place(rig: Rig) -> None:
+    for number in range(6):  # as many as there may be
+        ending = rig.run(decoding(f"d{number}"), first_token_s=50.0)
+    ending.num_output_placeholders, ending.num_computed_tokens = 1, 101
+    ending.max_tokens = 2
+    rig.wait(request("w", prompt=10))
+    assert rig.plan()["joining"] == 0
+    assert rig.policy._plan.admit == ()
+    rig.scheduler.running.remove(ending)
+    assert rig.plan()["joining"] == 1
 
 
 def test_steps_get_shorter_for_requests_that_ask_for_less(rig: Rig) -> None:
@@ -304,6 +384,11 @@ def test_who_got_its_first_token_too_late_has_lost_its_promise(rig: Rig) -> None
     late, fine = rig.policy._view(rig.now_s).running
     assert (late.is_lost, fine.is_lost) == (True, False)
     assert late.last_token_s == rig.now_s
+    rig.scheduler.running.clear()  # both are preempted
+    for request_id in ("late", "fine"):
+        rig.scheduler.waiting.add_request(rig.scheduler.requests[request_id])
+    preempted = {w.request_id: w.is_lost for w in rig.policy._view(rig.now_s).waiting}
+    assert preempted == {"late": True, "fine": False}
 
 
 def test_a_paused_engine_is_left_alone(rig: Rig, vllm: Any) -> None:

@@ -130,6 +130,8 @@ class Engine:
         self.policy.record_scheduled(output, self.num_steps if num else 0)
         if num:
             known = self.scheduler.requests
+            loras = [known[name].lora_request for name in output.num_scheduled_tokens]
+            assert all(loras) or not any(loras), "without an adapter, and with somebody's on a CPU"
             # A prompt that is not read to its end gets no token.
             sampling = {n for n in output.num_scheduled_tokens if not known[n].is_prefill_chunk}
             self.open.append((self.num_steps, output, sampling))

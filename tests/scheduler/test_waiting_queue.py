@@ -21,6 +21,7 @@ VALUES: st.SearchStrategy[dict[str, Any]] = st.builds(
     priority=st.integers(-1, 1),
     todo_tokens=st.sampled_from([1, 10, 100]),
     computed_tokens=st.sampled_from([0, 50]),
+    is_lost=st.booleans(),
 )
 
 
@@ -73,6 +74,7 @@ class AnyQueue(RuleBasedStateMachine):
         online.sort(key=lambda r: (r.priority, r.deadline_s))
         offline.sort(key=lambda r: (r.priority, r.arrival_s))
         assert names(list(self.queue)) == names([*online, *offline])
+        assert all(self.queue[r.request_id] is r for r in self.there)
         assert (len(self.queue), self.queue.num_online) == (len(self.there), len(online))
         assert names(self.queue.offline(3)) == names(offline[:3])
         oldest = min(
@@ -84,8 +86,10 @@ class AnyQueue(RuleBasedStateMachine):
     def sift(self, now_s: float, most: int) -> None:
         online = [r for r in self.there if r.is_online]
         needed = {r.request_id: least_s(r.todo_tokens, r.computed_tokens) for r in online}
-        in_time = [r for r in online if now_s + needed[r.request_id] <= r.deadline_s]
-        late = [r for r in online if now_s + needed[r.request_id] > r.deadline_s]
+        in_time = [
+            r for r in online if not r.is_lost and now_s + needed[r.request_id] <= r.deadline_s
+        ]
+        late = [r for r in online if r not in in_time]
         in_time.sort(key=lambda r: (r.priority, r.deadline_s, needed[r.request_id]))
         late.sort(key=lambda r: (r.priority, needed[r.request_id]))
         sifted = self.queue.sift(now_s, least_s)

@@ -41,7 +41,7 @@ _COUNTERS: dict[str, tuple[str, Callable[[SloSnapshot], float]]] = {
     "xllm:plans": ("Steps that were planned.", lambda slo: slo.num_planned),
     "xllm:planning_seconds": ("Time spent on plans.", lambda slo: slo.planning_ms / 1000),
     "xllm:planned_preemptions": (
-        "Offline requests that gave up their KV blocks for online ones.",
+        "Requests that gave up their KV blocks for more urgent ones, by plan.",
         lambda slo: slo.num_preempted,
     ),
     "xllm:promises_invalid": (

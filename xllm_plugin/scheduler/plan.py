@@ -19,7 +19,9 @@ In this order (paper, section 3.1 and 3.2; ProServe's slide batching, arXiv 2512
    no online one is due.  Both stop at the next step when online work comes.
 6. If there are still too few blocks, nothing is held: vLLM takes them from the last in order.
 
-A held request keeps its KV blocks.  Imports neither torch nor vLLM.
+A held request keeps its KV blocks.  Plans know of no LoRA adapters: `slo.py` holds those that a
+step has no room for, and after rule 6 lets the least urgent of these give up blocks.  Imports
+neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -36,7 +38,17 @@ import msgspec
 from xllm_plugin.scheduler.predictor import StepModel, StepShape
 from xllm_plugin.scheduler.waiting_queue import Columns, Ranked, Waiting, WaitingQueue
 
-__all__ = ["Bound", "Limits", "Plan", "Running", "View", "Waiting", "make_plan"]
+__all__ = [
+    "Bound",
+    "Limits",
+    "Plan",
+    "Running",
+    "View",
+    "Waiting",
+    "blocks_lacking",
+    "make_plan",
+    "num_blocks",
+]
 
 MIN_CHUNK_TOKENS: Final = 16
 """Smaller chunks are not worth a row, unless they end a prompt."""
@@ -165,7 +177,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         predicted_ms: how long.
         bound: why it is not larger.
         num_late: online requests whose TTFT can no longer be met.
-        serves_overdue: whether an overdue request has its turn in this step.
+        turn: the overdue request that has its turn in this step, if one has.
     """
 
     order: tuple[str, ...] = ()
@@ -178,7 +190,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     predicted_ms: float = 0.0
     bound: Bound = Bound.WORK
     num_late: int = 0
-    serves_overdue: bool = False
+    turn: str | None = None
 
 
 Prompt = Running | Waiting
@@ -201,6 +213,23 @@ def make_plan(view: View, model: StepModel, limits: Limits) -> Plan:
     planner.run_offline_decodes()
     planner.run_offline_prompts()
     return planner.finished()
+
+
+def num_blocks(tokens: int, block_tokens: int) -> int:
+    """KV blocks that hold so many tokens."""
+    return -(-tokens // block_tokens)
+
+
+def blocks_lacking(view: View, plan: Plan, running: Iterable[Running]) -> int:
+    """KV blocks that `running` want in the step beyond those that are free once `plan` preempts."""
+    size, preempted = view.block_tokens, frozenset(plan.preempt)
+    freed = [r.computed_tokens for r in view.running if r.request_id in preempted]
+    wanted = 0
+    for r in running:
+        chunk = min(r.todo_tokens, plan.chunk_tokens or r.todo_tokens)
+        after = num_blocks(r.computed_tokens + chunk, size)
+        wanted += after - num_blocks(r.computed_tokens, size)
+    return wanted - view.free_blocks - sum(num_blocks(tokens, size) for tokens in freed)
 
 
 class _Planner:
@@ -288,11 +317,17 @@ class _Planner:
     def _unreserved_ms(self) -> float:
         """The least slack beyond one more TPOT, which is kept for a step that is slower than said.
 
-        Work without a promise would else use all credit up, and a last token have none.
+        Of those whose promise this device can keep.  Work without a promise would else use all
+        credit up, and a last token have none.
         """
-        now_s = self._view.now_s
+        now_s, lone_ms = self._view.now_s, self._lone_ms
         return min(
-            [(r.deadline_s - now_s) * 1e3 - r.tpot_ms for r in self._decodes], default=math.inf
+            [
+                (r.deadline_s - now_s) * 1e3 - r.tpot_ms
+                for r in self._decodes
+                if r.tpot_ms >= lone_ms
+            ],
+            default=math.inf,
         )
 
     def _hold_spare(self, budget_ms: float) -> None:
@@ -504,7 +539,8 @@ class _Planner:
     def _keep_in_time(self, prompt: Prompt) -> None:
         """Let what is added to a step in which `prompt` ends not make it late."""
         due_ms = (prompt.deadline_s - self._view.now_s) * 1e3
-        if prompt.is_online and due_ms >= self._model.bound_ms(self._step):
+        is_kept = prompt.is_online and not prompt.is_lost
+        if is_kept and due_ms >= self._model.bound_ms(self._step):
             self._budget_ms = min(self._budget_ms, due_ms)
 
     def _fitting(self, prompt: Prompt, most: int) -> int:
@@ -567,7 +603,7 @@ class _Planner:
         return needed <= self._blocks_for_online
 
     def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self._view.block_tokens)
+        return num_blocks(tokens, self._view.block_tokens)
 
     def _growth(self, prompt: Prompt, tokens: int) -> int:
         computed = prompt.computed_tokens
@@ -631,7 +667,10 @@ class _Planner:
     # The end.
 
     def finished(self) -> Plan:
-        """The plan; everything is offered if blocks are short, or nothing would have run."""
+        """The plan; everything is offered if blocks are short, or nothing would have run.
+
+        Of what is offered `slo.py` may hold some all the same, for their LoRA adapters.
+        """
         hold = self._hold
         decodes = sorted(self._decodes, key=_DEADLINE)
         online = [r for r in self._chosen if r.is_online]
@@ -645,7 +684,7 @@ class _Planner:
             self._bound = Bound.MEMORY
         elif not self._step.num_tokens:
             offered, hold = hold, []
-        most = self._limits.max_tokens
+        most, turn = self._limits.max_tokens, self._turn
         return Plan(
             order=tuple(r.request_id for r in offered),
             hold=tuple(r.request_id for r in hold),
@@ -657,7 +696,7 @@ class _Planner:
             predicted_ms=self._model.predict_ms(self._step),
             bound=self._bound,
             num_late=self._num_late,
-            serves_overdue=self._turn is not None and self._turn.request_id in self._chunks,
+            turn=turn.request_id if turn is not None and turn.request_id in self._chunks else None,
         )
 
 

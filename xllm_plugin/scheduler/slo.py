@@ -3,7 +3,8 @@
 vLLM's `schedule` is not copied.  A plan is put into force by what it reads at each call, and taken
 back after it (seam "scheduler-plan"):
 
-* a held request is taken out of `running` for the call, and put back with its KV blocks;
+* a held request is taken out of `running` for the call, and put back with its KV blocks; so is one
+  whose LoRA adapter the step has no room for, which is found here and not by the plan;
 * the order of `running` decides who is served first, and who gives up blocks: the last;
 * waiting requests to admit are put first in `waiting`, and `max_num_active_reqs` says how many;
 * `max_num_scheduled_tokens` and `long_prefill_token_threshold` bound the step and its chunks.
@@ -24,14 +25,25 @@ import msgspec
 from vllm.v1.core.sched.interface import PauseState
 
 from xllm_plugin.errors import ConfigError, PromiseError
-from xllm_plugin.scheduler.adapters import NO_ADAPTER, adapters_to_run
+from xllm_plugin.scheduler.adapters import NO_ADAPTER, Urgency, adapters_to_run
 from xllm_plugin.scheduler.config import SchedulerConfig
-from xllm_plugin.scheduler.plan import LOST_SLOWDOWN, Limits, Plan, Running, View, make_plan
+from xllm_plugin.scheduler.plan import (
+    LOST_SLOWDOWN,
+    Bound,
+    Limits,
+    Plan,
+    Running,
+    View,
+    blocks_lacking,
+    make_plan,
+    num_blocks,
+)
 from xllm_plugin.scheduler.predictor import StepModel, StepShape, StepTimeLearner
 from xllm_plugin.scheduler.prior import prior_work
 from xllm_plugin.scheduler.promise import Promise, read_promise
 from xllm_plugin.scheduler.report import Listed, SchedulerReport, StepReport, class_report
 from xllm_plugin.scheduler.slo_metrics import SloMetrics, SloSnapshot
+from xllm_plugin.scheduler.step_limit import max_step_ms
 from xllm_plugin.scheduler.trace import StepTrace, TracedStep
 from xllm_plugin.scheduler.waiting_queue import Waiting, WaitingQueue
 from xllm_plugin.worker.resumed import resumed_tokens
@@ -47,11 +59,8 @@ __all__ = ["SloPolicy"]
 
 logger = logging.getLogger(__name__)
 
-STEP_SHARE_OF_TTFT: Final = 0.5
-"""A step with prompts in it takes at most this part of the tightest TTFT among the default and what
-was asked for of late, down to a fourth of the default: who comes meanwhile has the rest.  Where
-steps are scheduled ahead it waits for two, which share that part."""
 RECENT_REQUESTS: Final = 32
+"""Their TTFTs say how long a step may take."""
 LOADED_CHUNK_TOKENS: Final = 256
 """For requests whose KV a connector has loaded; plans do not see them."""
 MAX_EMPTY_STEPS: Final = 3
@@ -157,6 +166,7 @@ class SloPolicy:
             max_wait_s=config.max_wait_s,
         )
         self._learner = StepTimeLearner(prior_work(scheduler.vllm_config))
+        self._is_base_apart = scheduler.vllm_config.device_config.device_type == "cpu"
         self._metrics = SloMetrics()
         self._requests: dict[str, Tracked] = {}
         self._queue = WaitingQueue()
@@ -214,10 +224,8 @@ class SloPolicy:
             self._limits = msgspec.structs.replace(self._limits, max_step_ms=limit_ms)
 
     def _step_limit_ms(self) -> float:
-        default_ms = self._defaults.ttft_ms
-        tightest_ms = max(default_ms / 4, min([default_ms, *self._recent_ttft_ms]))
-        num_steps = 2 if self._scheduler.scheduler_config.async_scheduling else 1
-        return STEP_SHARE_OF_TTFT * tightest_ms / num_steps
+        runs_ahead = self._scheduler.scheduler_config.async_scheduling
+        return max_step_ms(self._defaults.ttft_ms, self._recent_ttft_ms, runs_ahead=runs_ahead)
 
     def _promise_of(self, request: Request) -> Promise:
         defaults = replace(self._defaults, priority=request.priority)
@@ -248,7 +256,7 @@ class SloPolicy:
                 yield
             return
         view = self._view(self._begins_s(began_s))
-        plan = make_plan(view, self._learner.model, self._limits)
+        plan = make_plan(view, self._learner.model, self._limits_beside(view))
         plan = self._plan = self._with_room_for_adapters(plan, view)
         held = self._take_out(plan)
         classes = Counter(self._requests[r.request_id].promise.service_class.value for r in held)
@@ -270,7 +278,11 @@ class SloPolicy:
 
     @contextlib.contextmanager
     def _unplanned(self) -> Iterator[None]:
-        """Leave vLLM alone, but for adapters that one step has no room for."""
+        """Leave vLLM alone, but for adapters that one step has no room for.
+
+        Where requests without an adapter run apart, one at most joins, and only if nobody runs.
+        If blocks are short, vLLM takes them from those that run, not from those held here.
+        """
         scheduler = self._scheduler
         if scheduler.lora_config is None:
             yield
@@ -278,34 +290,60 @@ class SloPolicy:
         running, most = scheduler.running, scheduler.max_num_active_reqs
         arrival_s = {r.request_id: self._requests[r.request_id].arrival_s for r in running}
         claims = [(_adapter_of(r), (False, arrival_s[r.request_id])) for r in running]
-        chosen = adapters_to_run(claims, scheduler.lora_config.max_loras)
+        chosen = self._adapters_to_run(claims)
         held = [r for r in running if _adapter_of(r) not in chosen]
         scheduler.running = [r for r in running if _adapter_of(r) in chosen]
         scheduler.max_num_active_reqs = most - len(held)
+        if self._is_base_apart:
+            num_there = len(scheduler.running) + scheduler.num_waiting_for_streaming_input
+            num_places = num_there + (not scheduler.running)
+            scheduler.max_num_active_reqs = min(scheduler.max_num_active_reqs, num_places)
         try:
             yield
         finally:
             scheduler.running += held
             scheduler.max_num_active_reqs = most
 
+    def _adapters_to_run(self, claims: Iterable[tuple[int, Urgency]]) -> frozenset[int]:
+        return adapters_to_run(
+            claims, self._scheduler.lora_config.max_loras, is_base_apart=self._is_base_apart
+        )
+
     def _with_room_for_adapters(self, plan: Plan, view: View) -> Plan:
-        """The plan without requests whose adapters the step has no room for; they are held."""
-        lora, requests = self._scheduler.lora_config, self._scheduler.requests
-        if lora is None:
+        """The plan without requests whose adapters the step has no room for; they are held.
+
+        Whose turn it is comes first; otherwise its turn would go by, and it never be served.  vLLM
+        takes blocks only from those that run: if these lack some, the least urgent held give up
+        theirs, or the most urgent would.
+        """
+        requests = self._scheduler.requests
+        if self._scheduler.lora_config is None:
             return plan
         adapter = {i: _adapter_of(requests[i]) for i in (*plan.order, *plan.admit)}
-        due = {r.request_id: _when_due(r) for r in view.running}
-        claims = [(adapter[i], due[i]) for i in plan.order]
+        running = {r.request_id: r for r in view.running}
+
+        def claim(made: Running | Waiting) -> tuple[int, Urgency]:
+            name = made.request_id
+            return adapter[name], (False, -math.inf) if name == plan.turn else _when_due(made)
+
+        claims = [claim(running[i]) for i in plan.order]
         if not self._num_empty_steps:  # else those to admit had no room: they wait for the others
-            waiting = {w.request_id: w for w in view.waiting}
-            claims += [(adapter[i], _when_due(waiting[i])) for i in plan.admit]
-        chosen = adapters_to_run(claims, lora.max_loras)
+            claims += [claim(view.waiting[i]) for i in plan.admit]
+        chosen = self._adapters_to_run(claims)
         held = [i for i in plan.order if adapter[i] not in chosen]
+        turn = plan.turn if plan.turn is not None and adapter[plan.turn] in chosen else None
+        order = [i for i in plan.order if adapter[i] in chosen]
+        victims: list[str] = []
+        if plan.bound is Bound.MEMORY and order:
+            lacking = blocks_lacking(view, plan, [running[i] for i in order])
+            victims = _giving_up(lacking, [running[i] for i in held], view.block_tokens)
         return msgspec.structs.replace(
             plan,
-            order=tuple(i for i in plan.order if adapter[i] in chosen),
-            hold=(*plan.hold, *held),
+            order=tuple(order),
+            hold=(*plan.hold, *(i for i in held if i not in victims)),
+            preempt=(*plan.preempt, *victims),
             admit=tuple(i for i in plan.admit if adapter[i] in chosen),
+            turn=turn,
         )
 
     def _begins_s(self, now_s: float) -> float:
@@ -335,6 +373,16 @@ class SloPolicy:
             block_tokens=max(1, scheduler.block_size // max(1, num_groups)),
             admitted_since_overdue=self._admitted_since_overdue,
         )
+
+    def _limits_beside(self, view: View) -> Limits:
+        """The limits without the places of those that vLLM counts and a plan does not see."""
+        scheduler = self._scheduler
+        num_unseen = len(scheduler.running) - len(view.running)
+        num_unseen += scheduler.num_waiting_for_streaming_input
+        if not num_unseen:
+            return self._limits
+        most = self._limits.max_sequences - num_unseen
+        return msgspec.structs.replace(self._limits, max_sequences=most)
 
     def _as_running(self, request: Request, now_s: float) -> Running:
         tracked = self._requests[request.request_id]
@@ -388,6 +436,7 @@ class SloPolicy:
             promise.priority,
             todo,
             request.num_tokens - todo,
+            tracked.is_lost,
         )
 
     def _todo_tokens(self, request: Request) -> int:
@@ -467,7 +516,7 @@ class SloPolicy:
         if num_joined <= 0:
             return
         self._admitted_since_overdue += num_joined
-        if plan.serves_overdue:
+        if plan.turn is not None:
             self._admitted_since_overdue = 0
 
     # After it.
@@ -651,10 +700,23 @@ def _adapter_of(request: Request) -> int:
     return NO_ADAPTER if request.lora_request is None else request.lora_request.lora_int_id
 
 
+def _giving_up(lacking: int, held: Iterable[Running], block_tokens: int) -> list[str]:
+    """The least urgent of `held` whose blocks make up for what is lacking, or all."""
+    victims = []
+    for r in sorted(held, key=_when_due, reverse=True):
+        if lacking <= 0:
+            break
+        victims.append(r.request_id)
+        lacking -= num_blocks(r.computed_tokens, block_tokens)
+    return victims
+
+
 def _when_due(view: Running | Waiting) -> tuple[bool, float]:
     """Smaller is more urgent: online ones by when they are due, then offline ones by arrival."""
     if not view.is_online:
         return True, view.arrival_s
-    if isinstance(view, Running) and view.is_lost:
+    if not view.is_lost:
+        return False, view.deadline_s
+    if isinstance(view, Running):
         return False, view.last_token_s + LOST_SLOWDOWN * view.tpot_ms / 1e3
-    return False, view.deadline_s
+    return False, view.deadline_s + (LOST_SLOWDOWN - 1) * view.tpot_ms / 1e3

@@ -81,7 +81,7 @@ class SloSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         planning_ms: spent on plans, in sum.
         bounds: planned steps by what kept them from being larger.
         num_held: requests held for a step, by class.
-        num_preempted: requests that gave up their blocks for online ones, by plan.
+        num_preempted: requests that gave up their blocks for more urgent ones, by plan.
         num_late: online requests in the queue whose TTFT can no longer be met, now.
         num_invalid: requests whose promise could not be read and was replaced by the default.
         offline_tokens: tokens computed for offline requests, prompts included.

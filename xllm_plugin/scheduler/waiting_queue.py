@@ -32,6 +32,7 @@ class Waiting(msgspec.Struct, frozen=True, gc=False):
         priority: lower is earlier.
         todo_tokens: of its prompt, without a cached prefix.
         computed_tokens: of the cached prefix.
+        is_lost: whether its promise was broken before it was preempted.
     """
 
     request_id: str
@@ -42,6 +43,7 @@ class Waiting(msgspec.Struct, frozen=True, gc=False):
     priority: int
     todo_tokens: int
     computed_tokens: int = 0
+    is_lost: bool = False
 
 
 # Priority, what to sort by (s), the least time to read the prompt (s), number.
@@ -49,8 +51,8 @@ Ranked = tuple[int, float, float, int]
 # Priority, deadline or arrival, number; the number is unique, so requests are never compared.
 _Key = tuple[int, float, int, Waiting]
 
-PRIORITY, DEADLINE_S, TODO_TOKENS, COMPUTED_TOKENS, ARRIVAL_S, NUMBER = range(6)
-NUM_COLUMNS: Final = 6
+PRIORITY, DEADLINE_S, TODO_TOKENS, COMPUTED_TOKENS, ARRIVAL_S, IS_LOST, NUMBER = range(7)
+NUM_COLUMNS: Final = 7
 LEAST_CAPACITY: Final = 64
 
 
@@ -86,6 +88,9 @@ class WaitingQueue:
 
     def __contains__(self, request_id: object) -> bool:
         return request_id in self._keys
+
+    def __getitem__(self, request_id: str) -> Waiting:
+        return self._keys[request_id][3]
 
     @property
     def num_online(self) -> int:
@@ -164,6 +169,7 @@ class Sifted:
         self._online, self._columns, self._needed_s = online, columns, needed_s
         num = len(online)
         self._is_in_time = now_s + needed_s <= columns[DEADLINE_S, :num]
+        self._is_in_time &= columns[IS_LOST, :num] == 0
         self.num_late = num - int(np.count_nonzero(self._is_in_time))
         self._by_number: dict[int, Waiting] = {}
 
@@ -213,5 +219,6 @@ def _column(key: _Key) -> tuple[float, ...]:
         request.todo_tokens,
         request.computed_tokens,
         request.arrival_s,
+        request.is_lost,
         number,
     )

@@ -260,7 +260,7 @@ class SimulatedEngine:
             scheduled[request_id] = num
             budget -= num
             self.admitted_since_overdue += 1
-            if plan.serves_overdue:
+            if plan.turn is not None:
                 self.admitted_since_overdue = 0
 
     def _shape(self, scheduled: dict[str, int]) -> StepShape:
@@ -376,4 +376,5 @@ def _as_waiting(request: SimulatedRequest, now_s: float) -> Waiting:
         request.arrival_s,
         request.priority,
         request.todo_tokens,
+        is_lost=request.is_lost,
     )
