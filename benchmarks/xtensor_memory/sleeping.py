@@ -25,8 +25,8 @@ from xllm_plugin.errors import NotNowError
 __all__ = ["Sleep", "checks", "figures", "measure"]
 
 NUM_REQUESTS, PROMPT_TOKENS = 8, 1000
-TOKENS_PER_SLEEP = 100
 STEPS_BEFORE_SLEEP = 20
+TOKENS_PER_SLEEP = 100
 """Output tokens of a request for each time that it is put to sleep; more than it gets to."""
 GIVE_UP_S = 600.0
 LOAD_TIMEOUT_S, LOOK_S = 240.0, 0.05

@@ -311,7 +311,7 @@ def checks(plan: Plan, found: Found, pooled_bytes: Sequence[int]) -> list[Check]
         ),
         Check(
             name=f"bursts of {largest}: shared serves {AT_LEAST:g} times as many undisturbed",
-            passed=shared >= AT_LEAST * split,
+            passed=shared > 0 and shared >= AT_LEAST * split,
             detail=f"{shared} and {split}" + (f", {shared / split:.2f} times" if split else ""),
         ),
     ]

@@ -109,6 +109,11 @@ def test_sharing_has_to_serve_more_of_the_larger_bursts(
     assert f"4 and {4 - split}" in ratio.detail
 
 
+def test_no_undisturbed_request_at_all_is_not_more(bench: ModuleType, tmp_path: Path) -> None:
+    *_, ratio = bench.checks(make_plan(bench, tmp_path), found(bench, 4, 4), [5])
+    assert (ratio.passed, ratio.detail) == (False, "0 and 0")
+
+
 def test_an_overdrawn_pool_and_an_answer_cut_short_fail_the_run(
     bench: ModuleType, tmp_path: Path
 ) -> None:

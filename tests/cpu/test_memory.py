@@ -18,7 +18,12 @@ import torch
 from xllm_plugin.accelerator.memory import Fence, MemoryDriver
 from xllm_plugin.cpu.memory import PAGE_BYTES, CpuMemoryDriver
 from xllm_plugin.cpu.testkit import FaultyVmCalls, make_memory_driver, probe_memory
+from xllm_plugin.errors import NotNowError
 from xllm_plugin.testing.conformance import check_memory_driver
+from xllm_plugin.xtensor.config import XTensorConfig
+from xllm_plugin.xtensor.layout import Column, KVLayout
+from xllm_plugin.xtensor.memory import ElasticMemory
+from xllm_plugin.xtensor.messages import MemoryChange
 
 SIZE = 2**16
 
@@ -132,6 +137,53 @@ def test_a_kernel_that_lacks_memory_for_a_page_leaves_nothing_behind(
     assert file_bytes(driver) == SIZE
     monkeypatch.undo()
     assert len(driver.create(15)) == 15
+
+
+def test_pages_that_the_kernel_does_not_take_back_are_kept(driver: CpuMemoryDriver) -> None:
+    pages = driver.create(16)
+    going = [pages[0], pages[2]]  # two runs of neighbours
+    for at in (1, 2):
+        calls_of(driver).punch_fault.set(at)
+        with pytest.raises(MemoryError, match="did not take 2 pages back"):
+            driver.release(going)
+        with pytest.raises(MemoryError, match="0 left of 16"):
+            driver.create(1)
+    driver.release(going)
+    assert file_bytes(driver) == 14 * SIZE
+    start = driver.reserve(2 * SIZE)
+    driver.map(dict(zip((start, start + SIZE), driver.create(2), strict=True)))
+
+
+def test_slots_are_not_lost_when_memory_comes_neither_nor_goes(
+    driver: CpuMemoryDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(address: int, num_bytes: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver._calls, "populate", refuse)
+        calls_of(driver).punch_fault.set(1)
+        with pytest.raises(MemoryError, match="no memory for 3 pages"):
+            driver.create(3)
+    assert len(driver.create(16)) == 16
+
+
+def test_an_elastic_sleep_whose_memory_the_kernel_does_not_take_is_undone(
+    driver: CpuMemoryDriver,
+) -> None:
+    layout = KVLayout(8, (Column(0, SIZE), Column(8 * SIZE, SIZE)))
+    memory = ElasticMemory(driver, layout, 1, XTensorConfig())
+    memory.apply(MemoryChange(budget_slabs=8, committed=(0, 3, 4)))
+    calls_of(driver).punch_fault.set(1)
+    with pytest.raises(NotNowError, match="did not take 6 pages back"):
+        memory.sleep()
+    memory.settle()
+    assert memory.range.committed == {0, 3, 4}
+    memory.pool.check_integrity()
+    assert memory.pool.statistics().num_released == 0
+    assert file_bytes(driver) == 6 * SIZE
+    memory.sleep()
+    assert (file_bytes(driver), memory.pool.statistics().num_released) == (0, 6)
 
 
 def test_neighbours_are_one_mapping_of_the_kernel(driver: CpuMemoryDriver) -> None:

@@ -157,23 +157,79 @@ def test_a_sleep_that_the_kernel_refuses_half_way_is_undone(
     assert runner.is_whole()
 
 
+def gone(*_: object) -> None:
+    raise OSError("a disk that is gone")
+
+
+@pytest.mark.parametrize("level", [1, 2])
 def test_a_sleep_that_could_not_be_undone_is_no_time_for_a_step_and_is_undone_by_the_next(
-    make: Any, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+    make: Any, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch, level: int
 ) -> None:
+    from xllm_plugin.cpu import weight_memory
+
     calls = FaultyVmCalls()
     mode = make(calls=calls)
     calls.drop_fault.set(1)
-
-    def unreachable() -> None:
-        raise NotNowError("the model's files are gone")
-
+    each = weight_memory._each
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "reload_weights", unreachable)
-        with pytest.raises(NotNowError, match="files are gone"):
-            mode.sleep(2)
+        patch.setattr(runner, "reload_weights", gone)
+        patch.setattr(
+            weight_memory,
+            "_each",
+            lambda call, run: (gone if call.__name__ == "readinto" else each)(call, run),
+        )
+        for _ in range(2):  # the second one fails before it begins
+            with pytest.raises(
+                NotNowError, match=r"disk that is gone\. .*POST /sleep again.*not call /wake_up"
+            ) as caught:
+                mode.sleep(level)
+            assert "resumes it" not in str(caught.value)
+            assert "/wake_up again" not in str(caught.value)
     with pytest.raises(InternalError, match="8 tokens"):
         mode.check_awake(8)
     mode.sleep(1)
     mode.wake_up()
     assert runner.is_whole()
+    mode.check_awake(8)
+
+
+def test_weights_that_cannot_be_read_back_on_waking_are_asked_for_again(
+    make: Any, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xllm_plugin.cpu import weight_memory
+
+    mode = make()
+    mode.sleep(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_memory, "_each", gone)
+        with pytest.raises(NotNowError, match=r"cannot be read back.*Call /wake_up again"):
+            mode.wake_up()
+    mode.wake_up()
+    assert runner.is_whole()
+
+
+def test_a_kv_cache_that_is_neither_dropped_nor_back_is_no_time_for_a_step(
+    make: Any, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused() -> None:
+        raise NotNowError("no page")
+
+    mode = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "sleep_kv_cache", refused)
+        with pytest.raises(NotNowError, match=r"no page$"):
+            mode.sleep(1)
+        mode.check_awake(8)
+        patch.setattr(runner, "wake_kv_cache", refused)
+        with pytest.raises(NotNowError, match=r"no page\. .*POST /sleep again"):
+            mode.sleep(1)
+        with pytest.raises(InternalError, match="8 tokens"):
+            mode.check_awake(8)
+        patch.undo()
+        patch.setattr(runner, "sleep_kv_cache", refused)
+        with pytest.raises(NotNowError, match=r"no page$"):
+            mode.sleep(1)
+        mode.check_awake(8)  # which brought back what the sleep before had left away
+    mode.sleep(1)
+    mode.wake_up()
     mode.check_awake(8)

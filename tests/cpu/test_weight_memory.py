@@ -117,7 +117,7 @@ def test_pages_are_whole_and_of_the_weights_alone(weight_memory: Any) -> None:
     assert run.num_bytes in {4 * PAGE, 5 * PAGE}
 
 
-def test_a_kernel_that_refuses_half_way_leaves_parked_weights_as_they_were(
+def test_weights_that_were_parked_before_the_kernel_refused_can_be_restored(
     weight_memory: Any, model: Any, tmp_path: Path
 ) -> None:
     calls = FaultyVmCalls()
@@ -126,17 +126,19 @@ def test_a_kernel_that_refuses_half_way_leaves_parked_weights_as_they_were(
     calls.drop_fault.set(2)
     with pytest.raises(NotNowError, match=r"did not take the weights' memory.*/wake_up"):
         memory.park(model)
+    assert memory.is_away
+    assert memory.is_kept
+    memory.restore()
     assert not memory.is_away
     assert not memory.is_kept
     found = contents(model)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_what_cannot_be_read_back_either_is_away_and_kept(
+def test_what_cannot_be_read_back_is_away_and_kept(
     weight_memory: Any, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = FaultyVmCalls()
-    memory = weight_memory.WeightMemory(tmp_path, calls)
+    memory = weight_memory.WeightMemory(tmp_path)
     expected, each = contents(model), weight_memory._each
 
     def each_written(call: Any, run: Any) -> None:
@@ -144,11 +146,11 @@ def test_what_cannot_be_read_back_either_is_away_and_kept(
             raise OSError("a disk that is gone")
         each(call, run)
 
-    calls.drop_fault.set(2)
+    memory.park(model)
     with monkeypatch.context() as patch:
         patch.setattr(weight_memory, "_each", each_written)
         with pytest.raises(NotNowError, match="cannot be read back"):
-            memory.park(model)
+            memory.restore()
     assert memory.is_away
     assert memory.is_kept
     memory.restore()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from xllm_plugin.models import prepare
 from xllm_plugin.npu.demand import demand_of, kv_block_bytes, weights_bytes
@@ -13,7 +17,7 @@ LAYERS, KEY_HEADS = 3, 2
 DENSE_BLOCK = LAYERS * 128 * 2 * KEY_HEADS * 128 * 2
 
 
-def config(cache: dict[str, Any] | None = None, **model: Any) -> Any:
+def config(cache: dict[str, Any] | None = None, load_format: str = "auto", **model: Any) -> Any:
     settings = {
         "model": "somebody/on-a-hub",
         "max_model_len": 1000,
@@ -29,6 +33,7 @@ def config(cache: dict[str, Any] | None = None, **model: Any) -> Any:
         model_config=SimpleNamespace(**settings),
         cache_config=SimpleNamespace(**caching),
         parallel_config=None,
+        load_config=SimpleNamespace(load_format=load_format),
     )
 
 
@@ -53,8 +58,43 @@ def test_a_cache_asked_for_in_bytes() -> None:
     assert (demand.kv_cache_bytes, demand.num_tokens) == (12345, None)
 
 
-def test_weights_are_read_from_the_files_headers() -> None:
-    folder = Path(prepare("tiny-llama"))
-    (file,) = folder.glob("*.safetensors")
-    header = int.from_bytes(file.read_bytes()[:8], "little")
-    assert weights_bytes(folder) == file.stat().st_size - 8 - header
+@pytest.fixture
+def weights() -> Path:
+    """A file of bfloat16."""
+    (file,) = Path(prepare("tiny-llama")).glob("*.safetensors")
+    return file
+
+
+def num_data_bytes(file: Path) -> int:
+    return file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little")
+
+
+def test_weights_are_read_from_the_files_headers(weights: Path) -> None:
+    assert weights_bytes(weights.parent) == num_data_bytes(weights)
+
+
+def test_with_an_index_only_the_files_that_it_names_count(weights: Path, tmp_path: Path) -> None:
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for name in (*shards, "model.safetensors"):  # the last is stale: vLLM does not load it
+        shutil.copy(weights, tmp_path / name)
+    assert weights_bytes(tmp_path) == 3 * num_data_bytes(weights)
+    index = tmp_path / "model.safetensors.index.json"
+    named = dict(zip("abc", [*shards, shards[0]], strict=True))
+    index.write_text(json.dumps({"weight_map": named}))
+    assert weights_bytes(tmp_path) == 2 * num_data_bytes(weights)
+
+
+def test_files_that_cannot_be_read_are_left_for_vllm_to_say(tmp_path: Path) -> None:
+    pointer = tmp_path / "model.safetensors"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    assert weights_bytes(tmp_path) == 0
+    index = tmp_path / "model.safetensors.index.json"
+    for text in ('{"weight_map": {"a": "absent.safetensors"}}', "{", "{}"):
+        index.write_text(text)
+        assert weights_bytes(tmp_path) == 0
+
+
+def test_weights_that_no_file_gives_do_not_count(weights: Path) -> None:
+    folder = str(weights.parent)
+    assert demand_of(config(model=folder)).weights_bytes == num_data_bytes(weights)
+    assert demand_of(config(model=folder, load_format="dummy")).weights_bytes == 0

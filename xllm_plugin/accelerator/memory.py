@@ -98,6 +98,8 @@ class MemoryDriver(Protocol):
         """Give physical pages back to the device; their handles are unknown from then on.
 
         Raises:
+            MemoryError: the device does not take them now; all are still there, with undefined
+                contents.
             ValueError: a page is unknown, still mapped somewhere, or named twice.
         """
         ...

@@ -162,7 +162,9 @@ class CpuMemoryDriver(BookedMemoryDriver[int]):
             for start, count in _neighbours(slots):
                 self._fill(start, count)
         except OSError as error:
-            self._release(slots)
+            with contextlib.suppress(OSError):  # their memory is there for the next pages, then
+                self._punch(slots)
+            self._add_free(slots)
             raise MemoryError(f"no memory for {num_pages} pages: {error}") from error
         return slots
 
@@ -177,10 +179,21 @@ class CpuMemoryDriver(BookedMemoryDriver[int]):
             os.posix_fallocate(self._file, slot * size, num_pages * size)
 
     def _release(self, physicals: Sequence[int]) -> None:
-        for start, count in _neighbours(sorted(physicals)):
-            size = self._granularity_bytes
+        try:
+            self._punch(physicals)
+        except OSError as error:
+            raise MemoryError(
+                f"the kernel did not take {len(physicals)} pages back: {error}"
+            ) from error
+        self._add_free(physicals)
+
+    def _punch(self, slots: Sequence[int]) -> None:
+        size = self._granularity_bytes
+        for start, count in _neighbours(sorted(slots)):
             self._calls.punch(self._file, start * size, count * size)
-        for slot in physicals:
+
+    def _add_free(self, slots: Sequence[int]) -> None:
+        for slot in slots:
             heapq.heappush(self._free_slots, slot)
 
     def _joins(self, before: Placement, after: Placement) -> bool:

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from xllm_plugin.cpu.weight_memory import WeightMemory
-from xllm_plugin.errors import InternalError, MisuseError, XllmError
+from xllm_plugin.errors import InternalError, MisuseError, NotNowError, XllmError
 
 __all__ = ["SleepMode", "SleepingRunner"]
 
@@ -28,6 +29,19 @@ logger = logging.getLogger("vllm.xllm_plugin")
 
 KV_CACHE = "kv_cache"
 WEIGHTS = "weights"
+
+HALF_ASLEEP = (
+    "A part of the engine's memory is away, and no request can be answered: POST /sleep again, "
+    "which tries this first, or restart the engine. Do not call /wake_up: to vLLM this engine is "
+    "awake, so it would bring nothing back, go on with requests, and the engine would end."
+)
+"""The next step when a sleep could be neither done nor undone.
+
+`Executor.sleep` (vllm/v1/executor/abstract.py) notes that it sleeps when all workers have returned;
+until then `Executor.wake_up` does not call them, and `EngineCore.wake_up` resumes its scheduler.
+"""
+
+STILL_ASLEEP = "Call /wake_up again, or restart the engine."
 
 
 class SleepingRunner(Protocol):
@@ -73,6 +87,7 @@ class SleepMode:
         self._weights = weights
         self._clock = clock
         self._is_kv_away = False
+        self._owes_kv = False  # away by a sleep that failed: vLLM takes it to be here
 
     def check_awake(self, num_tokens: int) -> None:
         """Refuse a step of so many tokens while something is away.
@@ -92,7 +107,8 @@ class SleepMode:
         Raises:
             MisuseError: there is no such level, or the weights could not be loaded again.
             NotNowError: the weights cannot be written, or memory not be given back; nothing is away
-                that was not before, unless bringing it back failed as well (`check_awake`).
+                that was not before, unless bringing it back failed as well: then the message says
+                what to do, and `check_awake` refuses steps.
         """
         if level not in {1, 2}:
             raise MisuseError(f"level={level}: give 1 (weights kept in a file) or 2 (dropped).")
@@ -102,18 +118,19 @@ class SleepMode:
                 "at level 1. The engine is paused; /wake_up resumes it."
             )
         started_s = self._clock()
-        self._bring_weights_back()  # those that a sleep which failed has left away
-        was_kv_away = self._is_kv_away
-        self._drop_kv()
-        dropped_s = self._clock()
-        model = self._runner.get_model()
+        with advising(HALF_ASLEEP):
+            self._undo()  # what a sleep that failed has left away
+        self._owes_kv = not self._is_kv_away
         try:
+            self._drop_kv()
+            dropped_s = self._clock()
+            model = self._runner.get_model()
             num_bytes = self._weights.park(model) if level == 1 else self._weights.drop(model)
         except XllmError:
-            if not was_kv_away:
-                self._wake_kv()
-            self._bring_weights_back()
+            with advising(HALF_ASLEEP):
+                self._undo()
             raise
+        self._owes_kv = False
         logger.info(
             "xllm-plugin: asleep at level %d: KV cache away in %.0f ms, %.1f MiB of weights in "
             "%.0f ms.",
@@ -150,7 +167,8 @@ class SleepMode:
             raise MisuseError(f"tags={sorted(wanted)}: give {WEIGHTS}, {KV_CACHE} or both.")
         started_s = self._clock()
         if WEIGHTS in wanted:
-            self._bring_weights_back()
+            with advising(STILL_ASLEEP):
+                self._bring_weights_back()
         restored_s = self._clock()
         if KV_CACHE in wanted and self._is_kv_away:
             self._wake_kv()
@@ -161,6 +179,11 @@ class SleepMode:
             1e3 * (self._clock() - restored_s),
         )
 
+    def _undo(self) -> None:
+        if self._owes_kv:
+            self._wake_kv()
+        self._bring_weights_back()
+
     def _bring_weights_back(self) -> None:
         if self._weights.is_away:
             if not self._weights.is_kept:
@@ -168,9 +191,22 @@ class SleepMode:
             self._weights.restore()
 
     def _drop_kv(self) -> None:
+        self._is_kv_away = True  # before the call: it may fail, and what undoes it as well
         self._runner.sleep_kv_cache()
-        self._is_kv_away = True
 
     def _wake_kv(self) -> None:
         self._runner.wake_kv_cache()
-        self._is_kv_away = False
+        self._is_kv_away = self._owes_kv = False
+
+
+@contextmanager
+def advising(next_step: str) -> Iterator[None]:
+    """Say what to do when memory or weights do not come back, whatever keeps them.
+
+    Raises:
+        NotNowError: they do not.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise NotNowError(f"{str(error).rstrip('.')}. {next_step}") from error

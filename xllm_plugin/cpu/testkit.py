@@ -27,6 +27,7 @@ class FaultyVmCalls(VmCalls):
         super().__init__()
         self.map_fault = Countdown()
         self.drop_fault = Countdown()
+        self.punch_fault = Countdown()
         self.can_move = True
         self.can_populate = True
 
@@ -49,6 +50,12 @@ class FaultyVmCalls(VmCalls):
             super().drop(address, max(num_bytes - mmap.PAGESIZE, mmap.PAGESIZE))
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         super().drop(address, num_bytes)
+
+    def punch(self, file: int, offset_bytes: int, num_bytes: int) -> None:
+        """Fail having done nothing."""
+        if self.punch_fault.fires():
+            raise OSError(errno.EINTR, os.strerror(errno.EINTR))
+        super().punch(file, offset_bytes, num_bytes)
 
     def populate(self, address: int, num_bytes: int) -> None:
         """Populate, unless this kernel cannot."""

@@ -39,7 +39,7 @@ class WeightMemory:
     """The memory of one model's weights, here or away.
 
     If the kernel refuses to take memory back half-way, `is_away` says that some of it is gone;
-    `restore` brings that back, where the weights are kept.
+    `restore` brings that back, where the weights are kept.  Whoever calls `park` does that.
 
     Args:
         directory: where `park` writes them, `sleep` in the cache of models by default; on a disk,
@@ -67,8 +67,8 @@ class WeightMemory:
         """Write the weights to a file and give their memory back; return how many bytes that is.
 
         Raises:
-            NotNowError: the file cannot be written, or the kernel refused; the weights are as they
-                were, or else `is_away` and `is_kept` say how they are.
+            NotNowError: the file cannot be written, and the weights are as they were; or the kernel
+                refused, and they are away and kept.
         """
         runs = whole_pages(weights_of(model))
         try:
@@ -79,11 +79,7 @@ class WeightMemory:
                 "set engine.sleep_dir to another directory, or sleep at level 2. The engine is "
                 "paused; /wake_up resumes it."
             ) from error
-        try:
-            return self._drop(runs)
-        except NotNowError:
-            self.restore()
-            raise
+        return self._drop(runs)
 
     def drop(self, model: torch.nn.Module) -> int:
         """Give the memory of weights back without keeping them; return how many bytes that is.
@@ -99,7 +95,8 @@ class WeightMemory:
         """Have the weights read back where they were; what `drop` dropped is zeros.
 
         Raises:
-            NotNowError: the file cannot be read; try again, or restart the engine.
+            NotNowError: the file cannot be read.  The message has no next step: while an engine
+                falls asleep it is another one than while it wakes.
         """
         if self._file is not None:
             try:
@@ -108,8 +105,7 @@ class WeightMemory:
                     _each(self._file.readinto, run)
             except OSError as error:
                 raise NotNowError(
-                    f"the weights cannot be read back from {self._directory}: {error}. Call "
-                    "/wake_up again, or restart the engine."
+                    f"the weights cannot be read back from {self._directory}: {error}."
                 ) from error
             self._file.close()
             self._file = None

@@ -51,25 +51,35 @@ class Demand:
     utilization: float
 
 
-@functools.cache
 def ask(device_index: int) -> DeviceMemory:
     """What a device has, asked once in the life of this process.
 
     Raises:
         NotNowError: it cannot be taken; the message says what CANN said.
     """
+    found = answer(device_index)
+    if isinstance(found, str):
+        raise NotNowError(cannot_be_taken(device_index, found))
+    return found
+
+
+@functools.cache
+def answer(device_index: int) -> DeviceMemory | str:
+    """What a device has, or why it cannot be taken.
+
+    A value, so that it is kept: vLLM asks for a device's memory and ignores any error
+    (vllm/engine/arg_utils.py), and a driver that hangs is not to be waited for twice.
+    """
     command = [sys.executable, "-m", __name__, str(device_index)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=PATIENCE_S
         )
-    except subprocess.TimeoutExpired as error:
-        reason = f"no answer within {PATIENCE_S} s"
-        raise NotNowError(cannot_be_taken(device_index, reason)) from error
+    except subprocess.TimeoutExpired:
+        return f"no answer within {PATIENCE_S} s"
     if done.returncode:
         said = done.stderr.strip().splitlines()
-        reason = said[-1] if said else f"the driver ended the process ({done.returncode})"
-        raise NotNowError(cannot_be_taken(device_index, reason))
+        return said[-1] if said else f"the driver ended the process ({done.returncode})"
     free, total = done.stdout.split()[-2:]
     return DeviceMemory(int(free), int(total))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from xllm_plugin.npu.availability import Demand
 from xllm_plugin.npu.limits import BLOCK_SIZE, HEAD_SIZE, LATENT_SIZE, ROPE_SIZE
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["demand_of", "kv_block_bytes", "weights_bytes"]
 
 BF16_BYTES = 2
+INDEX = "model.safetensors.index.json"
 
 
 def demand_of(vllm_config: VllmConfig) -> Demand:
@@ -34,8 +36,10 @@ def demand_of(vllm_config: VllmConfig) -> Demand:
         is_short = is_chosen_by_vllm or model.get_sliding_window() is not None
         num_blocks = 1 if is_short else -(-model.max_model_len // BLOCK_SIZE)
         kv_cache_bytes = num_blocks * kv_block_bytes(vllm_config)
+    # Weights that no file gives may be of a model made smaller by --hf-overrides.
+    is_made_up = vllm_config.load_config.load_format == "dummy"
     return Demand(
-        weights_bytes=weights_bytes(Path(model.model)),
+        weights_bytes=0 if is_made_up else weights_bytes(Path(model.model)),
         kv_cache_bytes=kv_cache_bytes,
         num_tokens=num_tokens,
         utilization=cache.gpu_memory_utilization,
@@ -54,10 +58,28 @@ def kv_block_bytes(vllm_config: VllmConfig) -> int:
 
 
 def weights_bytes(folder: Path) -> int:
-    """A model's weights as bfloat16; 0 where there is no folder to look at yet."""
+    """A model's weights as bfloat16.
+
+    0 where that cannot be known: there is no folder yet, or a file is damaged or missing, and vLLM
+    says so when it loads.
+    """
     if not folder.is_dir():
         return 0
-    return BF16_BYTES * sum(map(num_values, folder.glob("model*.safetensors")))
+    try:
+        return BF16_BYTES * sum(map(num_values, weight_files(folder)))
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return 0
+
+
+def weight_files(folder: Path) -> set[Path]:
+    """The files that vLLM loads: with an index, those it names and no others beside them.
+
+    As `filter_duplicate_safetensors_files` (vllm/model_executor/model_loader/weight_utils.py).
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return set(folder.glob("model*.safetensors"))
+    return {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
 
 
 def num_values(file: Path) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Self
 
-from xllm_plugin.errors import PagesExhaustedError
+from xllm_plugin.errors import NotNowError
 from xllm_plugin.xtensor.page_pool import PagePool
 
 __all__ = ["PoolKeeper"]
@@ -53,6 +53,7 @@ class PoolKeeper:
     def _keep(self) -> None:
         try:
             self._pool.maintain()
-        except PagesExhaustedError:
-            # The kernel has no room to split a mapping; the next round tries again.
+        except NotNowError:
+            # The kernel has no room to split a mapping, or takes no memory back; the next round
+            # tries again.
             return

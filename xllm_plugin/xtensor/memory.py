@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from xllm_plugin.accelerator.memory import MemoryDriver
-from xllm_plugin.errors import PagesExhaustedError
+from xllm_plugin.errors import NotNowError, PagesExhaustedError
 from xllm_plugin.xtensor.config import XTensorConfig
 from xllm_plugin.xtensor.keeper import PoolKeeper
 from xllm_plugin.xtensor.layout import KVLayout
@@ -80,7 +80,8 @@ class ElasticMemory:
         No step that uses a block may run until `wake`; a second call does nothing.
 
         Raises:
-            PagesExhaustedError: the kernel has no room to take mappings apart; it is awake.
+            NotNowError: the kernel has no room to take mappings apart, or takes no memory back; it
+                is awake, unless `wake` failed as well.
         """
         self._is_asleep = True
         committed = self.range.committed
@@ -91,7 +92,7 @@ class ElasticMemory:
         self.pool.driver.fence().wait()
         try:
             self.pool.maintain()
-        except PagesExhaustedError:
+        except NotNowError:
             self.wake()
             raise
 

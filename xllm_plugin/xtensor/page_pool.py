@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from xllm_plugin.accelerator.memory import Fence, MemoryDriver, PageHandle
-from xllm_plugin.errors import InternalError, PagesExhaustedError
+from xllm_plugin.errors import InternalError, NotNowError, PagesExhaustedError
 from xllm_plugin.xtensor.page import Page
 from xllm_plugin.xtensor.pool_books import Plan, PoolBooks, PoolPolicy, PoolStatistics
 
@@ -215,7 +215,8 @@ class PagePool:
         """Do one round of what is not urgent: unmap, release, map ahead.
 
         Raises:
-            PagesExhaustedError: the device cannot unmap for want of memory; later it may.
+            NotNowError: the device cannot unmap for want of memory, or takes no page back; later it
+                may.
         """
         with self._device:
             with self._lock:
@@ -317,10 +318,20 @@ class PagePool:
             self._books.counts.mapped += len(placed)
 
     def _release_surplus(self) -> None:
+        # Only here do free pages go, and only with the device locked are they taken: what is
+        # surplus stays so until it is struck off, after the device has taken it.
         with self._lock:
-            going = self._books.forget_surplus(self.policy.idle_s)
-        if going:
-            self.driver.release(going)
+            going = self._books.surplus(self.policy.idle_s)
+        if not going:
+            return
+        try:
+            self.driver.release([page.handle for page in going])
+        except MemoryError as error:
+            raise NotNowError(
+                f"{error}; they are kept, to be used again or given back later. Try again."
+            ) from error
+        with self._lock:
+            self._books.forget(going)
 
     def _premap(self) -> None:
         """Map the addresses expected next."""

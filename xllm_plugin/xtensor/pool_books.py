@@ -366,14 +366,12 @@ class PoolBooks:
         self.counts.released += len(going)
         return [page.handle for page in going]
 
-    def forget_surplus(self, idle_s: float) -> list[PageHandle]:
-        """Strike off free pages beyond the budget, and those unused for longer than `idle_s`."""
+    def surplus(self, idle_s: float) -> list[Page]:
+        """Free pages beyond the budget, and those unused for longer than `idle_s`."""
         oldest_s = self._clock() - idle_s
         num_beyond = max(0, len(self.pages) - self.budget_pages)
         by_age = sorted(self.free, key=lambda page: page.idle_since_s)
-        return self.forget(
-            [p for at, p in enumerate(by_age) if at < num_beyond or p.idle_since_s <= oldest_s]
-        )
+        return [p for at, p in enumerate(by_age) if at < num_beyond or p.idle_since_s <= oldest_s]
 
     # What can be seen
 

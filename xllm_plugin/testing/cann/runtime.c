@@ -299,10 +299,12 @@ aclError aclrtFreeHost(void *address) { free(address); return ACL_SUCCESS; }
 aclError aclrtGetMemInfo(aclrtMemAttr attribute, size_t *free_bytes, size_t *total_bytes)
 {
     (void)attribute;
+    size_t used;
     if (!current) return fail(ACL_ERROR_RT_CONTEXT_NULL, "no device was set in this thread");
     pthread_mutex_lock(&lock);
+    used = used_by_others_bytes() + used_bytes[current->device];
     *total_bytes = capacity_bytes();
-    *free_bytes = *total_bytes - used_by_others_bytes() - used_bytes[current->device];
+    *free_bytes = used < *total_bytes ? *total_bytes - used : 0;
     pthread_mutex_unlock(&lock);
     return ACL_SUCCESS;
 }
