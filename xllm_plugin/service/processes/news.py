@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final
 
+from xllm_plugin.registration import Load
 from xllm_plugin.service import lifecycle
 from xllm_plugin.service.config import InstanceEntry
 from xllm_plugin.service.fleet import Fleet, Instance
@@ -91,6 +92,11 @@ class ControlFleet(Fleet):
         after = instance.life
         if after.state is not before.state or after.incarnation != before.incarnation:
             self._changed()
+
+    def set_load(self, instance: Instance, load: Load) -> None:
+        """Take over how many requests it has, ours of now included."""
+        self._look(instance)
+        super().set_load(instance, load)
 
     def _retire(self, instance: Instance, reason: str) -> None:
         super()._retire(instance, reason)
