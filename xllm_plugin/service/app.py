@@ -90,7 +90,9 @@ class Service:
         self.router = self.carrier.router
         self.proxy = self.carrier.proxy
         self.registrations = (
-            EtcdRegistry(self.fleet, config.etcd) if config.etcd.url else Embedded(self.fleet)
+            EtcdRegistry(self.fleet, config.etcd)
+            if config.etcd.url
+            else Embedded(self.fleet, has_workers=config.service.processes > 1)
         )
         self.port = self.admin_port = 0
         self._registries: list[asyncio.Task[None]] = []
