@@ -118,6 +118,10 @@ class Audience:
         self._told: dict[str, InstanceNews | None] = {}
         """None: it knows the instance, and is to be told again."""
         self._figures: dict[str, Figures] = {}
+        self.edition: object = None
+        """Of the API keys (`KeyRing.edition`)."""
+        self.has_heard_else = False
+        """It was told something that only the number of the next news stands for."""
 
     def forget(self, name: str) -> None:
         """Tell it of this instance again, or that it is gone, whatever it was told."""
@@ -145,7 +149,9 @@ class Audience:
             del told[name]
             figures.pop(name, None)
             news.gone[name] = fleet.last_lives.get(name) or _LOST
-        return news if news.changed or news.figures or news.gone else None
+        is_news = bool(news.changed or news.figures or news.gone or self.has_heard_else)
+        self.has_heard_else = False
+        return news if is_news else None
 
 
 _LOST: Final = Life("", leased=False, state=State.GONE, since_s=0.0, seen_s=0.0)
