@@ -104,7 +104,7 @@ class Lease(_Message):
     name: str
     lease_s: float = Field(gt=0)
     in_flight: int | None = 0
-    """Requests of this service that run there; None if nobody counts them (etcd)."""
+    """Requests of this service that run there; None if some may not be counted yet."""
 
 
 class RegistrationConfig(BaseModel):

@@ -179,7 +179,7 @@ class Registrar:
                 lease = None  # it is away: what counts is what runs here
             is_idle = not self._num_unfinished() and (lease is None or not lease.in_flight)
             num_idle_looks = num_idle_looks + 1 if is_idle else 0
-            # At etcd nobody says what services have just sent here: one more look finds it.
+            # Nobody may know what was sent here just now (etcd, several processes): look once more.
             if num_idle_looks > (lease is not None and lease.in_flight is None):
                 return
             time.sleep(_DRAIN_POLL_S)

@@ -90,7 +90,9 @@ class Service:
         self.router = self.carrier.router
         self.proxy = self.carrier.proxy
         self.registrations = (
-            EtcdRegistry(self.fleet, config.etcd) if config.etcd.url else Embedded(self.fleet)
+            EtcdRegistry(self.fleet, config.etcd)
+            if config.etcd.url
+            else Embedded(self.fleet, has_workers=config.service.processes > 1)
         )
         self.port = self.admin_port = 0
         self._registries: list[asyncio.Task[None]] = []
@@ -123,7 +125,7 @@ class Service:
         """Take new settings; wrong ones change nothing."""
         try:
             config = self._load()
-            check(config)
+            self._check(config)
             self.carrier.renew_certificate()
             if self._admin_tls is not None:
                 load_certificate(self._admin_tls, self._admin, "admin")
@@ -154,6 +156,10 @@ class Service:
         await self._stack.aclose()
 
     # -- what is otherwise where others carry the traffic ---------------------------------------
+
+    def _check(self, config: ServiceConfig) -> None:
+        """Raise `ConfigError` for what `reload` could not put in force."""
+        check(config)
 
     def _make_carrier(self) -> Carrier:
         return Carrier(self.config)

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeVar
 
 from xllm_plugin.errors import InternalError, MisuseError
@@ -69,6 +69,13 @@ class Stats:
         times = (self.ttft, self.tpot, self.duration)
         counts = (self.retries, self.resumes, self.bytes_to, self.bytes_from, self.output_tokens)
         return not (self.answered or self.errors or any(counts) or any(one.sum_s for one in times))
+
+    def take(self) -> Stats:
+        """What was counted so far; this object, which several may hold, begins anew."""
+        taken, fresh = replace(self), Stats()
+        for one in fields(Stats):
+            setattr(self, one.name, getattr(fresh, one.name))
+        return taken
 
     def add(self, other: Stats) -> None:
         """Count what another process has counted."""

@@ -68,7 +68,7 @@ class Registrations(Protocol):
         """Take that back."""
 
     def in_flight(self, instance: Instance) -> int | None:
-        """Requests that run there; None if there may be some that are not ours."""
+        """Requests that run there; None if there may be some that are not known here."""
 
     def describe(self) -> dict[str, Any]:
         """What it is and how it is, for the admin port."""
@@ -131,12 +131,17 @@ class Embedded:
     """Instances that register themselves over HTTP, hold a lease and send heartbeats.
 
     The admin port calls these methods; leases lapse in the fleet's own clock.
+
+    Args:
+        fleet: takes them in.
+        has_workers: others carry the traffic, and learn a moment later who is not to be sent to.
     """
 
     source = "embedded"
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, *, has_workers: bool = False) -> None:
         self._fleet = fleet
+        self._has_workers = has_workers
 
     async def run(self, fleet: Fleet) -> None:
         """Nothing to follow: instances come by themselves."""
@@ -183,8 +188,8 @@ class Embedded:
         self._fleet.report(instance, lifecycle.Undrain())
 
     def in_flight(self, instance: Instance) -> int | None:
-        """All requests that run there, but for those that do not come through a service."""
-        return instance.in_flight
+        """Requests that run there; None for none where a worker may be sending one just now."""
+        return (instance.in_flight or None) if self._has_workers else instance.in_flight
 
     def _leased(self, name: str, incarnation: str) -> Instance:
         instance = self._fleet.get(name)

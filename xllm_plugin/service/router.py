@@ -300,8 +300,12 @@ class Router:
             cause,
         )
         self.decisions.append(decision)
+        self.count_cause(policy, cause)
+        return instance
+
+    def count_cause(self, policy: str, cause: str, count: int = 1) -> None:
+        """Count decisions by policy and cause, of which a bounded number is told apart."""
         counted = (policy, cause)
         if counted not in self.causes and len(self.causes) >= _MAX_CAUSES:
             counted = (policy, "")  # a plugin that gives each choice a cause of its own
-        self.causes[counted] = self.causes.get(counted, 0) + 1
-        return instance
+        self.causes[counted] = self.causes.get(counted, 0) + count

@@ -15,11 +15,14 @@ from typing import Any
 import aiohttp
 import pytest
 
+import xllm_plugin
 from xllm_plugin.errors import MisuseError, NotNowError
-from xllm_plugin.service.config import ServiceConfig
+from xllm_plugin.service.config import InstanceEntry, ServiceConfig
 from xllm_plugin.service.keys import KeyRecord, hash_of, make_key, write
 from xllm_plugin.service.lifecycle import State
+from xllm_plugin.service.processes import control, supervisor
 from xllm_plugin.service.processes.control import ControlService
+from xllm_plugin.service.processes.messages import FleetNews, Keys
 from xllm_plugin.service.processes.supervisor import Link
 from xllm_plugin.service.processes.worker import main
 from xllm_plugin.testing.fake_instance import FakeInstance, Received, answer, stream
@@ -169,8 +172,11 @@ def test_two_workers_from_start_to_end(run: Any, tmp_path: Path) -> None:
 
 async def until_workers_agree(it: Running) -> None:
     """Until every worker has taken in how things are now."""
+    number = it.service._ledger.number + 1
+    for audience in it.service._audiences.values():
+        audience.has_heard_else = True
     it.service._publish()
-    await it.until(lambda: it.service._ledger.is_taken(0))
+    await it.until(lambda: it.service._ledger.is_taken(number))
 
 
 async def settled(it: Running) -> None:
@@ -311,6 +317,131 @@ def test_a_worker_that_says_nothing_is_said(run: Any) -> None:
         assert link.trouble(112.0) == "worker 1 was killed by signal 9"
 
     run(check())
+
+
+class Ear:
+    """Stands for a worker: what it is told, if it listens."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.is_heard = True
+        self.num_restarts = 0
+        self.told: list[Any] = []
+
+    def say(self, message: Any) -> None:
+        self.told.append(message)
+
+    def trouble(self, now_s: float) -> str:
+        return ""
+
+    def heard(self) -> list[Any]:
+        told, self.told = self.told, []
+        return told
+
+
+@contextlib.asynccontextmanager
+async def idle(config: ServiceConfig, load: Any = None) -> AsyncIterator[Any]:
+    """A service that is not started, and stand-ins for its workers, which are told all."""
+    service = ControlService(config, load)
+    ears = [Ear(0), Ear(1)]
+    service._supervisor.links[:] = ears  # type: ignore[assignment]
+    for ear in ears:
+        service._greet(ear)  # type: ignore[arg-type]
+        ear.told.clear()
+    yield service, ears
+    await service._stack.aclose()
+
+
+def keys_of(path: Path, *names: str) -> Path:
+    write(path, [KeyRecord(name=name, sha256=hash_of(name)) for name in names])
+    return path
+
+
+def test_keys_for_which_there_is_no_room_change_nothing(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each file alone would do; both are counted until every worker knows the new one."""
+    monkeypatch.setattr(control, "MAX_KEYS", 3)
+    first = keys_of(tmp_path / "a.yaml", "ann", "bob")
+    second = keys_of(tmp_path / "b.yaml", "cid", "dan")
+    before = settings([], keys={"file": first}, routing={"policy": "session"})
+    after = settings([], keys={"file": second}, routing={"policy": "least-loaded"})
+
+    async def check() -> None:
+        async with idle(before, lambda: after) as (service, ears):
+            service.reload()
+            assert "b.yaml: 3 API keys are known" in caplog.text
+            assert service.config is before
+            assert service.router.policy.name == "session"
+            assert sorted(service.proxy.keys.by_name()) == ["ann", "bob"]
+            assert not any(ear.told for ear in ears)
+
+    run(check())
+
+
+def test_who_does_not_listen_is_told_keys_and_instances_later(run: Any, tmp_path: Path) -> None:
+    """The number of news is sent last: whoever says it has taken in the keys too."""
+    path = keys_of(tmp_path / "keys.yaml", "ann")
+
+    async def check() -> None:
+        async with idle(settings([], keys={"file": path})) as (service, ears):
+            ears[1].is_heard = False
+            keys_of(path, "ann", "bob")
+            service.proxy.keys.refresh()
+            service.fleet.register(InstanceEntry(url="http://a:1"), source="test")
+            service._publish()
+            kinds = [type(one) for one in ears[0].told]
+            assert kinds == [Keys, FleetNews]
+            assert ears[1].told == []
+            ears[1].is_heard = True
+            service._publish()
+            assert [type(one) for one in ears[1].told] == kinds
+            numbers = [ear.heard()[-1].number for ear in ears]
+            assert numbers == [service._ledger.number - 1, service._ledger.number]
+            service._publish()
+            assert [ear.heard() for ear in ears] == [[], []]
+            keys_of(path, "bob")
+            service.proxy.keys.refresh()
+            service._publish()
+            (keys, news) = ears[0].heard()
+            assert [one.record.name for one in keys.keys] == ["bob"]
+            assert news == FleetNews(service._ledger.number - 1), "only to be answered"
+
+    run(check())
+
+
+def test_restarts_of_a_worker_that_never_comes_up_are_counted(run: Any) -> None:
+    async def check() -> None:
+        async with idle(settings([])) as (service, ears):
+            ears[1].num_restarts = 3
+            service._say_trouble()
+            assert [one.num_restarts for one in service.proxy.workers] == [0, 3]
+
+    run(check())
+
+
+def test_an_instance_that_drains_looks_twice_where_workers_send(run: Any) -> None:
+    """They learn a moment later that it drains."""
+
+    async def check() -> None:
+        async with idle(settings([])) as (service, _):
+            instance = service.fleet.register(InstanceEntry(url="http://a:1"), source="test")
+            assert service.registrations.in_flight(instance) is None
+            instance.in_flight = 1
+            assert service.registrations.in_flight(instance) == 1
+
+    run(check())
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_the_path_of_a_worker_is_changed_only_where_it_would_not_find_the_package(
+    is_installed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    root = Path(xllm_plugin.__file__).parents[1]
+    monkeypatch.setattr("site.getsitepackages", lambda: [str(root if is_installed else tmp_path)])
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    expected = "/somewhere" if is_installed else f"{root}{os.pathsep}/somewhere"
+    assert supervisor._environment()["PYTHONPATH"] == expected
 
 
 def test_a_port_that_another_service_shares_is_taken(run: Any) -> None:

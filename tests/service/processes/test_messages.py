@@ -82,7 +82,7 @@ def test_a_start_arrives_whole() -> None:
         {"two": life},
     )
     record = KeyRecord(name="ann", sha256="0" * 64, tokens_per_minute=3.5)
-    keys = Keys(4, 2, [KeyNews(record, 1, None, BucketView(3.5, -1.5, 9.0, 10, 5))])
+    keys = Keys(2, [KeyNews(record, 1, None, BucketView(3.5, -1.5, 9.0, 10, 5))])
     start = Start(1, 3, 8000, Settings(sections_of(ServiceConfig()), keys), news)
     found = through(start, messages.FromControl)
     assert found.fleet == news

@@ -241,6 +241,22 @@ def test_measured_times_go_to_the_control_process_and_speeds_come_back() -> None
     post.fleet.tick()
     post.tell_all()
     assert instance.speed == judged.speed != before
+    before = instance.speed
+    post.fleet.set_load(judged, Load(num_running=1))
+    post.tell_all()
+    assert instance.foreign_requests == 1
+    assert instance.speed is before, "a ranking sorts all anew for another object"
+
+
+def test_ours_are_told_from_others_by_what_runs_now() -> None:
+    post = Post()
+    post.join("a")
+    judged = post.fleet.get("a")
+    assert judged is not None
+    for worker in post.workers:
+        worker.book(chosen(worker), 10)
+    post.fleet.set_load(judged, Load(num_running=3))
+    assert judged.foreign_requests == 1
 
 
 class NewsMachine(RuleBasedStateMachine):

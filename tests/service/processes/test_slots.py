@@ -42,6 +42,43 @@ def test_a_worker_that_is_gone_is_not_waited_for() -> None:
     assert slots.slot("b") == 0
 
 
+def test_what_was_taken_in_counts_while_more_is_under_way() -> None:
+    """With news four times a second there may be no moment at which all have been answered."""
+    ledger = Ledger()
+    first, other, second = ledger.sent(0), ledger.sent(1), ledger.sent(0)
+    ledger.taken(0, first)
+    assert not ledger.is_taken(first)
+    ledger.taken(1, other)
+    assert ledger.is_taken(first)
+    assert not ledger.is_taken(second)
+    ledger.taken(0, second)
+    ledger.taken(0, first)
+    assert ledger.is_taken(other)
+    assert not ledger.is_taken(ledger.number + 1), "nobody was told yet"
+
+
+def test_room_is_what_can_be_given_beside_what_is_held() -> None:
+    ledger, busy = Ledger(), {0, 1}
+    slots = Slots(3, lambda slot: slot not in busy, "API keys", ledger)
+    for name in "ab":
+        slots.slot(name)
+    slots.require_room("abc")
+    with pytest.raises(MisuseError, match="3 API keys are known"):
+        slots.require_room("cd")
+    slots.slot("c")
+    for name in "ab":
+        slots.forget(name)
+    slots.require_room("abc")
+    ledger.taken(0, ledger.sent(0))
+    with pytest.raises(MisuseError):
+        slots.require_room("d")
+    busy.remove(0)
+    slots.require_room("d")
+    slots.require_room("abc")
+    with pytest.raises(MisuseError):
+        slots.require_room("ad")
+
+
 class SlotMachine(RuleBasedStateMachine):
     """Two workers that use names until they have taken in that these are gone."""
 

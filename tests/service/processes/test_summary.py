@@ -143,6 +143,20 @@ def test_counters_are_summed_and_survive_their_worker(run: Any, keys: Path) -> N
     run(check())
 
 
+def test_causes_of_workers_are_a_bounded_number_too(run: Any, keys: Path) -> None:
+    async def check() -> None:
+        desk = Desk(keys)
+        for number in range(1000):
+            desk.proxy.take(number % 2, Report(causes=[("mine", f"cause {number}", 2)]))
+        causes = desk.proxy.router.causes
+        assert len(causes) < 300
+        assert sum(causes.values()) == 2000
+        assert causes["mine", ""] > 1000
+        desk.memory.close()
+
+    run(check())
+
+
 def test_what_runs_is_read_from_shared_memory(run: Any, keys: Path) -> None:
     async def check() -> None:
         desk = Desk(keys)
@@ -210,6 +224,14 @@ def test_a_reporter_gives_everything_once(run: Any) -> None:
         assert not any(second.measured.ttft.counts)
         assert second.cpu_s > 0
         assert second.resident_bytes > 2**20
+        # An instance that this one has replaced shares its counters, for streams that it still has.
+        shared = one.stats
+        shared.count_error("broken")
+        assert reporter.report().instances["a"].errors == {"broken": 1}
+        shared.count_error("late")
+        assert reporter.report().instances["a"].errors == {"late": 1}
+        assert one.stats is shared
+        assert reporter.report().instances == {}
         memory.close()
 
     run(check())

@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 __all__ = ["Channel"]
 
 _LENGTH_BYTES = 4
+_MAX_UNSENT_BYTES = 2**20
 
 
 class _Decoder(Protocol):
@@ -37,9 +38,13 @@ class Channel(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     @property
-    def num_unsent_bytes(self) -> int:
-        """What the other side has not taken yet."""
-        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+    def is_heard(self) -> bool:
+        """Whether the other side takes in what is said; one that is stopped must cost no memory.
+
+        Whoever says much asks first, and says what was missed when it is heard again.
+        """
+        transport = self._transport
+        return transport is None or transport.get_write_buffer_size() < _MAX_UNSENT_BYTES
 
     def send(self, payload: bytes) -> None:
         """Send a message; nothing happens if the other side has gone, which `closed` says."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import aiohttp
 
-from xllm_plugin.service import lifecycle
+from xllm_plugin.service import keys, lifecycle
 from xllm_plugin.service.app import Service
 from xllm_plugin.service.carrier import Carrier, MakePool, opened
 from xllm_plugin.service.config import ServiceConfig
@@ -22,6 +22,7 @@ from xllm_plugin.service.processes.messages import (
     Failure,
     FleetNews,
     FromWorker,
+    Keys,
     Owner,
     OwnerAnswer,
     OwnerQuestion,
@@ -45,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 _NEWS_S = 0.25
 _TICK_S = 1.0
-_MAX_UNSENT_BYTES = 2**20
-"""A worker that takes nothing in is told what it missed when it does again."""
 _SETTLE_S = 0.002
 """What a worker has said before it answered its client is read by then."""
 
@@ -68,9 +67,18 @@ class ControlService(Service):
         super().reload()
         if self.config is not before:
             for link in self._supervisor.links:
-                link.say(self._settings(link))
+                audience = self._audiences.get(link.index)
+                if audience is not None:  # one that starts later is told then
+                    link.say(self._settings(audience))
 
     # -- other than in one process --------------------------------------------------------------
+
+    def _check(self, config: ServiceConfig) -> None:
+        super()._check(config)
+        path, ring = config.keys.file, self.proxy.keys
+        if path is not None and (ring is None or ring.path != path):
+            # Until workers know the new ones, both are counted.
+            limits.require_room(self._key_slots, path, keys.read(path))
 
     def _make_carrier(self) -> Carrier:
         num_workers = self.config.service.processes
@@ -93,7 +101,6 @@ class ControlService(Service):
         self._audiences: dict[int, Audience] = {}
         """Of workers that were told something."""
         self._publishing: asyncio.Handle | None = None
-        self._has_new_keys = False
         self._supervisor = Supervisor(
             num_workers,
             memory.descriptor,
@@ -171,29 +178,32 @@ class ControlService(Service):
             self._loop.time,
             table=self._memory.keys,
             slots=self._key_slots,
-            changed=self._keys_changed,
+            changed=self._publish_soon,
         )
 
     # -- to the workers -------------------------------------------------------------------------
 
     def _greet(self, link: Link) -> None:
         self._audiences[link.index] = audience = Audience()
+        settings = self._settings(audience)
         news = audience.news(self.fleet) or FleetNews(0)
-        settings = self._settings(link)
         news.number = self._ledger.sent(link.index)
         num_workers = len(self._supervisor.links)
         link.say(Start(link.index, num_workers, self.port, settings, news))
 
-    def _settings(self, link: Link) -> Settings:
-        ring = self.proxy.keys
-        keys = None
-        if isinstance(ring, ControlKeyRing):
-            keys = ring.news(self._ledger.sent(link.index))
-        return Settings(sections_of(self.config), keys)
+    def _settings(self, audience: Audience) -> Settings:
+        audience.has_heard_else = True
+        return Settings(sections_of(self.config), self._new_keys(audience, is_whole=True))
 
-    def _keys_changed(self) -> None:
-        self._has_new_keys = True
-        self._publish_soon()
+    def _new_keys(self, audience: Audience, *, is_whole: bool = False) -> Keys | None:
+        """The keys in force, taken as told; None: there are none, or it knows them."""
+        ring = self.proxy.keys
+        if not isinstance(ring, ControlKeyRing):
+            return None
+        if audience.edition is ring.edition and not is_whole:
+            return None
+        audience.edition, audience.has_heard_else = ring.edition, True
+        return ring.news()
 
     def _publish_soon(self) -> None:
         if self._publishing is None:
@@ -204,19 +214,18 @@ class ControlService(Service):
         if self._publishing is not None:
             self._publishing.cancel()
             self._publishing = None
-        ring, has_new_keys = self.proxy.keys, self._has_new_keys
-        self._has_new_keys = False
         is_told = True
         for link in self._supervisor.links:
             audience = self._audiences.get(link.index)
             if audience is None:
                 continue
-            if has_new_keys and isinstance(ring, ControlKeyRing):
-                link.say(ring.news(self._ledger.sent(link.index)))
-            if link.num_unsent_bytes > _MAX_UNSENT_BYTES:
+            if not link.is_heard:  # it is told what it has missed when it takes something in again
                 is_told = False
                 continue
-            news = audience.news(self.fleet)
+            new_keys = self._new_keys(audience)
+            if new_keys is not None:
+                link.say(new_keys)
+            news = audience.news(self.fleet)  # after the keys: its number stands for both
             if news is not None:
                 news.number = self._ledger.sent(link.index)
                 link.say(news)
@@ -264,14 +273,15 @@ class ControlService(Service):
         self._say_trouble()
 
     def _show(self, link: Link) -> None:
-        figures = self.proxy.workers[link.index]
-        figures.is_up, figures.num_restarts = True, link.num_restarts
+        self.proxy.workers[link.index].is_up = True
         self._say_trouble()
 
     def _say_trouble(self) -> None:
         """Show what is wrong with workers among what the service goes on without."""
         now_s = self._loop.time()
         found = [link.trouble(now_s) for link in self._supervisor.links]
+        for link, figures in zip(self._supervisor.links, self.proxy.workers, strict=True):
+            figures.num_restarts = link.num_restarts  # also of one that never comes up
         if any(found) and not self.proxy.is_draining:
             self.fleet.troubles["worker"] = "; ".join(filter(None, found))
         else:

@@ -31,7 +31,14 @@ from xllm_plugin.service.processes.shared import CounterTable
 from xllm_plugin.service.processes.slots import Slots
 from xllm_plugin.service.replies import Refusal
 
-__all__ = ["IN_FLIGHT", "ControlKeyRing", "SharedAccount", "SharedBucket", "WorkerKeyRing"]
+__all__ = [
+    "IN_FLIGHT",
+    "ControlKeyRing",
+    "SharedAccount",
+    "SharedBucket",
+    "WorkerKeyRing",
+    "require_room",
+]
 
 IN_FLIGHT: Final = 0
 _REQUESTS: Final = 1
@@ -166,6 +173,14 @@ class SharedAccount(Account):
         return None if view is None else SharedBucket(self._table, self.slot, word, view)
 
 
+def require_room(slots: Slots, path: Path, records: Iterable[KeyRecord]) -> None:
+    """Raise `ConfigError` unless keys of a file can be counted, beside those in force."""
+    try:
+        slots.require_room(record.name for record in records)
+    except MisuseError as error:
+        raise ConfigError(f"keys.file {path}: {error}") from error
+
+
 class _SharedKeyRing(KeyRing):
     """Its accounts are shared ones."""
 
@@ -237,10 +252,10 @@ class ControlKeyRing(_SharedKeyRing):
         super().refresh()
         self._look_at_changed()
 
-    def news(self, number: int) -> Keys:
+    def news(self) -> Keys:
         """What a worker's ring takes."""
         now_s = self._clock()
-        return Keys(number, self.num_replicas, [one.news(now_s) for one in self._shared()])
+        return Keys(self.num_replicas, [one.news(now_s) for one in self._shared()])
 
     def make_room(self, successor: KeyRing | None) -> None:
         """Another ring is in force, or none: give back the lines of keys that it has not."""
@@ -249,16 +264,8 @@ class ControlKeyRing(_SharedKeyRing):
             self._slots.forget(name)
 
     def _take(self, records: Iterable[KeyRecord]) -> None:
-        wanted, before, new = list(records), set(self.by_name()), []
-        try:
-            for record in wanted:
-                if not self._slots.is_held(record.name):
-                    new.append(record.name)
-                self._slots.slot(record.name)
-        except MisuseError as error:
-            for name in new:
-                self._slots.forget(name)
-            raise ConfigError(f"keys.file {self.path}: {error}") from error
+        wanted, before = list(records), set(self.by_name())
+        require_room(self._slots, self.path, wanted)
         super()._take(wanted)
         for name in before - set(self.by_name()):
             self._slots.forget(name)

@@ -81,7 +81,7 @@ class FleetNews(msgspec.Struct, tag=True):
     """Instances that are new or have changed, and those that are gone with how they ended."""
 
     number: int
-    """Counts up; a worker says which it has taken in."""
+    """Counts up; a worker says which it has taken in, and with it all that it was told before."""
     changed: list[InstanceNews] = []
     figures: list[Figures] = []
     gone: dict[str, Life] = {}
@@ -109,7 +109,6 @@ class KeyNews(msgspec.Struct):
 class Keys(msgspec.Struct, tag=True):
     """All API keys in force."""
 
-    number: int
     num_replicas: int
     keys: list[KeyNews]
 

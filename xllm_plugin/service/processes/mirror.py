@@ -64,7 +64,8 @@ class MirrorFleet(Fleet):
             if instance is not None:
                 instance.foreign_requests = figures.foreign_requests
                 instance.num_waiting = figures.num_waiting
-                instance.speed = figures.speed
+                if figures.speed != instance.speed:  # else the object stays: rankings compare that
+                    instance.speed = figures.speed
                 self.touched(instance)
         for name, life in news.gone.items():
             instance = self._instances.get(name)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final
 
+from xllm_plugin.registration import Load
 from xllm_plugin.service import lifecycle
 from xllm_plugin.service.config import InstanceEntry
 from xllm_plugin.service.fleet import Fleet, Instance
@@ -92,6 +93,11 @@ class ControlFleet(Fleet):
         if after.state is not before.state or after.incarnation != before.incarnation:
             self._changed()
 
+    def set_load(self, instance: Instance, load: Load) -> None:
+        """Take over how many requests it has, ours of now included."""
+        self._look(instance)
+        super().set_load(instance, load)
+
     def _retire(self, instance: Instance, reason: str) -> None:
         super()._retire(instance, reason)
         if super().get(instance.name) is None:
@@ -112,6 +118,10 @@ class Audience:
         self._told: dict[str, InstanceNews | None] = {}
         """None: it knows the instance, and is to be told again."""
         self._figures: dict[str, Figures] = {}
+        self.edition: object = None
+        """Of the API keys (`KeyRing.edition`)."""
+        self.has_heard_else = False
+        """It was told something that only the number of the next news stands for."""
 
     def forget(self, name: str) -> None:
         """Tell it of this instance again, or that it is gone, whatever it was told."""
@@ -139,7 +149,9 @@ class Audience:
             del told[name]
             figures.pop(name, None)
             news.gone[name] = fleet.last_lives.get(name) or _LOST
-        return news if news.changed or news.figures or news.gone else None
+        is_news = bool(news.changed or news.figures or news.gone or self.has_heard_else)
+        self.has_heard_else = False
+        return news if is_news else None
 
 
 _LOST: Final = Life("", leased=False, state=State.GONE, since_s=0.0, seen_s=0.0)

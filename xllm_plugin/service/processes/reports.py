@@ -80,8 +80,8 @@ class Reporter:
     def _stats(self) -> Iterator[tuple[str, Stats]]:
         for instance in self._fleet:
             if not instance.stats.is_empty:
-                yield instance.name, instance.stats
-                instance.stats = Stats()
+                # In place: streams at an instance that this one replaced count there too.
+                yield instance.name, instance.stats.take()
 
 
 def _key_uses(keys: KeyRing | None) -> Iterator[tuple[str, KeyUse]]:

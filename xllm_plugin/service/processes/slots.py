@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from xllm_plugin.errors import MisuseError
 
@@ -15,27 +15,27 @@ class Ledger:
     def __init__(self) -> None:
         self.number = 0
         """Of the last news."""
-        self._sent: dict[int, int] = {}
-        """Worker -> the last news that it was sent, until it says that it has taken it in."""
+        self._taken: dict[int, int] = {}
+        """Worker that was sent any -> the last news that it has taken in."""
 
     def sent(self, worker: int) -> int:
         """News go to a worker; returns their number."""
         self.number += 1
-        self._sent[worker] = self.number
+        self._taken.setdefault(worker, 0)
         return self.number
 
     def taken(self, worker: int, number: int) -> None:
         """A worker has taken in all news up to this number."""
-        if self._sent.get(worker) == number:
-            del self._sent[worker]
+        if worker in self._taken:
+            self._taken[worker] = max(number, self._taken[worker])
 
     def gone(self, worker: int) -> None:
         """A worker takes nothing in any more; its successor is told everything anew."""
-        self._sent.pop(worker, None)
+        self._taken.pop(worker, None)
 
     def is_taken(self, number: int) -> bool:
         """Whether every worker has taken in what came up to `number`."""
-        return number <= self.number and not self._sent
+        return number <= self.number and all(taken >= number for taken in self._taken.values())
 
 
 class Slots:
@@ -76,9 +76,13 @@ class Slots:
             slot = self._slots[name] = self._free()
         return slot
 
-    def is_held(self, name: str) -> bool:
-        """Whether `name` has a slot and is not forgotten."""
-        return name in self._slots and name not in self._forgotten
+    def require_room(self, names: Iterable[str]) -> None:
+        """Raise `MisuseError`, as `slot` would, unless each of `names` can have one."""
+        wanted = set(names)
+        num_free = self._num_slots - self.num_used
+        num_free += sum(name not in wanted for name in self._reusable())
+        if len(wanted - self._slots.keys()) > num_free:
+            raise self._too_many()
 
     def forget(self, name: str) -> None:
         """Nobody counts for `name` any more who has taken in the next news."""
@@ -89,11 +93,19 @@ class Slots:
         if self.num_used < self._num_slots:
             self.num_used += 1
             return self.num_used - 1
+        name = next(self._reusable(), None)
+        if name is None:
+            raise self._too_many()
+        del self._forgotten[name]
+        return self._slots.pop(name)
+
+    def _reusable(self) -> Iterator[str]:
         for name, number in self._forgotten.items():
             if self._ledger.is_taken(number) and self._is_idle(self._slots[name]):
-                del self._forgotten[name]
-                return self._slots.pop(name)
-        raise MisuseError(
+                yield name
+
+    def _too_many(self) -> MisuseError:
+        return MisuseError(
             f"{self._num_slots} {self._what} are known, the most that several processes share; "
             "remove some, or set service.processes=1."
         )

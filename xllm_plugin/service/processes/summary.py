@@ -85,7 +85,7 @@ class ControlProxy(Proxy):
         add_counts(self.refusals, report.refusals)
         self.router.decisions.extend(report.decisions)
         for policy, cause, count in report.causes:
-            add_counts(self.router.causes, {(policy, cause): count})
+            self.router.count_cause(policy, cause, count)
         if report.flow is not None and self.flow is not None:
             self.flow.stats.add(report.flow)
         self._take_keys(report.keys)

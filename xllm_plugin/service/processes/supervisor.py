@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import site
 import socket
 import subprocess
 import sys
@@ -78,9 +79,9 @@ class Link:
         self._closed = asyncio.Event()
 
     @property
-    def num_unsent_bytes(self) -> int:
-        """What it has not taken yet of what it was told."""
-        return self._channel.num_unsent_bytes if self._channel is not None else 0
+    def is_heard(self) -> bool:
+        """Whether we are: it takes in what it is told."""
+        return self._channel is None or self._channel.is_heard
 
     async def start(self) -> None:
         """Start a process; it knows nothing yet."""
@@ -269,7 +270,16 @@ def _why_not(link: Link) -> XllmError:
 
 
 def _environment() -> dict[str, str]:
-    """Ours; and the package that runs here is the one that is found, wherever that is."""
-    found = str(Path(xllm_plugin.__file__).parents[1])
-    paths = [found, *filter(None, [os.environ.get("PYTHONPATH")])]
+    """Ours; and the package that runs here is the one that is found, wherever that is.
+
+    Where packages are installed it is found anyway.  In PYTHONPATH they all would come before the
+    standard library, with which some share names.
+    """
+    found = Path(xllm_plugin.__file__).resolve().parents[1]
+    sites = site.getsitepackages()
+    if site.ENABLE_USER_SITE:
+        sites = [*sites, site.getusersitepackages()]
+    if found in [Path(one).resolve() for one in sites]:
+        return dict(os.environ)
+    paths = [str(found), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -62,7 +62,6 @@ logger = logging.getLogger(__name__)
 
 REPORT_S = 0.25
 _OWNER_TIMEOUT_S = 1.0
-_MAX_UNSENT_BYTES = 2**20
 
 
 def part_of(config: FlowConfig, num_workers: int) -> FlowConfig:
@@ -203,6 +202,8 @@ class Worker:
 
     async def owner_of(self, response_id: str) -> str:
         """Name of the instance that has made a response at another worker; empty: unknown."""
+        if not self._channel.is_heard:
+            return ""  # nobody would answer in time
         answer = self._questions.get(response_id)
         if answer is None:
             answer = self._questions[response_id] = self._loop.create_future()
@@ -212,7 +213,8 @@ class Worker:
         except TimeoutError:
             return ""
         finally:
-            self._questions.pop(response_id, None)
+            if self._questions.get(response_id) is answer:  # else somebody has asked again
+                del self._questions[response_id]
 
     # -- start ----------------------------------------------------------------------------------
 
@@ -293,7 +295,6 @@ class Worker:
 
     def _take_keys(self, keys: Keys) -> None:
         self.keys = keys
-        self.fleet.number = keys.number
         ring = self.carrier.proxy.keys
         if isinstance(ring, WorkerKeyRing):
             ring.take(keys)
@@ -306,7 +307,7 @@ class Worker:
             self._started.set_result(None)
 
     def _tell_owner(self, response_id: str, name: str) -> None:
-        if self._is_heard():
+        if self._channel.is_heard:
             self.say(Owner(response_id, name))
 
     async def _keep_reporting(self) -> None:
@@ -315,12 +316,8 @@ class Worker:
             self._report()
 
     def _report(self) -> None:
-        if self._is_heard():  # else the counters are kept until it is
+        if self._channel.is_heard:  # else the counters are kept until it is
             self.say(self._reporter.report())
-
-    def _is_heard(self) -> bool:
-        """Whether the control process takes in what is said; a stopped one must cost no memory."""
-        return self._channel.num_unsent_bytes < _MAX_UNSENT_BYTES
 
     async def _hang_up(self) -> None:
         self._channel.close()
