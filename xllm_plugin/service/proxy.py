@@ -146,6 +146,7 @@ class Proxy:
         self._logs_access = config.log.access
         self.headers_of_note = headers_of_note(config, traces=self.tracing is not None)
         self._reconfigure_flow(config)
+        self.router.forget_rosters()
         self._reconfigure_keys(config)
         self.reads_promises = self.flow is not None or self.keys is not None
 
