@@ -132,7 +132,7 @@ class Proxy:
         if exchange.prompt is not None and self.directory is not None:
             try:
                 candidates = self.fleet.candidates(exchange.model)
-                cached = self.directory.lookup(exchange.prompt, candidates)
+                cached = self.directory.lookup(exchange.prompt, exchange.model, candidates)
                 exchange.sent = Sent(exchange.prompt.num_tokens, cached, is_exact=True)
             except Exception:  # as above: it is then routed without
                 logger.exception("a prompt could not be looked up; please report this")
