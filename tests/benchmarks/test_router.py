@@ -112,7 +112,8 @@ def test_the_mock_publishes_the_prompts_that_it_is_asked(mock: ModuleType) -> No
     answer = mock.Backend(0.0, None).answer(b"/tokenize", b"x" * 220_000)
     tokens = json.loads(answer.partition(b"\r\n\r\n")[2])["tokens"]
     assert len(tokens) == 55_000
-    assert index.match(packed(tokens))[cache][0].device == 55_000 // 16 - (55_000 % 16 == 0)
+    (found,) = index.holders(packed(tokens))
+    assert found.held.device == 55_000 // 16 - (55_000 % 16 == 0)
 
 
 def test_streams_are_whole_only_with_every_token_in_order(

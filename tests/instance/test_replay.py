@@ -74,12 +74,12 @@ def test_draws_are_known_of_a_sampler_that_draws_once_a_token(
     keeps: bool,
 ) -> None:
     platform = SimpleNamespace(
-        is_cpu=lambda: True, get_cpu_architecture=lambda: replay.CpuArchEnum.X86
+        xllm_skips_draws=True, get_cpu_architecture=lambda: replay.CpuArchEnum.X86
     )
     monkeypatch.setattr(replay, "current_platform", platform)
     made = config(speculative=speculative, use_fp64_gumbel=use_fp64_gumbel)
     assert replay.keeps_seeds(made) is keeps
-    platform.is_cpu = lambda: False
+    platform.xllm_skips_draws = False
     assert not replay.keeps_seeds(made)
 
 

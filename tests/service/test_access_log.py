@@ -171,6 +171,22 @@ def test_a_file_that_cannot_be_opened_is_said_by_name(tmp_path: Path) -> None:
         access_log.open_log(tmp_path / "no" / "such")
 
 
+def test_a_line_is_one_that_any_locale_can_write(run: Any, file: Path) -> None:
+    """What the client calls its model costs nobody's line."""
+
+    async def check() -> None:
+        async with serving(FakeInstance(), log={"access": True}) as harness:
+            body = '{"model":"\u4f60\u00e9\U0001f409"}'.encode()
+            line = await logged(harness, file, request(body, headers=CLOSE))
+            assert line["model"] == "\u4f60\u00e9\U0001f409"
+            body = b'{"model":"\\ud800"}'
+            line = await logged(harness, file, request(body, headers=CLOSE))
+            assert line["ending"] in {"refused", "complete"}
+
+    run(check())
+    assert file.read_bytes().isascii()
+
+
 def test_standard_output_gets_the_bare_line(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     access_log.open_log(None)
     logging.getLogger("xllm_plugin.service.access").info("{}")

@@ -14,42 +14,25 @@ from xllm_plugin.registration import Load
 from xllm_plugin.service.config import InstanceEntry
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.lifecycle import Alive, Drain, Timings
+from xllm_plugin.service.policies import LeastLoadedRanking, least_loaded
 from xllm_plugin.service.policy import Choice, RoutingPolicy
 from xllm_plugin.service.replies import Refusal
-from xllm_plugin.service.roster import MANY
-from xllm_plugin.service.router import Router, Sent
+from xllm_plugin.service.roster import MANY, Roster
+from xllm_plugin.service.router import Router
 from xllm_plugin.service.routes import Kind, route_of
+from xllm_plugin.testing.fake_exchange import FakeExchange
+from xllm_plugin.testing.fake_instance import FakeInstance
+from xllm_plugin.testing.service_harness import serving
 
 POLICIES = routing_policies(build_manager(""))
 
 
-class Loop:
-    def time(self) -> float:
-        return 0.0
-
-    def call_later(self, *_: Any) -> None:
-        """Nothing is computed while a test runs."""
-
-
-class Request:
-    """The fields of an `Exchange` that the router reads."""
+class Request(FakeExchange):
+    """A request at random."""
 
     def __init__(self, draw: random.Random, model: str | None = "m") -> None:
-        self.proxy = self
-        self.loop = Loop()
-        self.model = model
-        self.route = route_of(b"/v1/completions")
-        self.body = b" " * 400
-        self.draw = draw.getrandbits(64)
-        self.cost_tokens = 228
-        self.response_id = ""
-        self.session_key = draw.choice(("", "a", "b"))
-        self.sequence = 0
-        self.sent_s = 0.0
-        self.tried: tuple[Instance, ...] = ()
-        self.sent: Sent | None = None
-        self.wants_stream = True
-        self.decision: Any = None
+        number = draw.getrandbits(64)
+        super().__init__(model, b" " * 400, draw=number, session_key=draw.choice(("", "a", "b")))
 
 
 class Site:
@@ -137,6 +120,7 @@ def test_when_none_has_room_all_are_candidates() -> None:
     assert len({site.ask().name for _ in range(MANY)}) == MANY
     request = Request(site.draw)
     assert site.ask(request) is not None
+    assert request.decision is not None
     assert request.decision.num_candidates == MANY
 
 
@@ -148,7 +132,80 @@ def test_another_policy_or_another_limit_counts_at_once() -> None:
     site.router.has_room = None
     site.router.policy = POLICIES["round-robin"]
     assert len({site.ask().name for _ in range(MANY)}) == MANY
-    assert len(site.fleet._watchers) <= 1, "what nobody asks any more is not told"
+    assert site.fleet._watchers == [], "what nobody asks any more is not told"
+
+
+def test_what_nobody_asks_any_more_is_let_go() -> None:
+    """Else each instance that ever came would be kept as one that has changed."""
+    site = Site(MANY, POLICIES["least-loaded"])
+    site.ask()
+    (changed,) = site.fleet._watchers
+    for number in range(5):
+        site.fleet.book(site.join(f"new{number}"), 1)
+    assert len(changed) < 3
+    site.ask()
+    assert len(site.fleet._watchers) == 1
+
+
+def test_of_many_models_those_asked_for_last_are_kept() -> None:
+    site = Site(MANY, POLICIES["least-loaded"])
+    names = [f"adapter{number}" for number in range(12)]
+    for instance in site.fleet:
+        site.fleet.set_models(instance, {name: {"id": name} for name in names})
+    for name in (*names, "adapter4"):
+        site.ask(Request(site.draw, name))
+    assert list(site.router._rosters) == [*names[5:], "adapter4"]
+    assert len(site.fleet._watchers) == 8
+
+
+def test_a_ranking_that_has_failed_is_made_anew() -> None:
+    is_broken = True
+
+    class Fragile(LeastLoadedRanking):
+        def put(self, index: int) -> None:
+            if is_broken:
+                raise ZeroDivisionError
+            super().put(index)
+
+    class Unmade(LeastLoadedRanking):
+        def __init__(self, *_: Any) -> None:
+            raise ZeroDivisionError
+
+    site = Site(MANY, RoutingPolicy("p", "", least_loaded, ranking=Unmade))
+    for ranking in (Unmade, Fragile):
+        site.router.policy = RoutingPolicy("p", "", least_loaded, ranking=ranking)
+        with pytest.raises(Refusal, match="Routing policy 'p' has failed"):
+            site.ask()
+        assert site.fleet._watchers == []
+    is_broken = False
+    assert len({site.ask().name for _ in range(MANY)}) == MANY
+
+
+def test_new_limits_count_at_once() -> None:
+    site = Site(MANY, POLICIES["round-robin"])
+    limit = 1
+    site.router.has_room = lambda instance: instance.in_flight < limit
+    for _ in range(MANY - 1):
+        site.ask()
+    limit = 2
+    site.router.forget_rosters()
+    request = Request(site.draw)
+    site.ask(request)
+    assert request.decision is not None
+    assert request.decision.num_candidates == MANY
+
+
+def test_new_settings_let_all_rosters_go(run: Any) -> None:
+    async def check() -> None:
+        async with serving(FakeInstance()) as harness:
+            proxy = harness.proxy
+            fleet, policy = proxy.fleet, POLICIES["least-loaded"]
+            roster = Roster(fleet.candidates("fake"), policy, None, fleet.watch())
+            proxy.router._rosters["fake"] = roster
+            proxy.reconfigure(proxy.config)
+            assert (fleet._watchers, len(proxy.router._rosters)) == ([], 0)
+
+    run(check())
 
 
 def test_who_was_tried_is_not_asked_again() -> None:
@@ -157,6 +214,7 @@ def test_who_was_tried_is_not_asked_again() -> None:
     for number in range(MANY):
         instance = site.router.choose(request)  # type: ignore[arg-type]
         assert instance not in request.tried
+        assert request.decision is not None
         assert request.decision.attempt == number + 1
         site.router.left(request)  # type: ignore[arg-type]
         request.tried += (instance,)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from xllm_plugin.errors import InternalError
 from xllm_plugin.worker.model_runner import XllmModelRunnerMixin
 from xllm_plugin.worker.resumed import RESUMED_ARG, resumed_tokens
 
@@ -82,6 +85,20 @@ def test_a_resumed_request_has_its_output_before_its_first_step() -> None:
         ("refresh", 0),
     ]
     assert runner.skipped == [("yours", 1), ("mine", 2)]
+
+
+def test_draws_that_are_not_known_are_never_left_out() -> None:
+    """Of a family that has no `skip_draws`: its streams with a seed are refused before."""
+
+    class Plain(XllmModelRunnerMixin, Runner):
+        pass
+
+    runner = Plain()
+    runner.requests["mine"].generator = None
+    runner._update_states(step(new("mine", [7])))
+    runner.requests["yours"].generator = object()
+    with pytest.raises(InternalError, match="yours has a seed and comes with 2 tokens"):
+        runner._update_states(step(new("yours", [7, 8])))
 
 
 def test_other_steps_are_left_alone() -> None:

@@ -50,6 +50,8 @@ class XllmPlatformMixin:
     """Stands before vLLM's platform class in the bases."""
 
     xllm_worker_cls: ClassVar[str]
+    xllm_skips_draws: ClassVar[bool] = False
+    """Whether its runner has a `skip_draws`: else no stream with a seed is continued."""
 
     @classmethod
     def pre_register_and_update(cls, parser: Any = None) -> None:

@@ -46,6 +46,7 @@ class XllmCpuPlatform(XllmPlatformMixin, CpuPlatform):
     """vLLM's CPU platform; `_enum` stays CPU, so every `is_cpu()` of vLLM still holds."""
 
     xllm_worker_cls = fork.WORKER
+    xllm_skips_draws = True
 
     @classmethod
     def pre_register_and_update(cls, parser: Any = None) -> None:

@@ -68,10 +68,10 @@ def keeps_seeds(config: VllmConfig) -> bool:
     """Whether it is known here how many numbers a seeded request has drawn: one a token.
 
     So it is with the sampler that vLLM has for these CPUs (`TopKTopPSampler.forward_cpu`), not with
-    drafts, nor with `--use-fp64-gumbel`.
+    drafts, nor with `--use-fp64-gumbel`; and the family's runner has to draw them.
     """
     return (
-        current_platform.is_cpu()
+        getattr(current_platform, "xllm_skips_draws", False)
         and current_platform.get_cpu_architecture() in (CpuArchEnum.X86, CpuArchEnum.ARM)
         and config.speculative_config is None
         and not config.model_config.use_fp64_gumbel

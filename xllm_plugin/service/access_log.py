@@ -6,6 +6,7 @@ Nothing of a body is in it but its length, and of the headers only `x-request-id
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import sys
 import time
@@ -41,7 +42,11 @@ def open_log(path: Path | None) -> None:
         ConfigError: the file cannot be opened.
     """
     try:
-        handler = WatchedFileHandler(path) if path else logging.StreamHandler(sys.stdout)
+        handler = (
+            WatchedFileHandler(path, encoding="utf-8")
+            if path
+            else logging.StreamHandler(sys.stdout)
+        )
     except OSError as error:
         raise ConfigError(
             f"log.access_file {path} cannot be opened ({error.strerror or error}); name a file "
@@ -101,11 +106,17 @@ _writer = _Writer()
 
 def log(exchange: Exchange, ending: Ending) -> None:
     """Write the line of a finished request."""
-    line = msgspec.json.encode(_described(exchange, ending)).decode()
+    line = _encoded(_described(exchange, ending))
     if logger.propagate:  # it was not opened: where it goes is for who embeds the service to say
         logger.info("%s", line)
     else:
         _writer.add(line + "\n", exchange.proxy.loop)
+
+
+def _encoded(described: dict[str, Any]) -> str:
+    """As ASCII: what clients name their models is none of the locale's that the output has."""
+    line = msgspec.json.encode(described).decode()
+    return line if line.isascii() else json.dumps(described, separators=(",", ":"))
 
 
 def _described(exchange: Exchange, ending: Ending) -> dict[str, Any]:

@@ -235,7 +235,7 @@ class Fleet:
             instance.stats = known.stats
             self._retire(known, "replaced")
         self._instances[entry.name] = instance
-        self._candidates.clear()
+        self._forget_candidates()
         logger.info("instance %s: joining (%s)", entry.name, source)
         return instance
 
@@ -250,7 +250,7 @@ class Fleet:
             self._forget_incarnation(instance)
         if after.state is not before.state:
             logger.info("instance %s: %s (%s)", instance.name, after.state, after.reason)
-            self._candidates.clear()
+            self._forget_candidates()
             if after.state is State.GONE:
                 self._retire(instance, after.reason)
 
@@ -268,7 +268,7 @@ class Fleet:
         """Take over what its /v1/models said."""
         if instance.models != models:
             instance.models = dict(models)
-            self._candidates.clear()
+            self._forget_candidates()
 
     def set_load(self, instance: Instance, load: Load) -> None:
         """Take over how many requests it has, ours included, and how fast it decodes them."""
@@ -316,7 +316,7 @@ class Fleet:
         return self._all_models().common
 
     def watch(self) -> set[Instance]:
-        """A set that gets every instance that changes for policies."""
+        """A set that gets every instance that changes for policies, until candidates change."""
         changed: set[Instance] = set()
         self._watchers.append(changed)
         return changed
@@ -356,6 +356,11 @@ class Fleet:
                     f"{instance.outstanding_tokens} tokens and {instance.prefill_tokens} to compute"
                 )
 
+    def _forget_candidates(self) -> None:
+        """They are listed anew when asked for, and who watched the old lists is told no more."""
+        self._candidates.clear()
+        self._watchers.clear()
+
     def _find(self, model: str | None) -> list[Instance]:
         if model is not None and model not in self._all_models().names:
             return []  # clients may ask for any name, as often as they like
@@ -393,12 +398,12 @@ class Fleet:
         self._reckon(instance)
         instance.foreign_requests = 0
         instance.num_waiting = 0
-        self._candidates.clear()
+        self._forget_candidates()
 
     def _retire(self, instance: Instance, reason: str) -> None:
         """Forget it; requests that still run there finish on their own connections."""
         instance.pool.close_idle()
         if self._instances.get(instance.name) is instance:
             del self._instances[instance.name]
-        self._candidates.clear()
+        self._forget_candidates()
         logger.info("instance %s: forgotten (%s)", instance.name, reason)

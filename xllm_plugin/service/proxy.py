@@ -132,7 +132,7 @@ class Proxy:
         if exchange.prompt is not None and self.directory is not None:
             try:
                 candidates = self.fleet.candidates(exchange.model)
-                cached = self.directory.lookup(exchange.prompt, candidates)
+                cached = self.directory.lookup(exchange.prompt, exchange.model, candidates)
                 exchange.sent = Sent(exchange.prompt.num_tokens, cached, is_exact=True)
             except Exception:  # as above: it is then routed without
                 logger.exception("a prompt could not be looked up; please report this")
@@ -146,6 +146,7 @@ class Proxy:
         self._logs_access = config.log.access
         self.headers_of_note = headers_of_note(config, traces=self.tracing is not None)
         self._reconfigure_flow(config)
+        self.router.forget_rosters()
         self._reconfigure_keys(config)
         self.reads_promises = self.flow is not None or self.keys is not None
 

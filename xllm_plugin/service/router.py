@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_OWNERS = 65536
 _MAX_CAUSES = 256
+_MAX_ROSTERS = 8
+"""Each is told of every change; those of the models that were asked for last are kept."""
 _BYTES_PER_TOKEN: Final = 4  # as an exchange estimates its cost_tokens
 _MAX_PROMPT_TOKENS: Final = 100_000
 
@@ -116,7 +118,7 @@ class Router:
         self._clock = clock
         self._sequence = 0
         self._owners: OrderedDict[str, str] = OrderedDict()
-        self._rosters: dict[str | None, Roster] = {}
+        self._rosters: OrderedDict[str | None, Roster] = OrderedDict()
 
     def choose(self, request: Exchange) -> Instance:
         """The instance for `request`, none of those that it has tried.
@@ -183,6 +185,11 @@ class Router:
         if len(self._owners) > _MAX_OWNERS:
             self._owners.popitem(last=False)
 
+    def forget_rosters(self) -> None:
+        """Who has room is to be found out anew: limits have changed."""
+        for model in tuple(self._rosters):
+            self._forget_roster(model)
+
     @staticmethod
     def _asked(request: Exchange) -> Asked:
         sent = request.sent or _NOTHING
@@ -235,11 +242,15 @@ class Router:
                 if found is not None:
                     choice, num_open = found
                     return choice, candidates[choice.index], num_open
-            elif self.has_room is not None:
-                candidates = [one for one in candidates if self.has_room(one)] or candidates
+            else:
+                if not tried:
+                    self._forget_roster(request.model)
+                if self.has_room is not None:
+                    candidates = [one for one in candidates if self.has_room(one)] or candidates
             choice = policy.choose(asked, candidates)
             return choice, candidates[choice.index], len(candidates)
         except Exception as error:  # a plugin's function may raise anything
+            self._forget_roster(request.model)  # its ranking may be half up to date
             logger.exception("routing policy %r has failed", policy.name)
             raise Refusal(500, f"Routing policy {policy.name!r} has failed.") from error
 
@@ -252,13 +263,27 @@ class Router:
         fleet, policy, has_room = self.fleet, self.policy, self.has_room
         roster = self._rosters.get(model)
         if roster is not None and roster.is_of(candidates, policy, has_room):
+            self._rosters.move_to_end(model)
             return roster
         for name, other in tuple(self._rosters.items()):
             if not other.is_of(fleet.candidates(name), policy, has_room):
-                fleet.unwatch(other.changed)
-                del self._rosters[name]
-        roster = self._rosters[model] = Roster(candidates, policy, has_room, fleet.watch())
+                self._forget_roster(name)
+        if len(self._rosters) >= _MAX_ROSTERS:
+            self._forget_roster(next(iter(self._rosters)))
+        changed = fleet.watch()
+        try:
+            roster = Roster(candidates, policy, has_room, changed)
+        except BaseException:  # a plugin's ranking may raise anything; raised again
+            fleet.unwatch(changed)
+            raise
+        self._rosters[model] = roster
         return roster
+
+    def _forget_roster(self, model: str | None) -> None:
+        """Nobody tells it of changes any more."""
+        roster = self._rosters.pop(model, None)
+        if roster is not None:
+            self.fleet.unwatch(roster.changed)
 
     def _owner(self, response_id: str) -> Instance | None:
         instance = self.fleet.get(self._owners.get(response_id, ""))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from xllm_plugin.errors import SeamError
+from xllm_plugin.errors import InternalError, SeamError
 from xllm_plugin.worker.resumed import resumed_tokens, take_up
 
 __all__ = ["XllmModelRunnerMixin", "adopt_runner"]
@@ -40,9 +40,17 @@ class XllmModelRunnerMixin:
     def skip_draws(self, req_id: str, num_tokens: int) -> None:
         """Draw from a seeded request's generator what its first tokens took.
 
-        What that is depends on a family's sampler.  One that leaves this out continues no streams
-        with a seed (`instance/replay.py`).
+        What that is depends on a family's sampler.  The platform of one that has this says so
+        (`xllm_skips_draws`); else no stream with a seed gets here (`instance/replay.py`).
+
+        Raises:
+            InternalError: one has got here.
         """
+        if self.requests[req_id].generator is not None:  # type: ignore[attr-defined]
+            raise InternalError(
+                f"request {req_id} has a seed and comes with {num_tokens} tokens, and "
+                f"{type(self).__qualname__} does not know what these have drawn"
+            )
 
 
 def adopt_runner(worker: Any, runner_class: type[XllmModelRunnerMixin]) -> None:

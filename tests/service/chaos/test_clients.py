@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from xllm_plugin.testing.chaos import MAX_BODY_BYTES, Chaos, Fault, Trial
+from xllm_plugin.testing.fake_streams import Death
 from xllm_plugin.testing.service_harness import request
 
 Run = Callable[[Fault], None]
@@ -145,11 +146,14 @@ def test_a_large_body_that_may_be_sent(trial: Run) -> None:
 
 @pytest.mark.parametrize("num_read", [0, 1, 5])
 def test_clients_that_hang_up(trial: Run, num_read: int) -> None:
-    """Before the answer, at its first token, later: nothing goes on for them."""
+    """Before the answer, at its first token, later: nothing goes on for them.
+
+    Their streams never end by themselves: they stop, and wait until the service hangs up.
+    """
 
     async def fault(it: Trial) -> None:
-        await it.behave("a", pause_s=0.02)
-        await it.behave("b", pause_s=0.02)
+        for name in ("a", "b"):
+            await it.behave(name, death=Death(2000, "silence"), times=8)
         body: dict[str, Any] = {"model": "fake", "stream": True, "prompt": "x", "user": "gone"}
         for _ in range(8):
             client = await it.connect()
@@ -157,5 +161,9 @@ def test_clients_that_hang_up(trial: Run, num_read: int) -> None:
             for _ in range(num_read):
                 await client.reader.readuntil(b"data: ")
             client.writer.transport.abort()
+        for name in ("a", "b"):
+            await it.until(name, in_flight=0)
+        sent = it.chaos.journal("gone")
+        assert not any(entry.begins for entry in sent), "one went on at another instance"
 
     trial(fault)

@@ -9,11 +9,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from xllm_plugin.service.kv_index import index as index_module
 from xllm_plugin.service.kv_index.index import (
     NO_EXTRA,
     Cache,
+    Chains,
+    Extra,
     Held,
     PrefixIndex,
+    bits_of,
     packed,
     prompt_extra,
 )
@@ -44,8 +48,19 @@ def removed(tokens: list[int], *numbers: int, **fields: Any) -> BlockRemoved:
     return BlockRemoved(block_hashes=hashes, **fields)
 
 
+def match(
+    index: PrefixIndex, tokens: bytes, extra: Extra = NO_EXTRA
+) -> dict[Cache, tuple[Held, int]]:
+    """What each cache holds, by tier, and its tokens a block."""
+    return {
+        index._caches[bit]: (one.held, one.block_size)
+        for one in index.holders(tokens, extra)
+        for bit in bits_of(one.caches)
+    }
+
+
 def held(index: PrefixIndex, cache: Cache, tokens: list[int], *extra: Any) -> Held:
-    found = index.match(packed(tokens), prompt_extra(*extra))
+    found = match(index, packed(tokens), prompt_extra(*extra))
     return found[cache][0] if cache in found else Held()
 
 
@@ -72,8 +87,8 @@ def test_the_last_token_is_always_computed() -> None:
     index.apply(cache, stored(PROMPT))
     assert held(index, cache, PROMPT) == Held(9)
     assert held(index, cache, [*PROMPT, 1]) == Held(10)
-    assert index.match(b"") == {}
-    assert index.match(packed([1])) == {}
+    assert match(index, b"") == {}
+    assert match(index, packed([1])) == {}
 
 
 def test_a_chain_goes_on_from_its_parent_and_not_without_it() -> None:
@@ -160,10 +175,10 @@ def test_block_sizes_and_kinds_of_hashes_may_differ() -> None:
     small, large = index.add(), index.add()
     index.apply(small, stored(PROMPT))
     index.apply(large, BlockStored([2**63, 7], None, PROMPT[:32], 16))
-    found = index.match(packed([*PROMPT, 1]))
+    found = match(index, packed([*PROMPT, 1]))
     assert found == {small: (Held(10), 4), large: (Held(2), 16)}
     index.apply(large, BlockRemoved([7]))
-    assert index.match(packed(PROMPT))[large] == (Held(1), 16)
+    assert match(index, packed(PROMPT))[large] == (Held(1), 16)
 
 
 def test_what_is_malformed_is_not_placed() -> None:
@@ -191,6 +206,22 @@ def test_a_cache_that_is_dropped_leaves_nothing() -> None:
     index.check_integrity()
 
 
+def test_sets_of_holders_that_have_gone_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "_MIN_MASKS", 8)
+    index = PrefixIndex()
+    caches = [index.add() for _ in range(10)]
+    for number in range(2**10):
+        for bit, cache in enumerate(caches):
+            if number & ~(number - 1) & 1 << bit:
+                index.apply(cache, stored(PROMPT))
+            elif (number - 1) & ~number & 1 << bit:
+                index.apply(cache, removed(PROMPT, *range(10)))
+    assert len(index._masks) < 40
+    masks = list(index._holders[0].values())
+    assert all(mask is masks[0] for mask in masks), "equal ones are one object still"
+    index.check_integrity()
+
+
 class Caches(RuleBasedStateMachine):
     """Any events of three caches, against lists of blocks."""
 
@@ -202,8 +233,8 @@ class Caches(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.index = PrefixIndex()
-        self.chains: dict[tuple[int, ...], dict[int, list[int]]] = {}
+        self.index = PrefixIndex(min_kept_tokens=SIZE)
+        self.chains: dict[tuple[int, ...], Chains] = {}
         self.caches = [self.index.add() for _ in range(3)]
         self.model: list[dict[tuple[str, bytes], int]] = [{}, {}, {}]
 
@@ -240,7 +271,7 @@ class Caches(RuleBasedStateMachine):
 
     @rule(tokens=prompts)
     def look(self, tokens: list[int]) -> None:
-        found = self.index.match(packed([*tokens, 1]))
+        found = match(self.index, packed([*tokens, 1]))
         chains = self.chains.setdefault(tuple(tokens), {})
         again = self.index.holders(packed([*tokens, 1]), NO_EXTRA, chains)
         assert again == self.index.holders(packed([*tokens, 1]))

@@ -39,8 +39,8 @@ class Followed:
 
     @property
     def num_held(self) -> int:
-        found = self.index.match(PROMPT)
-        return found[self.follower.cache][0].device if found else 0
+        found = self.index.holders(PROMPT)
+        return found[0].held.device if found else 0
 
 
 def test_from_the_first_event_on_it_is_exact() -> None:

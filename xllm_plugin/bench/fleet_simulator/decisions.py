@@ -19,6 +19,7 @@ from xllm_plugin.service.lifecycle import Alive, Timings
 from xllm_plugin.service.policy import RoutingPolicy
 from xllm_plugin.service.router import Router, Sent
 from xllm_plugin.service.upstream import Pool
+from xllm_plugin.testing.fake_exchange import FakeExchange
 
 __all__ = ["decision_us", "working_fleet"]
 
@@ -26,40 +27,6 @@ _MODEL = "measured"
 _MEAN_REQUESTS = 12
 _SHARED_TOKENS = 512
 _NUM_HOLDERS = 4
-
-
-class _Loop:
-    """Time stands still; what is to happen later does not."""
-
-    def time(self) -> float:
-        return 0.0
-
-    def call_later(self, delay_s: float, call: Callable[..., object], *args: Any) -> None:
-        del delay_s, call, args
-
-
-class _Proxy:
-    def __init__(self) -> None:
-        self.loop = _Loop()
-
-
-class _Request:
-    """The fields of an `Exchange` that the router reads."""
-
-    def __init__(self, draw: random.Random, proxy: _Proxy, cached: CachedTokens) -> None:
-        self.proxy = proxy
-        self.model = _MODEL
-        self.body = b" " * draw.choice((2_000, 8_000, 60_000))
-        self.draw = draw.getrandbits(64)
-        self.cost_tokens = len(self.body) // 4 + 128
-        self.response_id = ""
-        self.session_key = f"session {draw.randrange(1000)}"
-        self.sequence = 0
-        self.sent_s = 0.0
-        self.tried: tuple[Instance, ...] = ()
-        self.sent = Sent(len(self.body) // 4, cached)
-        self.wants_stream = True
-        self.decision = None
 
 
 class _Clock:
@@ -110,14 +77,13 @@ def decision_us(
     fleet = working_fleet(num_instances, clock)
     router = Router(fleet, policy, num_decisions=256, retry_after_s=1.0, clock=time.time)
     draw = random.Random(1)  # noqa: S311
-    proxy = _Proxy()
     instances: Sequence[Instance] = fleet.candidates(_MODEL)
     names = [instance.name for instance in instances]
     found = []
     for _ in range(repeats):
         clock.now_s += 1.0
         fleet.tick()
-        requests = [_Request(draw, proxy, _cached(draw, names)) for _ in range(decisions)]
+        requests = [_request(draw, names) for _ in range(decisions)]
         spent_s = 0.0
         for request in requests:
             began_s = time.process_time()
@@ -132,6 +98,16 @@ def decision_us(
             fleet.release(other, 1)
         found.append(spent_s / decisions * 1e6)
     return found
+
+
+def _request(draw: random.Random, names: Sequence[str]) -> FakeExchange:
+    cached = _cached(draw, names)
+    body = b" " * draw.choice((2_000, 8_000, 60_000))
+    request = FakeExchange(
+        _MODEL, body, draw=draw.getrandbits(64), session_key=f"session {draw.randrange(1000)}"
+    )
+    request.sent = Sent(len(body) // 4, cached)
+    return request
 
 
 def _cached(draw: random.Random, names: Sequence[str]) -> CachedTokens:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = ["KvDirectory"]
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.1
+_MAX_PLACES = 64
 _NOTHING: Mapping[str, float] = {}
 
 
@@ -50,9 +52,10 @@ class KvDirectory:
         self.index = PrefixIndex()
         self._fleet = fleet
         self._followed: dict[Instance, _Followed] = {}
-        self._places: Places | None = None
-        """Of the candidates that were asked for last; None: who is followed has changed."""
-        self._placed: Sequence[Instance] = ()
+        self._places: OrderedDict[str | None, tuple[Sequence[Instance], Places]] = OrderedDict()
+        """Model -> its candidates and theirs, of the models that were asked for last.
+
+        Empty when who is followed has changed."""
         self._context = zmq.asyncio.Context()
 
     async def run(self) -> None:
@@ -71,7 +74,9 @@ class KvDirectory:
         """Whether any instance is known to hold anything."""
         return len(self.index) > 0
 
-    def lookup(self, prompt: Prompt, candidates: Sequence[Instance]) -> Mapping[str, float]:
+    def lookup(
+        self, prompt: Prompt, model: str | None, candidates: Sequence[Instance]
+    ) -> Mapping[str, float]:
         """Tokens of `prompt` that each of `candidates` need not compute; 0 where they are left out.
 
         A block in slower memory counts by its tier's weight.  Of several data-parallel ranks it is
@@ -80,10 +85,7 @@ class KvDirectory:
         found = self.index.holders(*prompt)
         if not found:
             return _NOTHING
-        if self._places is None or self._placed is not candidates:
-            self._placed = candidates
-            self._places = Places([(one.name, self._caches_of(one)) for one in candidates])
-        return self._places.cached(found, self._weighted)
+        return self._places_of(model, candidates).cached(found, self._weighted)
 
     def describe(self, instance: Instance) -> list[dict[str, Any]]:
         """What is known of an instance's ranks, for people."""
@@ -109,6 +111,16 @@ class KvDirectory:
         return followed is not None and all(
             follower.state is State.LIVE for follower in followed.followers
         )
+
+    def _places_of(self, model: str | None, candidates: Sequence[Instance]) -> Places:
+        placed, places = self._places.get(model, ((), None))
+        if places is None or placed is not candidates:
+            places = Places([(one.name, self._caches_of(one)) for one in candidates])
+            self._places[model] = candidates, places
+            if len(self._places) > _MAX_PLACES:
+                self._places.popitem(last=False)
+        self._places.move_to_end(model)
+        return places
 
     def _caches_of(self, instance: Instance) -> list[Cache]:
         followed = self._followed.get(instance)
@@ -139,7 +151,7 @@ class KvDirectory:
                 self._join(instance, sources)
 
     def _join(self, instance: Instance, sources: tuple[KvEventSource, ...]) -> None:
-        self._places = None
+        self._places.clear()
         followed = _Followed(instance.life.incarnation, sources, [], {})
         self._followed[instance] = followed
         for source in sources:
@@ -155,7 +167,7 @@ class KvDirectory:
             followed.tasks[follower] = asyncio.create_task(subscriber.run())
 
     def _leave(self, instance: Instance) -> None:
-        self._places = None
+        self._places.clear()
         followed = self._followed.pop(instance)
         for task in followed.tasks.values():
             task.cancel()

@@ -32,6 +32,7 @@ from xllm_plugin.service.kv_index.wire import (
 __all__ = [
     "NO_EXTRA",
     "Cache",
+    "Chains",
     "Extra",
     "Held",
     "Holders",
@@ -43,6 +44,9 @@ __all__ = [
 ]
 
 _TOKEN_BYTES = 4
+_MIN_MASKS = 1024
+_BLOCKS_A_MASK = 16
+"""Unused sets of holders are looked for once there is one for so many blocks."""
 _PREFIX_KINDS = frozenset(
     {None, "full_attention", "mla_attention", "sink_full_attention", "unknown"}
 )
@@ -93,6 +97,9 @@ class Extra(NamedTuple):
 
 NO_EXTRA = Extra()
 
+Chains = dict[int, list[int]]
+"""Keys of a prompt's blocks by block size, some 56 bytes each."""
+
 
 @dataclass(slots=True, eq=False)
 class Cache:
@@ -113,13 +120,19 @@ class PrefixIndex:
     """All caches of all instances.
 
     Instances of different models share it: a request is only compared with those that can take it.
+
+    Args:
+        min_kept_tokens: keys of shorter blocks are made anew for each lookup: they would take more
+            memory than the tokens.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, min_kept_tokens: int = 16) -> None:
+        self._min_kept_tokens = min_kept_tokens
         self._holders: tuple[dict[int, int], ...] = ({}, {}, {})
         """By tier: key -> bit mask of the caches that hold it."""
         self._masks: dict[int, int] = {}
-        """Equal masks are one object."""
+        """Equal masks are one object.  Some are of no use any more (`_one_of`)."""
+        self._max_masks = _MIN_MASKS
         self._bits = 0
         self._caches: dict[int, Cache] = {}
         self._block_sizes: dict[int, int] = {}
@@ -163,33 +176,18 @@ class PrefixIndex:
             case AllBlocksCleared():
                 self.clear(cache, (Tier.DEVICE,))
 
-    def match(self, tokens: bytes, extra: Extra = NO_EXTRA) -> dict[Cache, tuple[Held, int]]:
-        """How much of a prompt each cache holds; those that hold none of it are left out.
-
-        Args:
-            tokens: `packed` token ids.
-            extra: `prompt_extra` of the request.
-
-        Returns:
-            Cache -> blocks held by tier, and tokens a block.
-        """
-        return {
-            self._caches[bit]: (one.held, one.block_size)
-            for one in self.holders(tokens, extra)
-            for bit in bits_of(one.caches)
-        }
-
     def holders(
-        self, tokens: bytes, extra: Extra = NO_EXTRA, chains: dict[int, list[int]] | None = None
+        self, tokens: bytes, extra: Extra = NO_EXTRA, chains: Chains | None = None
     ) -> list[Holders]:
-        """As `match`, by groups of caches that hold equally much: many hold what all send.
+        """How much of a prompt is held, by groups of caches that hold equally much of it.
 
-        Every cache is in one group at most.
+        Many hold what all send.  Every cache is in one group at most; those that hold none of it
+        are left out.
 
         Args:
             tokens: `packed` token ids.
             extra: `prompt_extra` of the request.
-            chains: of a prompt that is asked for again: its keys by block size, which are added.
+            chains: of a prompt that is asked for again; keys that are missing are added.
         """
         # The last token is always computed: only blocks that end before it can be used.
         usable = max(0, len(tokens) - _TOKEN_BYTES)
@@ -198,7 +196,7 @@ class PrefixIndex:
             width = block_size * _TOKEN_BYTES
             whole = memoryview(tokens)[: usable // width * width]
             keys: Iterable[int] = _chain(root, whole, width, extra)
-            if chains is not None and extra == NO_EXTRA:
+            if chains is not None and extra == NO_EXTRA and block_size >= self._min_kept_tokens:
                 if block_size not in chains:
                     chains[block_size] = list(keys)
                 keys = chains[block_size]
@@ -306,7 +304,24 @@ class PrefixIndex:
         held[block_hash] = key
         holders = self._holders[tier]
         mask = holders.get(key, 0) | cache.bit
-        holders[key] = self._masks.setdefault(mask, mask)
+        holders[key] = self._one_of(mask)
+
+    def _one_of(self, mask: int) -> int:
+        """The object that stands for all equal masks.
+
+        Sets of holders come and go.  Those that have gone are forgotten when there are many, which
+        takes a walk through all blocks.
+        """
+        masks = self._masks
+        found = masks.setdefault(mask, mask)
+        if len(masks) > self._max_masks:
+            masks.clear()
+            for holders in self._holders:
+                for used in holders.values():
+                    masks.setdefault(used, used)
+            found = masks.setdefault(found, found)
+            self._max_masks = 2 * len(masks) + max(_MIN_MASKS, len(self) // _BLOCKS_A_MASK)
+        return found
 
     def _remove(self, cache: Cache, event: BlockRemoved) -> None:
         if event.group_idx in cache.other_groups:
@@ -328,7 +343,7 @@ class PrefixIndex:
         holders = self._holders[tier]
         mask = holders.get(key, 0) & ~cache.bit
         if mask:
-            holders[key] = self._masks.setdefault(mask, mask)
+            holders[key] = self._one_of(mask)
         else:
             holders.pop(key, None)
 

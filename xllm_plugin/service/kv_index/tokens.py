@@ -23,7 +23,7 @@ import tokenizers
 
 from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.fleet import Instance
-from xllm_plugin.service.kv_index.index import NO_EXTRA, Extra, packed, prompt_extra
+from xllm_plugin.service.kv_index.index import NO_EXTRA, Chains, Extra, packed, prompt_extra
 
 __all__ = ["PROBES", "Prompt", "PromptReader", "Unread"]
 
@@ -49,8 +49,8 @@ class Prompt(NamedTuple):
 
     tokens: bytes
     extra: Extra
-    chains: dict[int, list[int]] | None = None
-    """Of one that is asked again: its keys in the index, by block size, as far as known."""
+    chains: Chains | None = None
+    """Of one that is asked again: its keys in the index, as far as known."""
 
     @property
     def num_tokens(self) -> int:
@@ -279,8 +279,12 @@ class PromptReader:
 
 
 def _size(question: bytes, known: Prompt) -> int:
-    """What is kept of a prompt, about; its chain's keys take less than its tokens."""
-    return len(question) + 2 * len(known.tokens)
+    """Bytes that are kept of a prompt, about, and with a chain of keys for every block size.
+
+    Each of them is for 16 tokens or more (`PrefixIndex`), so together they take less than 8 bytes a
+    token where sizes are powers of two.
+    """
+    return len(question) + 3 * len(known.tokens)
 
 
 def _question(wanted: _Body, model: str) -> bytes | None:

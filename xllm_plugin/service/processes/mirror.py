@@ -140,7 +140,7 @@ class MirrorFleet(Fleet):
 
     def _become(self, instance: Instance, life: Life) -> None:
         instance.life = life
-        self._candidates.clear()
+        self._forget_candidates()
 
     def _retire(self, instance: Instance, reason: str) -> None:
         """Forget it, without a line in the log: the control process has written one."""
@@ -148,7 +148,7 @@ class MirrorFleet(Fleet):
         instance.pool.close_idle()
         if self._instances.get(instance.name) is instance:
             del self._instances[instance.name]
-        self._candidates.clear()
+        self._forget_candidates()
 
     def _look(self) -> None:
         """Take in what other workers have booked: once for each time that the clock shows.
