@@ -156,11 +156,29 @@ def chat_stream(talk: Talk) -> Any:
     }
 
 
+def streamed(chunks: Iterable[Any]) -> Any:
+    """All fields of a stream's chunks, whatever their number: two tokens may come in one."""
+    text = ""
+    log_probs: dict[str, list[Any]] = {}
+    usages: list[Any] = []
+    rest: list[Any] = []
+    for chunk in map(stable, chunks):
+        usages.append(chunk.pop("usage", None))
+        for choice in chunk["choices"]:
+            holder, name = (choice, "text") if "text" in choice else (choice["delta"], "content")
+            text += holder.pop(name) or ""
+            for kind, values in (choice.pop("logprobs") or {}).items():
+                log_probs.setdefault(kind, []).extend(values or ())
+        if chunk not in rest:
+            rest.append(chunk)
+    return {"text": text, "log_probs": log_probs, "usage": usages[-1], "rest": rest}
+
+
 def chat_chunks(talk: Talk) -> Any:
-    """Every chunk of a chat, field by field, with log-probs and usage."""
+    """What the chunks of a chat say, field by field, with log-probs and usage."""
     usage = {"include_usage": True, "continuous_usage_stats": True}
     options = {"stream": True, "stream_options": usage, "logprobs": True, "top_logprobs": 2}
-    return [stable(chunk) for chunk in talk.chat("Count to five.", **options)]
+    return streamed(talk.chat("Count to five.", **options))
 
 
 def several_turns(talk: Talk) -> Any:
@@ -190,20 +208,22 @@ def completion_stream(talk: Talk) -> Any:
 
 
 def completion_chunks(talk: Talk) -> Any:
-    """Every chunk of a completion, field by field, with log-probs and usage."""
+    """What the chunks of a completion say, field by field, with log-probs and usage."""
     options = {"stream": True, "stream_options": {"include_usage": True}, "logprobs": 2}
-    return [stable(chunk) for chunk in talk.complete("One, two,", **options)]
+    return streamed(talk.complete("One, two,", **options))
 
 
 def responses(talk: Talk) -> Any:
     """OpenAI's newer interface: a response, and the events of another."""
     asked: dict[str, Any] = {"model": talk.model, "input": "Name a colour.", "temperature": 0.0}
     asked |= {"max_output_tokens": MAX_TOKENS}
-    events = talk.client.responses.create(**asked, stream=True)
-    return {
-        "events": [stable(event) for event in events],
-        "whole": stable(talk.client.responses.create(**asked)),
-    }
+    text, rest = "", []
+    for event in map(stable, talk.client.responses.create(**asked, stream=True)):
+        del event["sequence_number"]  # as for `streamed`: two tokens may come in one event
+        text += event.pop("delta", "")
+        if event not in rest:
+            rest.append(event)
+    return {"text": text, "events": rest, "whole": stable(talk.client.responses.create(**asked))}
 
 
 def completion_of_token_ids(talk: Talk) -> Any:
