@@ -81,13 +81,24 @@ def test_a_prompt_alone_is_read_in_steps_that_leave_room_for_who_comes_next() ->
 
 
 def test_a_chunk_ends_before_the_tightest_decode_is_due() -> None:
-    plan = planned(decode("a", due_ms=500), decode("b", due_ms=60.1), waiting("c", todo_tokens=900))
-    # 58.9 ms less 10 ms, three rows and two tokens.
-    assert plan.chunk_tokens == 227
-    assert plan.token_budget == 229
-    assert plan.predicted_ms == pytest.approx(58.8)
+    plan = planned(decode("a", due_ms=500), decode("b", due_ms=90.1), waiting("c", todo_tokens=900))
+    # 88.3 ms less 10 ms, three rows and two tokens.
+    assert plan.chunk_tokens == 374
+    assert plan.token_budget == 376
+    assert plan.predicted_ms == pytest.approx(88.2)
     assert plan.bound is Bound.TPOT
     assert plan.order == ("b", "a"), "the last is vLLM's victim: the one with most slack"
+
+
+def test_a_chunk_waits_until_decodes_were_spared_a_step() -> None:
+    batch = decode("a", due_ms=500), decode("b", due_ms=85)
+    plan = planned(*batch, waiting("c", todo_tokens=900))
+    # A step of 12.4 ms is spared 37.6 of 50 ms: chunks begin at 98 % of 87.6 ms.
+    assert (plan.order, plan.admit, plan.bound) == (("b", "a"), (), Bound.TPOT)
+    assert planned(*batch, waiting("c", todo_tokens=200)).admit == ("c",), "it ends in this step"
+    slow = [decode(f"d{i}", due_ms=32, tpot_ms=28) for i in range(12)]
+    patient = waiting("c", due_ms=5000, todo_tokens=900)
+    assert planned(*slow, patient).admit == ("c",), "little is spared"
 
 
 def test_earned_credit_is_spent_on_prompts() -> None:

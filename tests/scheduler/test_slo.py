@@ -170,16 +170,16 @@ def decoding(name: str, **args: Any) -> Any:
 
 
 def test_a_plan_is_in_force_while_vllm_schedules_and_no_longer(rig: Rig) -> None:
-    rig.run(decoding("d"), first_token_s=50.0)  # due in 50 ms
+    rig.run(decoding("d"), first_token_s=50.04)  # due in 90 ms
     rig.wait(request("w", prompt=400))
     before = rig.scheduler.limits()
-    # 49 ms less 10, two rows and one token; then 0.2 ms a token.
+    # 88.2 ms less 10, two rows and one token; then 0.2 ms a token.
     assert rig.plan() == {
         "running": ["d"],
         "waiting": ["w"],
         "joining": 1,
-        "tokens": 184,
-        "chunk": 183,
+        "tokens": 380,
+        "chunk": 379,
     }
     assert rig.scheduler.limits() == before
 
@@ -316,7 +316,7 @@ def test_the_overdue_have_their_turn_whatever_their_adapter(rig: Rig) -> None:
     assert (seen["waiting"][0], seen["joining"]) == ("old", 1)
     nothing = SimpleNamespace(num_scheduled_tokens={}, scheduled_encoder_inputs={})
     rig.policy.record_scheduled(nothing, 0)
-    rig.run(with_adapter(decoding("d"), 1), first_token_s=90.0)
+    rig.run(with_adapter(decoding("d"), 1), first_token_s=90.012)
     rig.plan()
     assert rig.policy._plan.admit == ("new0",)
     assert rig.policy._plan.turn is None, "it had no room, and its turn is still to come"

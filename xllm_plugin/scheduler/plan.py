@@ -6,10 +6,10 @@ In this order (paper, section 3.1 and 3.2; ProServe's slide batching, arXiv 2512
    steps that were faster than promised have earned credit.  The tightest of these deadlines is the
    step's budget.  If all together would break it, those that can spare a whole step are held.  Who
    would miss its TPOT even alone on this device binds nobody.
-2. Prompts of online requests share what is left of the budget: those that can still meet their
-   TTFT by deadline, as many as can (J. M. Moore, "An n job, one machine sequencing algorithm for
-   minimizing the number of late jobs", 1968).  Nobody joins whose decoding would make the batch too
-   slow for its promises.
+2. Prompts of online requests share what is left of the budget, once the decodes have been spared a
+   step with prompts: those that can still meet their TTFT by deadline, as many as can (J. M. Moore,
+   "An n job, one machine sequencing algorithm for minimizing the number of late jobs", 1968).
+   Nobody joins whose decoding would make the batch too slow for its promises.
 3. Then those whose promise is broken: decodes first, longest waiting first, and at a fourth of
    their pace whatever it costs; then prompts, least work first, and those that have waited too long
    in turns with all others.
@@ -254,6 +254,7 @@ class _Planner:
         self._rows = StepShape()
         self._most_ms = self._budget_ms = limits.max_step_ms
         self._unpromised_ms = math.inf
+        self._is_saving = False
         # What no promise can be kept below: a row alone.
         self._lone_ms = model.predict_ms(StepShape().with_decodes(1, 0))
         self._tpot_ms = math.inf
@@ -288,6 +289,17 @@ class _Planner:
             self._hold_spare(budget_ms)
         self._budget_ms = min(budget_ms, self._most_ms)
         self._unpromised_ms = self._limits.target * self._unreserved_ms()
+        self._is_saving = self._model.is_reliable and self._budget_ms < self._saved_ms()
+
+    def _saved_ms(self) -> float:
+        """The budget once the tightest decode has been spared one step with prompts in it.
+
+        Chunks cut to a single TPOT would pay a step's own cost each, and leave every token, the
+        last included, at the edge of its deadline: one slow step breaks the promise.
+        """
+        tpot_ms = min(r.tpot_ms for r in self._decodes if r.tpot_ms >= self._lone_ms)
+        spared_ms = max(0.0, tpot_ms - self._model.bound_ms(self._step))
+        return min(self._limits.target * (tpot_ms + spared_ms), self._most_ms)
 
     def _part_lost(self) -> None:
         """Set those apart whose promise is broken; they wait for what others leave, for a while."""
@@ -512,6 +524,8 @@ class _Planner:
         if self._would_take_more(prompt, fits):
             return True
         least = min(MIN_CHUNK_TOKENS, prompt.todo_tokens)
+        if self._is_saving and not must_run:
+            least = prompt.todo_tokens
         if fits < least:
             self._bound = self._why_short(fits, tokens_left)
             if not must_run:
