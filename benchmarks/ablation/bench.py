@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -84,12 +84,11 @@ def changed_peers(
         raise ConfigError(f"changes {', '.join(unknown)} unknown; choose from {', '.join(CHANGES)}")
     (base,) = peer_servers(model, port=port, flags=flags, names=("xllm",))
     return tuple(
-        replace(
-            base,
-            name=name,
-            what=CHANGES[name].what,
-            command=(*base.command, *CHANGES[name].flags),
-            environment={**base.environment, **dict(CHANGES[name].environment)},
+        base.changed(
+            name,
+            CHANGES[name].what,
+            flags=CHANGES[name].flags,
+            environment=dict(CHANGES[name].environment),
         )
         for name in dict.fromkeys((BASE, *names))
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,8 +23,8 @@ from xllm_plugin.bench.options import (
     common_options,
     keep_logs_option,
 )
+from xllm_plugin.bench.peers import xllm_server
 from xllm_plugin.bench.schema import Check, Figure, Peer, Row
-from xllm_plugin.bench.servers import Server, clean_environment, find_free_port
 from xllm_plugin.models import prepare
 from xllm_plugin.npu.accelerator import FAMILY
 from xllm_plugin.npu.acl import Acl
@@ -248,35 +247,26 @@ def is_emulated(device: Mapping[str, str]) -> bool:
 @contextmanager
 def serving(case: Case, log: Path, environment: Mapping[str, str]) -> Iterator[str]:
     """The URL of a server that captures graphs as soon as it may."""
-    port, settings = find_free_port(), case.settings()
-    command = [sys.executable, "-m", "xllm_plugin.cli", "serve", settings.model]
+    settings = case.settings()
     flags = {
-        "host": "127.0.0.1",
-        "port": port,
         "served-model-name": case.name,
         "max-model-len": settings.max_model_len,
         "max-num-seqs": settings.max_num_seqs,
         "max-num-batched-tokens": settings.max_num_batched_tokens,
         "kv-cache-memory-bytes": 2**27,
     }
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    with Server(
+    peer = xllm_server(
+        settings.model,
         case.name,
-        [*command, *words],
-        port=port,
-        log_path=log,
-        environment=clean_environment(
-            {
-                "HF_HUB_OFFLINE": "1",
-                "VLLM_NO_USAGE_STATS": "1",
-                "XLLM_GRAPH__MIN_USES": "1",
-                "XLLM_GRAPH__REPLAN_STEPS": "2",
-                **environment,
-            }
-        ),
-        ready_timeout_s=PATIENCE_S,
-        grace_s=60.0,
-    ) as server:
+        "a server of the NPU family",
+        flags=[word for name, value in flags.items() for word in (f"--{name}", str(value))],
+        environment={
+            "XLLM_GRAPH__MIN_USES": "1",
+            "XLLM_GRAPH__REPLAN_STEPS": "2",
+            **environment,
+        },
+    )
+    with peer.server(log, ready_timeout_s=PATIENCE_S, grace_s=60.0) as server:
         yield server.url
 
 

@@ -8,7 +8,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -149,12 +149,8 @@ def _peer(model: str, port: int, flags: tuple[str, ...], name: str) -> PeerServe
     if name != EAGER:
         return peer_servers(model, port=port, flags=flags, names=(name,))[0]
     (compiled,) = peer_servers(model, port=port, flags=flags, names=(REFERENCE,))
-    return replace(
-        compiled,
-        name=EAGER,
-        what=f"{compiled.what}, nothing compiled",
-        command=(*compiled.command, "--enforce-eager"),
-    )
+    what = f"{compiled.what}, nothing compiled"
+    return compiled.changed(EAGER, what, flags=("--enforce-eager",))
 
 
 def cache_environment(caches: Path | None) -> dict[str, str]:

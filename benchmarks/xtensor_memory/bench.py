@@ -6,7 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -25,11 +25,11 @@ from xllm_plugin.bench.options import (
     keep_logs_option,
     model_option,
 )
-from xllm_plugin.bench.peers import PeerServer, peer_servers
+from xllm_plugin.bench.peers import PeerServer, xllm_server
 from xllm_plugin.bench.plots import plot_over_time
 from xllm_plugin.bench.progress import Reporter
 from xllm_plugin.bench.schema import Check, Figure, Row
-from xllm_plugin.bench.servers import Server, find_free_port
+from xllm_plugin.bench.servers import Server
 from xllm_plugin.bench.traces import Lengths, Vocabulary, read_lengths, synthesise
 from xllm_plugin.models.cache import ModelCache
 
@@ -157,28 +157,25 @@ def excess_bytes(samples: Sequence[Sample]) -> int:
     return max(one.kv_bytes - allowed_bytes(samples, at) for at, one in enumerate(samples))
 
 
-def peer(model: str, port: int) -> PeerServer:
+def peer(model: str) -> PeerServer:
     """The server."""
-    (found,) = peer_servers(
+    return xllm_server(
         model,
-        port=port,
+        "xllm",
+        "elastic KV memory, sleep mode",
         flags=(
             *("--served-model-name", SERVED),
             *("--max-model-len", "2048"),
             *("--kv-cache-memory-bytes", str(KV_BYTES)),
             "--enable-sleep-mode",
         ),
-        names=("xllm",),
-    )
-    more = {
-        "VLLM_SERVER_DEV_MODE": "1",
-        "XLLM_XTENSOR__ENABLED": "1",
-        "XLLM_XTENSOR__CACHE_IDLE_S": f"{CACHE_IDLE_S:g}",
-        "XLLM_XTENSOR__KEEP_IDLE_S": f"{KEEP_IDLE_S:g}",
-        "XLLM_XTENSOR__PREMAP_SLABS": str(PREMAP_SLABS),
-    }
-    return replace(
-        found, what="elastic KV memory, sleep mode", environment={**found.environment, **more}
+        environment={
+            "VLLM_SERVER_DEV_MODE": "1",
+            "XLLM_XTENSOR__ENABLED": "1",
+            "XLLM_XTENSOR__CACHE_IDLE_S": f"{CACHE_IDLE_S:g}",
+            "XLLM_XTENSOR__KEEP_IDLE_S": f"{KEEP_IDLE_S:g}",
+            "XLLM_XTENSOR__PREMAP_SLABS": str(PREMAP_SLABS),
+        },
     )
 
 
@@ -388,7 +385,7 @@ def command(*, quick: bool, json_path: Path, model: str, keep_logs: Path | None)
         window_s=QUICK_WINDOW_S if quick else WINDOW_S,
         num_sleeps=QUICK_SLEEPS if quick else SLEEPS,
     )
-    served = peer(str(folder), find_free_port())
+    served = peer(str(folder))
     sleep_folder = ModelCache.at().root / "sleep"
     with (
         log_folder(keep_logs) as logs,

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
@@ -26,11 +26,11 @@ from xllm_plugin.bench.options import (
     keep_logs_option,
     model_option,
 )
-from xllm_plugin.bench.peers import PeerServer, peer_servers
+from xllm_plugin.bench.peers import PeerServer, xllm_server
 from xllm_plugin.bench.progress import Reporter
 from xllm_plugin.bench.promises import Outcome
 from xllm_plugin.bench.schema import Check, Figure, Row
-from xllm_plugin.bench.servers import Server, find_free_port
+from xllm_plugin.bench.servers import Server
 from xllm_plugin.bench.traces import Lengths, Vocabulary, synthesise
 from xllm_plugin.errors import NotNowError
 from xllm_plugin.xtensor.leases import pool_path
@@ -170,23 +170,21 @@ def peers(side: Side, model: str, budget_bytes: int, pool: str) -> dict[str, Pee
         *("--kv-cache-memory-bytes", str(budget_bytes if is_shared else budget_bytes // 2)),
         *("--custom-histogram-buckets", json.dumps(BUCKETS)),
     )
-    pooled = {"XLLM_XTENSOR__ENABLED": "1", "XLLM_XTENSOR__POOL": pool}
-    found = {}
-    for name in MODELS:
-        (peer,) = peer_servers(
+    pooled = {
+        "XLLM_XTENSOR__ENABLED": "1",
+        "XLLM_XTENSOR__POOL": pool,
+        "XLLM_XTENSOR__POOL_BYTES": str(budget_bytes),
+    }
+    return {
+        name: xllm_server(
             model,
-            port=find_free_port(),
+            f"{side}, {name} model",
+            "elastic KV memory out of one pool" if is_shared else "a fixed KV cache, half",
             flags=(*flags, "--served-model-name", name),
-            names=("xllm",),
+            environment=pooled if is_shared else None,
         )
-        more = {**pooled, "XLLM_XTENSOR__POOL_BYTES": str(budget_bytes)} if is_shared else {}
-        found[name] = replace(
-            peer,
-            name=f"{side}, {name} model",
-            what="elastic KV memory out of one pool" if is_shared else "a fixed KV cache, half",
-            environment={**peer.environment, **more},
-        )
-    return found
+        for name in MODELS
+    }
 
 
 def counted(server: Server) -> Counted:
