@@ -116,23 +116,19 @@ def rows(measured: Sequence[Measured], plan: Plan) -> list[Row]:
     light, heavy = plan.loads[0], plan.loads[-1]
     found = []
     for one in measured:
-        tpot = [point.tpot_p50_ms for point in one.at(light)]
-        speed = [point.output_tok_s for point in one.at(heavy)]
+        tpot, base_tpot = ([p.tpot_p50_ms for p in peer.at(light)] for peer in (one, base))
+        speed, base_speed = ([p.output_tok_s for p in peer.at(heavy)] for peer in (one, base))
         ttft = [point.ttft_p50_ms for point in one.at(heavy)]
         figures = (
             Figure.of("ready after", "s", one.ready_s),
             Figure.of(f"TPOT p50, {light}", "ms", tpot),
-            _times("TPOT ratio", tpot, [point.tpot_p50_ms for point in base.at(light)]),
+            Figure.ratio("TPOT ratio", tpot, base_tpot),
             Figure.of(f"output throughput, {heavy}", "tok/s", speed),
-            _times("throughput ratio", speed, [point.output_tok_s for point in base.at(heavy)]),
+            Figure.ratio("throughput ratio", speed, base_speed),
             Figure.of(f"TTFT p50, {heavy}", "ms", ttft),
         )
         found.append(Row(table="One part changed", labels={"change": one.name}, figures=figures))
     return found
-
-
-def _times(name: str, values: Sequence[float], bases: Sequence[float]) -> Figure:
-    return Figure.of(name, "", [value / base for value, base in zip(values, bases, strict=True)])
 
 
 def notes(plan: Plan, model: str) -> tuple[str, ...]:

@@ -213,10 +213,7 @@ def step_rows(found: Found, points: Sequence[Point]) -> list[Row]:
         }
         figures = [Figure.of("eager", "ms", eager)]
         figures += [Figure.of(form, "ms", ms) for form, ms in forms.items()]
-        figures += [
-            Figure.of(f"{form} / eager", "", [b / a for a, b in zip(eager, ms, strict=True)])
-            for form, ms in forms.items()
-        ]
+        figures += [Figure.ratio(f"{form} / eager", ms, eager) for form, ms in forms.items()]
         rows.append(Row(table="A step", labels={"step": str(point)}, figures=tuple(figures)))
     return rows
 

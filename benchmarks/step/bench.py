@@ -129,8 +129,8 @@ def whole_rows(found: Found, points: Sequence[Point], work: floor.Work) -> list[
             Figure.of("floor", "ms", bounds),
             Figure.of("stock-best", "ms", stock),
             Figure.of("xllm", "ms", xllm),
-            Figure.of("xllm / stock-best", "", [b / a for a, b in zip(stock, xllm, strict=True)]),
-            Figure.of("xllm / floor", "", [b / a for a, b in zip(bounds, xllm, strict=True)]),
+            Figure.ratio("xllm / stock-best", xllm, stock),
+            Figure.ratio("xllm / floor", xllm, bounds),
         )
         rows.append(Row(table="The whole step", labels={"step": str(point)}, figures=figures))
     return rows
