@@ -13,7 +13,13 @@ import click
 from rich.console import Console
 
 from xllm_plugin.bench import schema
-from xllm_plugin.bench.commands import conclude, log_folder, model_folder, names_in
+from xllm_plugin.bench.commands import (
+    conclude,
+    log_folder,
+    model_folder,
+    names_in,
+    require_known,
+)
 from xllm_plugin.bench.load import parse_loads
 from xllm_plugin.bench.options import command_line, common_options, peer_options
 from xllm_plugin.bench.peers import PeerServer, peer_servers
@@ -21,7 +27,7 @@ from xllm_plugin.bench.replay import Measured, Plan, answer_checks, replay
 from xllm_plugin.bench.schema import Figure, Row
 from xllm_plugin.bench.servers import find_free_port
 from xllm_plugin.bench.traces import Vocabulary, read_lengths
-from xllm_plugin.errors import ConfigError, NotNowError
+from xllm_plugin.errors import NotNowError
 
 NAME = "ablation"
 QUESTION = "What does the server lose, or gain, when one part is switched?"
@@ -79,9 +85,7 @@ def changed_peers(
 
     Raises `ConfigError` for a name that is not of `CHANGES`.
     """
-    unknown = [name for name in names if name not in CHANGES]
-    if unknown:
-        raise ConfigError(f"changes {', '.join(unknown)} unknown; choose from {', '.join(CHANGES)}")
+    require_known("changes", names, CHANGES)
     (base,) = peer_servers(model, port=port, flags=flags, names=("xllm",))
     return tuple(
         base.changed(

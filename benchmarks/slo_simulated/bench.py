@@ -15,14 +15,13 @@ from rich.console import Console
 
 from xllm_plugin.bench import schema
 from xllm_plugin.bench.arrivals import Bursts
-from xllm_plugin.bench.commands import conclude, names_in
+from xllm_plugin.bench.commands import conclude, names_in, require_known
 from xllm_plugin.bench.ladder import Ladder
 from xllm_plugin.bench.options import command_line, common_options
 from xllm_plugin.bench.progress import Reporter
 from xllm_plugin.bench.promises import Promise, parse_promises
 from xllm_plugin.bench.schema import Figure, Peer, Row
 from xllm_plugin.bench.traces import Lengths, read_lengths
-from xllm_plugin.errors import ConfigError
 from xllm_plugin.scheduler.config import SchedulerConfig
 from xllm_plugin.scheduler.plan import Limits, make_plan
 from xllm_plugin.scheduler.predictor import (
@@ -298,8 +297,7 @@ def command(
     orders, without a model.  Takes some minutes; with --quick seconds.
     """
     names = names_in(sides)
-    if not names or not set(names) <= set(SIDES):
-        raise ConfigError(f"sides {sides!r} unknown; choose from {', '.join(SIDES)}")
+    require_known("sides", names, SIDES)
     judged = parse_promises(promises or (QUICK_PROMISES if quick else PROMISES))
     setting = Setting(seeds or (QUICK_SEEDS if quick else SEEDS), noise, runs_ahead)
     run = schema.begin(NAME, question=QUESTION, command=command_line())

@@ -17,7 +17,14 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from xllm_plugin.bench import outputs, schema
-from xllm_plugin.bench.commands import beside, conclude, log_folder, model_folder, names_in
+from xllm_plugin.bench.commands import (
+    beside,
+    conclude,
+    log_folder,
+    model_folder,
+    names_in,
+    require_known,
+)
 from xllm_plugin.bench.options import command_line, common_options, peer_options
 from xllm_plugin.bench.peers import PEER_NAMES, PeerServer, peer_servers
 from xllm_plugin.bench.progress import Reporter
@@ -137,11 +144,7 @@ def startup_peers(
     model: str, *, port: int, flags: Sequence[str], names: Sequence[str]
 ) -> tuple[PeerServer, ...]:
     """The peers called `names`, in that order.  Raises `ConfigError` for unknown ones."""
-    unknown = [name for name in names if name not in PEERS]
-    if unknown or not names:
-        raise ConfigError(
-            f"peers {', '.join(unknown) or '(none)'} unknown; choose from {', '.join(PEERS)}"
-        )
+    require_known("peers", names, PEERS)
     return tuple(_peer(model, port, tuple(flags), name) for name in names)
 
 

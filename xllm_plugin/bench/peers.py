@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from xllm_plugin.bench import schema
+from xllm_plugin.bench.commands import require_known
 from xllm_plugin.bench.provenance import home_relative
 from xllm_plugin.bench.servers import (
     GRACE_S,
@@ -24,7 +25,6 @@ from xllm_plugin.bench.servers import (
     clean_environment,
     find_free_port,
 )
-from xllm_plugin.errors import ConfigError
 
 __all__ = ["PEER_NAMES", "PeerServer", "peer_servers", "xllm_server"]
 
@@ -116,11 +116,7 @@ def peer_servers(
         names: of `PEER_NAMES`; raises `ConfigError` for others.
         cores: logical processors to compute on; those this process may use by default.
     """
-    unknown = [name for name in names if name not in PEER_NAMES]
-    if unknown or not names:
-        raise ConfigError(
-            f"peers {', '.join(unknown) or '(none)'} unknown; choose from {', '.join(PEER_NAMES)}"
-        )
+    require_known("peers", names, PEER_NAMES)
     every = _all_peers(model, port, tuple(flags), sorted(cores or os.sched_getaffinity(0)))
     return tuple(every[name] for name in names)
 
