@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +13,13 @@ import click
 from rich.console import Console
 
 from xllm_plugin.bench import schema
-from xllm_plugin.bench.commands import conclude, log_folder, model_folder, names_in
+from xllm_plugin.bench.commands import (
+    conclude,
+    log_folder,
+    model_folder,
+    names_in,
+    require_known,
+)
 from xllm_plugin.bench.load import parse_loads
 from xllm_plugin.bench.options import command_line, common_options, peer_options
 from xllm_plugin.bench.peers import PeerServer, peer_servers
@@ -21,7 +27,7 @@ from xllm_plugin.bench.replay import Measured, Plan, answer_checks, replay
 from xllm_plugin.bench.schema import Figure, Row
 from xllm_plugin.bench.servers import find_free_port
 from xllm_plugin.bench.traces import Vocabulary, read_lengths
-from xllm_plugin.errors import ConfigError, NotNowError
+from xllm_plugin.errors import NotNowError
 
 NAME = "ablation"
 QUESTION = "What does the server lose, or gain, when one part is switched?"
@@ -79,17 +85,14 @@ def changed_peers(
 
     Raises `ConfigError` for a name that is not of `CHANGES`.
     """
-    unknown = [name for name in names if name not in CHANGES]
-    if unknown:
-        raise ConfigError(f"changes {', '.join(unknown)} unknown; choose from {', '.join(CHANGES)}")
+    require_known("changes", names, CHANGES)
     (base,) = peer_servers(model, port=port, flags=flags, names=("xllm",))
     return tuple(
-        replace(
-            base,
-            name=name,
-            what=CHANGES[name].what,
-            command=(*base.command, *CHANGES[name].flags),
-            environment={**base.environment, **dict(CHANGES[name].environment)},
+        base.changed(
+            name,
+            CHANGES[name].what,
+            flags=CHANGES[name].flags,
+            environment=dict(CHANGES[name].environment),
         )
         for name in dict.fromkeys((BASE, *names))
     )
@@ -117,23 +120,19 @@ def rows(measured: Sequence[Measured], plan: Plan) -> list[Row]:
     light, heavy = plan.loads[0], plan.loads[-1]
     found = []
     for one in measured:
-        tpot = [point.tpot_p50_ms for point in one.at(light)]
-        speed = [point.output_tok_s for point in one.at(heavy)]
+        tpot, base_tpot = ([p.tpot_p50_ms for p in peer.at(light)] for peer in (one, base))
+        speed, base_speed = ([p.output_tok_s for p in peer.at(heavy)] for peer in (one, base))
         ttft = [point.ttft_p50_ms for point in one.at(heavy)]
         figures = (
             Figure.of("ready after", "s", one.ready_s),
             Figure.of(f"TPOT p50, {light}", "ms", tpot),
-            _times("TPOT ratio", tpot, [point.tpot_p50_ms for point in base.at(light)]),
+            Figure.ratio("TPOT ratio", tpot, base_tpot),
             Figure.of(f"output throughput, {heavy}", "tok/s", speed),
-            _times("throughput ratio", speed, [point.output_tok_s for point in base.at(heavy)]),
+            Figure.ratio("throughput ratio", speed, base_speed),
             Figure.of(f"TTFT p50, {heavy}", "ms", ttft),
         )
         found.append(Row(table="One part changed", labels={"change": one.name}, figures=figures))
     return found
-
-
-def _times(name: str, values: Sequence[float], bases: Sequence[float]) -> Figure:
-    return Figure.of(name, "", [value / base for value, base in zip(values, bases, strict=True)])
 
 
 def notes(plan: Plan, model: str) -> tuple[str, ...]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import shlex
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from xllm_plugin.bench import readme, schema
-from xllm_plugin.bench.commands import beside
+from xllm_plugin.bench import schema
+from xllm_plugin.bench.commands import beside, conclude, log_folder, model_folder
+from xllm_plugin.bench.options import command_line, common_options, model_option
 from xllm_plugin.bench.schema import Check, Figure, Row
 from xllm_plugin.errors import ConfigError
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 else:
     compare, sides = beside(FOLDER, "compare"), beside(FOLDER, "sides")
 
+NAME = "accuracy"
 QUESTION = "Does an lm-eval score change when the plugin is on?"
 MAX_LIMIT, DEFAULT_LIMIT, QUICK_LIMIT = 400, 100, 20
 SHARES = {"xl_arc_easy": 1, "xl_lambada": 1, "xl_hellaswag": 2, "xl_gsm8k": 5}
@@ -80,12 +80,9 @@ class TaskResult:
         return self.outcomes["xllm"]
 
 
-@click.command("accuracy")
-@click.option(
-    "--model",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of a Hugging Face model.  [default: smollm2]",
-)
+@click.command(NAME)
+@common_options(NAME, quick=f"{QUICK_LIMIT} items per task.")
+@model_option
 @click.option(
     "--path",
     "paths",
@@ -109,29 +106,22 @@ class TaskResult:
 @click.option(
     "--eager/--compile", default=True, show_default=True, help="Without or with vLLM's compiler."
 )
-@click.option("--quick", is_flag=True, help=f"{QUICK_LIMIT} items per task.")
 @click.option(
     "--keep",
     type=click.Path(file_okay=False, path_type=Path),
     help="Keep answers and logs in this folder.",
 )
-@click.option(
-    "--json",
-    "json_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the result; beside a README with a table for it, that table too.",
-)
 def command(
     *,
-    model: Path | None,
+    quick: bool,
+    json_path: Path,
+    model: str,
     paths: Sequence[str],
     tasks: Sequence[str],
     limit: int | None,
     dtype: str,
     eager: bool,
-    quick: bool,
     keep: Path | None,
-    json_path: Path | None,
 ) -> None:
     """Compare lm-eval's scores and answers with the plugin on and off.
 
@@ -139,13 +129,9 @@ def command(
     """
     limits = limits_for(tasks, limit or (QUICK_LIMIT if quick else DEFAULT_LIMIT))
     _require_lm_eval()
-    running = schema.begin(
-        "accuracy", question=QUESTION, command=_command_line(click.get_current_context().params)
-    )
-    with tempfile.TemporaryDirectory(prefix="xllm-accuracy-") as scratch:
-        folder = (keep or Path(scratch)).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        plan = sides.Plan(_model(model), limits, dtype, eager, folder)
+    running = schema.begin(NAME, question=QUESTION, command=command_line())
+    with log_folder(keep) as folder:
+        plan = sides.Plan(model_folder(model), limits, dtype, eager, folder)
         chosen = [path for path in sides.PATHS if not paths or path in paths]
         results = run_all(plan, chosen)
     result = running.finish(
@@ -156,12 +142,7 @@ def command(
         not_shown=NOT_SHOWN,
         details=details(results),
     )
-    click.echo(readme.render(result))
-    if json_path is not None:
-        for written in readme.publish(result, json_path):
-            click.echo(f"wrote {written}", err=True)
-    if not result.passed:
-        sys.exit(1)
+    conclude(result, json_path, Console())
 
 
 def limits_for(tasks: Sequence[str], limit: int) -> dict[str, int]:
@@ -292,35 +273,11 @@ def _figures(values: Mapping[str, float]) -> tuple[Figure, ...]:
     return tuple(Figure.of(name, "", [value]) for name, value in values.items())
 
 
-def _model(folder: Path | None) -> Path:
-    if folder is not None:
-        return folder.absolute()
-    from xllm_plugin.models import prepare
-
-    return prepare("smollm2")
-
-
 def _require_lm_eval() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "lm-eval is not installed; this benchmark needs 0.4.13: pip install 'xllm-plugin[eval]'"
         )
-
-
-def _command_line(parameters: Mapping[str, Any]) -> str:
-    """The command as a reader would repeat it: without what only says where files go."""
-    words = ["xllm", "bench", "accuracy"]
-    for name in ("path", "task"):
-        words += [word for value in parameters[f"{name}s"] for word in (f"--{name}", value)]
-    if parameters["model"] is not None:
-        words += ["--model", parameters["model"].name]
-    if parameters["limit"] is not None:
-        words += ["--limit", str(parameters["limit"])]
-    if parameters["dtype"] != "bfloat16":
-        words += ["--dtype", parameters["dtype"]]
-    words += [] if parameters["eager"] else ["--compile"]
-    words += ["--quick"] if parameters["quick"] else []
-    return shlex.join(words)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 import click
+from rich.console import Console
 
-from xllm_plugin.bench import readme, schema
+from xllm_plugin.bench import schema
+from xllm_plugin.bench.commands import conclude
+from xllm_plugin.bench.options import case_option, chosen_cases, command_line, common_options
 from xllm_plugin.bench.schema import Check, Figure, Peer, Row
 from xllm_plugin.models import prepare
 from xllm_plugin.testing.collect import Collection, Settings, collect_in_child
@@ -24,6 +27,7 @@ from xllm_plugin.testing.equality import (
 )
 
 FOLDER = Path(__file__).resolve().parent
+NAME = "equality"
 QUESTION = "Is the output with the plugin equal to stock vLLM's?"
 
 WIDE_BATCH = 64
@@ -134,29 +138,14 @@ class Outcome:
     judged: bool = True
 
 
-@click.command("equality")
-@click.option("--quick", is_flag=True, help="Two models, 16 prompts: some minutes.")
-@click.option(
-    "--case",
-    "names",
-    multiple=True,
-    type=click.Choice([case.name for case in CASES]),
-    help="Repeatable.  [default: all]",
-)
-@click.option(
-    "--json",
-    "json_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the result here (and into the README beside it).",
-)
-def command(quick: bool, names: tuple[str, ...], json_path: Path | None) -> None:
+@click.command(NAME)
+@common_options(NAME, quick=f"Two models, {QUICK_PROMPTS} prompts: some minutes.")
+@case_option(CASES)
+def command(*, quick: bool, json_path: Path, names: tuple[str, ...]) -> None:
     """Compare xllm's tokens and log-probs with stock vLLM's, model by model."""
-    chosen = [case for case in CASES if (case.name in names if names else case.quick or not quick)]
-    words = ["xllm bench equality", *(["--quick"] if quick else [])]
-    words += [f"--case '{name}'" for name in names]
-    run = schema.begin("equality", question=QUESTION, command=" ".join(words))
+    run = schema.begin(NAME, question=QUESTION, command=command_line())
     outcomes: list[Outcome] = []
-    for case in chosen:
+    for case in chosen_cases(CASES, names, quick=quick):
         found = run_case(case, asking(case, QUICK_PROMPTS if quick else None))
         for outcome in found:
             say(described(outcome))
@@ -172,11 +161,7 @@ def command(quick: bool, names: tuple[str, ...], json_path: Path | None) -> None
             for outcome in outcomes
         },
     )
-    print(readme.render(result))
-    if json_path is not None:
-        readme.publish(result, json_path)
-    if not result.passed:
-        raise click.exceptions.Exit(1)
+    conclude(result, json_path, Console())
 
 
 PEERS = (

@@ -26,7 +26,6 @@ from xllm_plugin.bench.schema import Check, Figure, Peer, Row
 from xllm_plugin.bench.traces import Vocabulary
 from xllm_plugin.cpu.graphs.compiler import PATIENCE_S
 from xllm_plugin.errors import ConfigError
-from xllm_plugin.testing.equality import Completion
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -100,16 +99,14 @@ class Plan:
     def start_job(self) -> dict[str, Any]:
         """The engine's settings, and the shapes to touch before any is timed."""
         sizes = {kind: [p.size for p in self.points if p.kind == kind] for kind in KINDS}
-        return {
-            "do": "start",
-            "model": str(self.model),
-            "max_model_len": 2048,
-            "max_batch": max([*sizes["decode"], outputs.NUM_OUTPUT_PROMPTS]),
-            "max_tokens": 2048,
-            "tokens": self.vocabulary.ordinary(),
-            "batches": sizes["decode"],
-            "prefills": sizes["prefill"],
-        }
+        return sides.start_job(
+            self.model,
+            self.vocabulary,
+            batches=sizes["decode"],
+            prefills=sizes["prefill"],
+            max_model_len=2048,
+            max_tokens=2048,
+        )
 
     def engine(self, name: str, settings: Mapping[str, str]) -> Any:
         """An engine of its own process, with a cache that nothing was compiled into."""
@@ -193,18 +190,10 @@ def take_turns(
 
 def compare(plan: Plan, graphs: Any, native: Any) -> list[Check]:
     """The dynamic graph's and the native layers' outputs against eager's, before a time counts."""
-    requests = outputs.prompts(plan.vocabulary, seed=0)
-    job = {
-        "do": "outputs",
-        "prompts": [request.prompt for request in requests],
-        "max_tokens": outputs.OUTPUT_TOKENS,
-        "logprobs": outputs.NUM_CANDIDATES,
-    }
+    job = sides.outputs_job(plan.vocabulary)
     answers = graphs.ask(job | {"forms": ["eager", "dynamic"]})
     answers["native"] = native.ask(job | {"forms": ["native"]})["native"]
-    read = {
-        name: tuple(Completion.from_dict(one) for one in found) for name, found in answers.items()
-    }
+    read = {name: sides.completions(found) for name, found in answers.items()}
     noise = outputs.self_noise(read["eager"], read["together"])
     return [
         outputs.compare(form, "eager", read["eager"], read[form], noise)
@@ -224,10 +213,7 @@ def step_rows(found: Found, points: Sequence[Point]) -> list[Row]:
         }
         figures = [Figure.of("eager", "ms", eager)]
         figures += [Figure.of(form, "ms", ms) for form, ms in forms.items()]
-        figures += [
-            Figure.of(f"{form} / eager", "", [b / a for a, b in zip(eager, ms, strict=True)])
-            for form, ms in forms.items()
-        ]
+        figures += [Figure.ratio(f"{form} / eager", ms, eager) for form, ms in forms.items()]
         rows.append(Row(table="A step", labels={"step": str(point)}, figures=tuple(figures)))
     return rows
 

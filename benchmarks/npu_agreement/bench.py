@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,10 +12,19 @@ from typing import Any, Protocol
 
 import click
 import httpx
+from rich.console import Console
 
-from xllm_plugin.bench import readme, schema
+from xllm_plugin.bench import schema
+from xllm_plugin.bench.commands import conclude, log_folder
+from xllm_plugin.bench.options import (
+    case_option,
+    chosen_cases,
+    command_line,
+    common_options,
+    keep_logs_option,
+)
+from xllm_plugin.bench.peers import xllm_server
 from xllm_plugin.bench.schema import Check, Figure, Peer, Row
-from xllm_plugin.bench.servers import Server, clean_environment, find_free_port
 from xllm_plugin.models import prepare
 from xllm_plugin.npu.accelerator import FAMILY
 from xllm_plugin.npu.acl import Acl
@@ -29,6 +36,7 @@ from xllm_plugin.testing.float32 import InFloat32, answers_in_float32, without_e
 
 FOLDER = Path(__file__).resolve().parent
 PROMPTS = FOLDER.parent / "equality" / "data" / "prompts.jsonl"
+NAME = "npu_agreement"
 QUESTION = "Does the NPU family answer as the CPU family does, but for rounding?"
 
 NUM_PROMPTS, MAX_TOKENS, MAX_NUM_SEQS = 8, 16, 4
@@ -75,7 +83,7 @@ NOT_SHOWN = (
 class Case:
     """One model."""
 
-    model: str
+    name: str
     kind: str
     chunks_on_cpu: bool = True
     quick: bool = True
@@ -83,7 +91,7 @@ class Case:
     def settings(self) -> Settings:
         """Of an engine of the NPU family."""
         return Settings(
-            model=str(prepare(self.model)),
+            model=str(prepare(self.name)),
             max_num_seqs=MAX_NUM_SEQS,
             max_num_batched_tokens=STEP_TOKENS,
             max_model_len=1024,
@@ -180,7 +188,7 @@ class RealSides:
     def in_float32(self, case: Case) -> InFloat32:
         """See `Sides`."""
         return answers_in_float32(
-            prepare(case.model),
+            prepare(case.name),
             PROMPTS,
             limit=NUM_PROMPTS,
             max_tokens=MAX_TOKENS,
@@ -201,9 +209,9 @@ class RealSides:
         Raises:
             AssertionError: they were not.
         """
-        log = self._folder / f"{case.model}.log"
+        log = self._folder / f"{case.name}.log"
         with serving(case, log, self._device) as url:
-            first, again = (ask_server(url, case.model) for _ in range(2))
+            first, again = (ask_server(url, case.name) for _ in range(2))
             num_hits = read_metric(url, "vllm:prefix_cache_hits_total")
         assert num_hits > 0, "no prompt had a cached prefix"
         assert "run as one graph" in log.read_text(), "no graph was captured"
@@ -239,35 +247,26 @@ def is_emulated(device: Mapping[str, str]) -> bool:
 @contextmanager
 def serving(case: Case, log: Path, environment: Mapping[str, str]) -> Iterator[str]:
     """The URL of a server that captures graphs as soon as it may."""
-    port, settings = find_free_port(), case.settings()
-    command = [sys.executable, "-m", "xllm_plugin.cli", "serve", settings.model]
+    settings = case.settings()
     flags = {
-        "host": "127.0.0.1",
-        "port": port,
-        "served-model-name": case.model,
+        "served-model-name": case.name,
         "max-model-len": settings.max_model_len,
         "max-num-seqs": settings.max_num_seqs,
         "max-num-batched-tokens": settings.max_num_batched_tokens,
         "kv-cache-memory-bytes": 2**27,
     }
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    with Server(
-        case.model,
-        [*command, *words],
-        port=port,
-        log_path=log,
-        environment=clean_environment(
-            {
-                "HF_HUB_OFFLINE": "1",
-                "VLLM_NO_USAGE_STATS": "1",
-                "XLLM_GRAPH__MIN_USES": "1",
-                "XLLM_GRAPH__REPLAN_STEPS": "2",
-                **environment,
-            }
-        ),
-        ready_timeout_s=PATIENCE_S,
-        grace_s=60.0,
-    ) as server:
+    peer = xllm_server(
+        settings.model,
+        case.name,
+        "a server of the NPU family",
+        flags=[word for name, value in flags.items() for word in (f"--{name}", str(value))],
+        environment={
+            "XLLM_GRAPH__MIN_USES": "1",
+            "XLLM_GRAPH__REPLAN_STEPS": "2",
+            **environment,
+        },
+    )
+    with peer.server(log, ready_timeout_s=PATIENCE_S, grace_s=60.0) as server:
         yield server.url
 
 
@@ -316,7 +315,7 @@ def row(outcome: Outcome) -> Row:
     spread = outcome.spread
     verdict = "(yardstick)" if outcome.report is None else str(outcome.report.verdict)
     labels = {
-        "model": outcome.case.model,
+        "model": outcome.case.name,
         "kind": outcome.case.kind,
         "run": outcome.run,
         "verdict": verdict,
@@ -342,7 +341,7 @@ def row(outcome: Outcome) -> Row:
 def check(outcome: Outcome, report: Report) -> Check:
     """Whether a run came out as it has to."""
     return Check(
-        name=f"{outcome.case.model}, {outcome.run}",
+        name=f"{outcome.case.name}, {outcome.run}",
         passed=report.equal,
         detail="; ".join((*report.problems, *map(str, report.differences))) or str(report.verdict),
     )
@@ -370,30 +369,19 @@ PEERS = (
 )
 
 
-@click.command("npu_agreement")
-@click.option("--quick", is_flag=True, help="Tiny models alone.")
-@click.option(
-    "--case",
-    "names",
-    multiple=True,
-    type=click.Choice([case.model for case in CASES]),
-    help="Repeatable.  [default: all]",
-)
-@click.option(
-    "--json",
-    "json_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the result here (and into the README beside it).",
-)
-def command(quick: bool, names: tuple[str, ...], json_path: Path | None) -> None:
+@click.command(NAME)
+@common_options(NAME, quick="Tiny models alone.")
+@case_option(CASES)
+@keep_logs_option
+def command(
+    *, quick: bool, json_path: Path, names: tuple[str, ...], keep_logs: Path | None
+) -> None:
     """Compare the NPU family's tokens and log-probs with the CPU family's, model by model."""
-    chosen = [case for case in CASES if (case.model in names if names else case.quick or not quick)]
-    words = ["xllm bench npu_agreement", *(["--quick"] if quick else [])]
-    words += [f"--case {name}" for name in names]
+    chosen = chosen_cases(CASES, names, quick=quick)
     device = device_environment()
-    run = schema.begin("npu_agreement", question=QUESTION, command=" ".join(words))
-    with tempfile.TemporaryDirectory(prefix="xllm-npu-agreement-") as folder:
-        sides = RealSides(device, Path(folder))
+    run = schema.begin(NAME, question=QUESTION, command=command_line())
+    with log_folder(keep_logs) as logs:
+        sides = RealSides(device, logs)
         outcomes = [outcome for case in chosen for outcome in run_case(case, sides)]
     result = run.finish(
         peers=PEERS,
@@ -402,11 +390,7 @@ def command(quick: bool, names: tuple[str, ...], json_path: Path | None) -> None
         notes=(f"Device: {'emulated' if is_emulated(device) else 'real'}.", *NOTES),
         not_shown=NOT_SHOWN,
     )
-    print(readme.render(result))
-    if json_path is not None:
-        readme.publish(result, json_path)
-    if not result.passed:
-        raise click.exceptions.Exit(1)
+    conclude(result, json_path, Console())
 
 
 if __name__ == "__main__":

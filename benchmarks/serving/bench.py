@@ -50,8 +50,7 @@ def bound_rows(measured: Sequence[Measured], tpot_ms: float) -> list[Row]:
         speeds = [at.output_tok_s for at in found]
         figures = [Figure.of("output throughput", "tok/s", speeds)]
         if min(base) > 0:
-            ratios = [speed / other for speed, other in zip(speeds, base, strict=True)]
-            figures.append(Figure.of(f"times {reference.name}", "", ratios))
+            figures.append(Figure.ratio(f"times {reference.name}", speeds, base))
         figures.append(Figure.of("load there", _load_unit(one), [at.load for at in found]))
         figures.append(Figure.of("TTFT p90 there", "ms", [at.ttft_ms for at in found]))
         rows.append(
@@ -122,10 +121,9 @@ def _against(name: str, field: str, one: Measured, reference: Measured, load: Lo
     bases = [float(getattr(point, field)) for point in reference.at(load)]
     if not values or len(values) != len(bases):
         return []
-    ratios = [value / base for value, base in zip(values, bases, strict=True)]
     return [
         Figure.of(f"{name}, {load}", "ms", values),
-        Figure.of(f"{name}, times {reference.name}", "", ratios),
+        Figure.ratio(f"{name}, times {reference.name}", values, bases),
     ]
 
 

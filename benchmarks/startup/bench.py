@@ -8,7 +8,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,7 +17,14 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from xllm_plugin.bench import outputs, schema
-from xllm_plugin.bench.commands import beside, conclude, log_folder, model_folder, names_in
+from xllm_plugin.bench.commands import (
+    beside,
+    conclude,
+    log_folder,
+    model_folder,
+    names_in,
+    require_known,
+)
 from xllm_plugin.bench.options import command_line, common_options, peer_options
 from xllm_plugin.bench.peers import PEER_NAMES, PeerServer, peer_servers
 from xllm_plugin.bench.progress import Reporter
@@ -137,11 +144,7 @@ def startup_peers(
     model: str, *, port: int, flags: Sequence[str], names: Sequence[str]
 ) -> tuple[PeerServer, ...]:
     """The peers called `names`, in that order.  Raises `ConfigError` for unknown ones."""
-    unknown = [name for name in names if name not in PEERS]
-    if unknown or not names:
-        raise ConfigError(
-            f"peers {', '.join(unknown) or '(none)'} unknown; choose from {', '.join(PEERS)}"
-        )
+    require_known("peers", names, PEERS)
     return tuple(_peer(model, port, tuple(flags), name) for name in names)
 
 
@@ -149,12 +152,8 @@ def _peer(model: str, port: int, flags: tuple[str, ...], name: str) -> PeerServe
     if name != EAGER:
         return peer_servers(model, port=port, flags=flags, names=(name,))[0]
     (compiled,) = peer_servers(model, port=port, flags=flags, names=(REFERENCE,))
-    return replace(
-        compiled,
-        name=EAGER,
-        what=f"{compiled.what}, nothing compiled",
-        command=(*compiled.command, "--enforce-eager"),
-    )
+    what = f"{compiled.what}, nothing compiled"
+    return compiled.changed(EAGER, what, flags=("--enforce-eager",))
 
 
 def cache_environment(caches: Path | None) -> dict[str, str]:

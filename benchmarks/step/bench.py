@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import click
 from rich.console import Console
 
-from xllm_plugin.bench import outputs, schema
+from xllm_plugin.bench import schema
 from xllm_plugin.bench.commands import beside, conclude, log_folder, model_folder
 from xllm_plugin.bench.options import (
     command_line,
@@ -25,7 +25,6 @@ from xllm_plugin.bench.progress import Reporter
 from xllm_plugin.bench.schema import Check, Figure, Row
 from xllm_plugin.bench.traces import Vocabulary
 from xllm_plugin.errors import ConfigError, InternalError
-from xllm_plugin.testing.equality import Completion
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -95,26 +94,14 @@ class Plan:
     def start_job(self) -> dict[str, Any]:
         """The engine's settings, and the shapes to touch before any is timed."""
         batches = [point.size for point in self.points if point.kind == "decode"]
-        return {
-            "do": "start",
-            "model": str(self.model),
-            "max_model_len": MAX_MODEL_LEN,
-            "max_batch": max([*batches, outputs.NUM_OUTPUT_PROMPTS]),
-            "max_tokens": MAX_TOKENS_PER_STEP,
-            "tokens": self.vocabulary.ordinary(),
-            "batches": batches,
-            "prefills": [point.size for point in self.points if point.kind == "prefill"],
-        }
-
-    def outputs_job(self) -> dict[str, Any]:
-        """Prompts whose greedy outputs are compared."""
-        requests = outputs.prompts(self.vocabulary, seed=0)
-        return {
-            "do": "outputs",
-            "prompts": [request.prompt for request in requests],
-            "max_tokens": outputs.OUTPUT_TOKENS,
-            "logprobs": outputs.NUM_CANDIDATES,
-        }
+        return sides.start_job(
+            self.model,
+            self.vocabulary,
+            batches=batches,
+            prefills=[point.size for point in self.points if point.kind == "prefill"],
+            max_model_len=MAX_MODEL_LEN,
+            max_tokens=MAX_TOKENS_PER_STEP,
+        )
 
 
 @dataclass(slots=True)
@@ -142,8 +129,8 @@ def whole_rows(found: Found, points: Sequence[Point], work: floor.Work) -> list[
             Figure.of("floor", "ms", bounds),
             Figure.of("stock-best", "ms", stock),
             Figure.of("xllm", "ms", xllm),
-            Figure.of("xllm / stock-best", "", [b / a for a, b in zip(stock, xllm, strict=True)]),
-            Figure.of("xllm / floor", "", [b / a for a, b in zip(bounds, xllm, strict=True)]),
+            Figure.ratio("xllm / stock-best", xllm, stock),
+            Figure.ratio("xllm / floor", xllm, bounds),
         )
         rows.append(Row(table="The whole step", labels={"step": str(point)}, figures=figures))
     return rows
@@ -341,7 +328,8 @@ def measure_repeat(plan: Plan, repeat: int, found: Found, reporter: Reporter) ->
         sides.require_fair(facts)
         found.num_threads = {side: facts[side]["num_threads"] for side in sides.SIDES}
         if not found.checks:
-            found.checks = [compare_outputs(plan, children)]
+            stock, xllm = (children[side] for side in sides.SIDES)
+            found.checks = [sides.compare_outputs(stock, xllm, plan.vocabulary)]
         reporter.done(len(children))
         for number, point in enumerate(plan.points):
             for side in order if number % 2 == 0 else order[::-1]:
@@ -360,20 +348,6 @@ def typical_step(point: Point, answer: Mapping[str, Any]) -> dict[str, float]:
     if not steps:
         raise InternalError(f"the engine took no step that was only {point}; please report this")
     return dict(parts.typical(steps))
-
-
-def compare_outputs(plan: Plan, children: Mapping[sides.Side, sides.Child]) -> Check:
-    """Both sides' greedy outputs, prompt by prompt, before any time counts."""
-    reference, other = sides.SIDES
-    answers = {side: children[side].ask(plan.outputs_job()) for side in sides.SIDES}
-    alone = {side: completions(answer["alone"]) for side, answer in answers.items()}
-    noise = outputs.self_noise(alone[reference], completions(answers[reference]["together"]))
-    return outputs.compare(other, reference, alone[reference], alone[other], noise)
-
-
-def completions(answers: Sequence[Mapping[str, Any]]) -> tuple[Completion, ...]:
-    """Completions out of JSON."""
-    return tuple(Completion.from_dict(answer) for answer in answers)
 
 
 if __name__ == "__main__":

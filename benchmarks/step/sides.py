@@ -14,12 +14,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
-from xllm_plugin.bench import schema
+from xllm_plugin.bench import outputs, schema
 from xllm_plugin.bench.peers import COMMON_ENVIRONMENT, peer_servers
 from xllm_plugin.bench.servers import clean_environment, tail
+from xllm_plugin.bench.traces import Vocabulary
 from xllm_plugin.errors import InternalError, NotNowError
+from xllm_plugin.testing.equality import Completion
 
-__all__ = ["SIDES", "Child", "Side", "environment", "peer", "require_fair"]
+__all__ = [
+    "SIDES",
+    "Child",
+    "Side",
+    "compare_outputs",
+    "completions",
+    "environment",
+    "outputs_job",
+    "peer",
+    "require_fair",
+    "start_job",
+]
 
 Side = Literal["stock-best", "xllm"]
 SIDES: Final[tuple[Side, ...]] = ("stock-best", "xllm")
@@ -137,6 +150,61 @@ class Child:
         return NotNowError(
             f"the engine of {self.name} ended; end of its log:\n{tail(self.log_path)}"
         )
+
+
+def start_job(
+    model: Path,
+    vocabulary: Vocabulary,
+    *,
+    batches: Sequence[int],
+    prefills: Sequence[int] = (),
+    max_model_len: int,
+    max_tokens: int,
+) -> dict[str, Any]:
+    """The engine's settings, and the shapes to touch before any is timed.
+
+    Args:
+        model: its folder.
+        vocabulary: what prompts are made of.
+        batches: how many requests decode together.
+        prefills: tokens of prompts.
+        max_model_len: tokens of a request, at most.
+        max_tokens: tokens of a step, at most.
+    """
+    return {
+        "do": "start",
+        "model": str(model),
+        "max_model_len": max_model_len,
+        "max_batch": max([*batches, outputs.NUM_OUTPUT_PROMPTS]),
+        "max_tokens": max_tokens,
+        "tokens": vocabulary.ordinary(),
+        "batches": list(batches),
+        "prefills": list(prefills),
+    }
+
+
+def outputs_job(vocabulary: Vocabulary) -> dict[str, Any]:
+    """Prompts whose greedy outputs are compared."""
+    return {
+        "do": "outputs",
+        "prompts": [request.prompt for request in outputs.prompts(vocabulary, seed=0)],
+        "max_tokens": outputs.OUTPUT_TOKENS,
+        "logprobs": outputs.NUM_CANDIDATES,
+    }
+
+
+def completions(answers: Sequence[Mapping[str, Any]]) -> tuple[Completion, ...]:
+    """What an engine answers to an `outputs_job`, out of JSON."""
+    return tuple(Completion.from_dict(answer) for answer in answers)
+
+
+def compare_outputs(reference: Child, other: Child, vocabulary: Vocabulary) -> schema.Check:
+    """Both engines' greedy outputs, prompt by prompt, before any time counts."""
+    job = outputs_job(vocabulary)
+    expected, found = reference.ask(job), other.ask(job)
+    alone = completions(expected["alone"])
+    noise = outputs.self_noise(alone, completions(expected["together"]))
+    return outputs.compare(other.name, reference.name, alone, completions(found["alone"]), noise)
 
 
 def require_fair(found: Mapping[Side, Mapping[str, Any]]) -> None:

@@ -207,12 +207,11 @@ def rows(measured: Sequence[Measured]) -> list[Row]:
     found = []
     for one in measured:
         times = one.times_us
-        ratios = {
-            form: [ours / base for ours, base in zip(times[form], times[SCATTERED], strict=True)]
-            for form in (IN_A_ROW, TABLE_FREE)
-        }
         figures = [Figure.of(form, "us", times[form]) for form in FORMS]
-        figures += [Figure.of(f"{form} / scattered", "", values) for form, values in ratios.items()]
+        figures += [
+            Figure.ratio(f"{form} / scattered", times[form], times[SCATTERED])
+            for form in (IN_A_ROW, TABLE_FREE)
+        ]
         found.append(
             Row(
                 table=f"One layer of {one.heads.model} ({one.heads.num_heads} heads, "

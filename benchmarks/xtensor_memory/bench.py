@@ -6,7 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -18,18 +18,19 @@ from xllm_plugin.bench import schema
 from xllm_plugin.bench.arrivals import Bursts
 from xllm_plugin.bench.commands import beside, conclude, log_folder, model_folder
 from xllm_plugin.bench.engine_memory import Sampler, memory_of, resident, snapshot_of
-from xllm_plugin.bench.open_loop import Sending, Sent, send
+from xllm_plugin.bench.open_loop import Sending, Sent, evenly, send
 from xllm_plugin.bench.options import (
     command_line,
     common_options,
     keep_logs_option,
     model_option,
 )
-from xllm_plugin.bench.peers import PeerServer, peer_servers
+from xllm_plugin.bench.peers import PeerServer, xllm_server
 from xllm_plugin.bench.plots import plot_over_time
 from xllm_plugin.bench.progress import Reporter
+from xllm_plugin.bench.promises import whole_check
 from xllm_plugin.bench.schema import Check, Figure, Row
-from xllm_plugin.bench.servers import Server, find_free_port
+from xllm_plugin.bench.servers import Server
 from xllm_plugin.bench.traces import Lengths, Vocabulary, read_lengths, synthesise
 from xllm_plugin.models.cache import ModelCache
 
@@ -109,7 +110,7 @@ class Observer:
         return Sample(
             at_s=time.monotonic() - self._started_s,
             told=seen.sequence,
-            live_bytes=(memory.num_used_blocks + memory.num_cached_blocks) * memory.block_bytes,
+            live_bytes=memory.kept_bytes,
             slab_bytes=memory.slab_bytes,
             num_requests=seen.load.num_running + seen.load.num_waiting,
             kv_bytes=found.shared_bytes,
@@ -157,28 +158,25 @@ def excess_bytes(samples: Sequence[Sample]) -> int:
     return max(one.kv_bytes - allowed_bytes(samples, at) for at, one in enumerate(samples))
 
 
-def peer(model: str, port: int) -> PeerServer:
+def peer(model: str) -> PeerServer:
     """The server."""
-    (found,) = peer_servers(
+    return xllm_server(
         model,
-        port=port,
+        "xllm",
+        "elastic KV memory, sleep mode",
         flags=(
             *("--served-model-name", SERVED),
             *("--max-model-len", "2048"),
             *("--kv-cache-memory-bytes", str(KV_BYTES)),
             "--enable-sleep-mode",
         ),
-        names=("xllm",),
-    )
-    more = {
-        "VLLM_SERVER_DEV_MODE": "1",
-        "XLLM_XTENSOR__ENABLED": "1",
-        "XLLM_XTENSOR__CACHE_IDLE_S": f"{CACHE_IDLE_S:g}",
-        "XLLM_XTENSOR__KEEP_IDLE_S": f"{KEEP_IDLE_S:g}",
-        "XLLM_XTENSOR__PREMAP_SLABS": str(PREMAP_SLABS),
-    }
-    return replace(
-        found, what="elastic KV memory, sleep mode", environment={**found.environment, **more}
+        environment={
+            "VLLM_SERVER_DEV_MODE": "1",
+            "XLLM_XTENSOR__ENABLED": "1",
+            "XLLM_XTENSOR__CACHE_IDLE_S": f"{CACHE_IDLE_S:g}",
+            "XLLM_XTENSOR__KEEP_IDLE_S": f"{KEEP_IDLE_S:g}",
+            "XLLM_XTENSOR__PREMAP_SLABS": str(PREMAP_SLABS),
+        },
     )
 
 
@@ -199,17 +197,11 @@ def traffic(lengths: Sequence[Lengths], vocabulary: Vocabulary, window_s: float)
     ]
 
 
-def warm_up(vocabulary: Vocabulary) -> list[Sending]:
+def warm_up(vocabulary: Vocabulary) -> tuple[Sending, ...]:
     """Some requests of the largest size at once."""
-    requests = synthesise(
-        (Lengths(MAX_INPUT, MAX_OUTPUT),),
-        vocabulary,
-        count=WARM_UP_REQUESTS,
-        seed="warm-up",
-        max_input=MAX_INPUT,
-        max_output=MAX_OUTPUT,
-    )
-    return [Sending(0.0, "", one.prompt, one.output_tokens, GIVE_UP_S) for one in requests]
+    largest = Lengths(MAX_INPUT, MAX_OUTPUT)
+    requests = synthesise((largest,), vocabulary, count=WARM_UP_REQUESTS, seed="warm-up")
+    return evenly(requests, give_up_s=GIVE_UP_S)
 
 
 def measure(server: Server, plan: Plan, reporter: Reporter) -> Hour:
@@ -293,8 +285,6 @@ def checks(hour: Hour) -> list[Check]:
     excess = excess_bytes(hour.samples)
     slab_bytes = hour.end.slab_bytes
     ratio = hour.end.all_bytes / hour.start.all_bytes
-    outcomes = hour.sent.outcomes
-    num_whole = sum(not o.error and o.received_tokens == o.output_tokens for o in outcomes)
     return [
         Check(
             name="resident KV is within live KV, one slab a request and the reserve",
@@ -309,11 +299,7 @@ def checks(hour: Hour) -> list[Check]:
             passed=ratio <= 1 + IDLE_WITHIN,
             detail=f"{ratio:.3f} times",
         ),
-        Check(
-            name="every request is answered with all its tokens",
-            passed=num_whole == len(outcomes),
-            detail=f"{num_whole} of {len(outcomes)}",
-        ),
+        whole_check(hour.sent.outcomes),
     ]
 
 
@@ -388,7 +374,7 @@ def command(*, quick: bool, json_path: Path, model: str, keep_logs: Path | None)
         window_s=QUICK_WINDOW_S if quick else WINDOW_S,
         num_sleeps=QUICK_SLEEPS if quick else SLEEPS,
     )
-    served = peer(str(folder), find_free_port())
+    served = peer(str(folder))
     sleep_folder = ModelCache.at().root / "sleep"
     with (
         log_folder(keep_logs) as logs,

@@ -15,7 +15,8 @@ from typing import Final
 import httpx
 
 from xllm_plugin.bench.engine_memory import memory_of, resident, snapshot_of
-from xllm_plugin.bench.open_loop import Sending, Sent, send
+from xllm_plugin.bench.open_loop import Sending, Sent, evenly, send
+from xllm_plugin.bench.promises import whole_check
 from xllm_plugin.bench.schema import Check, Figure, Row
 from xllm_plugin.bench.servers import Server
 from xllm_plugin.bench.traces import Lengths, Vocabulary, synthesise
@@ -97,15 +98,9 @@ def measure(
 
 def requests(vocabulary: Vocabulary, num_sleeps: int) -> tuple[Sending, ...]:
     """The load: all at once."""
-    wanted = synthesise(
-        (Lengths(PROMPT_TOKENS, TOKENS_PER_SLEEP * num_sleeps),),
-        vocabulary,
-        count=NUM_REQUESTS,
-        seed="sleep",
-        max_input=PROMPT_TOKENS,
-        max_output=TOKENS_PER_SLEEP * num_sleeps,
-    )
-    return tuple(Sending(0.0, "", one.prompt, one.output_tokens, GIVE_UP_S) for one in wanted)
+    lengths = Lengths(PROMPT_TOKENS, TOKENS_PER_SLEEP * num_sleeps)
+    wanted = synthesise((lengths,), vocabulary, count=NUM_REQUESTS, seed="sleep")
+    return evenly(wanted, give_up_s=GIVE_UP_S)
 
 
 def one_sleep(server: Server, folder: Path, at_step: int) -> tuple[Sleep, int]:
@@ -126,7 +121,7 @@ def one_sleep(server: Server, folder: Path, at_step: int) -> tuple[Sleep, int]:
         server.log_path.read_text(errors="replace")
     )
     sleep = Sleep(
-        kv_bytes=(memory.num_used_blocks + memory.num_cached_blocks) * memory.block_bytes,
+        kv_bytes=memory.kept_bytes,
         weight_bytes=weight_bytes,
         freed_bytes=freed_bytes,
         kv_away_ms=kv_away_ms,
@@ -225,10 +220,6 @@ def checks(sleeps: Sequence[Sleep], sent: Sent) -> list[Check]:
     kv_ms = Figure.of("", "", [s.kv_away_ms + s.kv_back_ms for s in sleeps]).median
     times = Figure.of("", "", [s.weights_back_ms / s.read_ms for s in sleeps]).median
     freed = min(s.freed_bytes / (s.kv_bytes + s.weight_bytes) for s in sleeps)
-    num_whole = sum(
-        not outcome.error and outcome.received_tokens == outcome.output_tokens
-        for outcome in sent.outcomes
-    )
     return [
         Check(
             name=f"KV cache away and back: at most {KV_MS:g} ms together",
@@ -245,9 +236,5 @@ def checks(sleeps: Sequence[Sleep], sent: Sent) -> list[Check]:
             passed=freed >= FREED_AT_LEAST,
             detail=f"{freed:.0%} of KV cache and weights, at least",
         ),
-        Check(
-            name="requests that were kept asleep are answered with all their tokens",
-            passed=num_whole == len(sent.outcomes),
-            detail=f"{num_whole} of {len(sent.outcomes)}",
-        ),
+        whole_check(sent.outcomes, "every request that was kept asleep is"),
     ]

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
@@ -19,18 +19,18 @@ from xllm_plugin.bench import schema
 from xllm_plugin.bench.commands import conclude, log_folder, model_folder
 from xllm_plugin.bench.curve import percentile
 from xllm_plugin.bench.engine_memory import Sampler, kv_bytes_per_token, resident, snapshot_of
-from xllm_plugin.bench.open_loop import Sending, send
+from xllm_plugin.bench.open_loop import Sending, evenly, send
 from xllm_plugin.bench.options import (
     command_line,
     common_options,
     keep_logs_option,
     model_option,
 )
-from xllm_plugin.bench.peers import PeerServer, peer_servers
+from xllm_plugin.bench.peers import PeerServer, xllm_server
 from xllm_plugin.bench.progress import Reporter
-from xllm_plugin.bench.promises import Outcome
+from xllm_plugin.bench.promises import Outcome, whole_check
 from xllm_plugin.bench.schema import Check, Figure, Row
-from xllm_plugin.bench.servers import Server, find_free_port
+from xllm_plugin.bench.servers import Server
 from xllm_plugin.bench.traces import Lengths, Vocabulary, synthesise
 from xllm_plugin.errors import NotNowError
 from xllm_plugin.xtensor.leases import pool_path
@@ -110,10 +110,7 @@ class Burst:
     @property
     def num_whole(self) -> int:
         """Requests that were answered with all their tokens."""
-        return sum(
-            not outcome.error and outcome.received_tokens == outcome.output_tokens
-            for outcome in self.outcomes
-        )
+        return sum(outcome.is_whole for outcome in self.outcomes)
 
     @property
     def num_undisturbed(self) -> int:
@@ -148,18 +145,9 @@ class Plan:
 
     def burst(self, size: int, name: str) -> tuple[Sending, ...]:
         """The requests of a burst; no two bursts have the same prompts, and both sides do."""
-        requests = synthesise(
-            (Lengths(PROMPT_TOKENS, OUTPUT_TOKENS),),
-            self.vocabulary,
-            count=size,
-            seed=name,
-            max_input=PROMPT_TOKENS,
-            max_output=OUTPUT_TOKENS,
-        )
-        return tuple(
-            Sending(SPREAD_S * at / size, "", one.prompt, one.output_tokens, GIVE_UP_S)
-            for at, one in enumerate(requests)
-        )
+        lengths = Lengths(PROMPT_TOKENS, OUTPUT_TOKENS)
+        requests = synthesise((lengths,), self.vocabulary, count=size, seed=name)
+        return evenly(requests, over_s=SPREAD_S, give_up_s=GIVE_UP_S)
 
 
 def peers(side: Side, model: str, budget_bytes: int, pool: str) -> dict[str, PeerServer]:
@@ -170,23 +158,21 @@ def peers(side: Side, model: str, budget_bytes: int, pool: str) -> dict[str, Pee
         *("--kv-cache-memory-bytes", str(budget_bytes if is_shared else budget_bytes // 2)),
         *("--custom-histogram-buckets", json.dumps(BUCKETS)),
     )
-    pooled = {"XLLM_XTENSOR__ENABLED": "1", "XLLM_XTENSOR__POOL": pool}
-    found = {}
-    for name in MODELS:
-        (peer,) = peer_servers(
+    pooled = {
+        "XLLM_XTENSOR__ENABLED": "1",
+        "XLLM_XTENSOR__POOL": pool,
+        "XLLM_XTENSOR__POOL_BYTES": str(budget_bytes),
+    }
+    return {
+        name: xllm_server(
             model,
-            port=find_free_port(),
+            f"{side}, {name} model",
+            "elastic KV memory out of one pool" if is_shared else "a fixed KV cache, half",
             flags=(*flags, "--served-model-name", name),
-            names=("xllm",),
+            environment=pooled if is_shared else None,
         )
-        more = {**pooled, "XLLM_XTENSOR__POOL_BYTES": str(budget_bytes)} if is_shared else {}
-        found[name] = replace(
-            peer,
-            name=f"{side}, {name} model",
-            what="elastic KV memory out of one pool" if is_shared else "a fixed KV cache, half",
-            environment={**peer.environment, **more},
-        )
-    return found
+        for name in MODELS
+    }
 
 
 def counted(server: Server) -> Counted:
@@ -291,16 +277,11 @@ def rows(found: Found, sizes: Sequence[int]) -> list[Row]:
 def checks(plan: Plan, found: Found, pooled_bytes: Sequence[int]) -> list[Check]:
     """Everything is answered, the pool is never overdrawn, and sharing serves more."""
     every = [burst for by_size in found.values() for bursts in by_size.values() for burst in bursts]
-    num_whole, num_asked = sum(b.num_whole for b in every), sum(len(b.outcomes) for b in every)
     most = max(pooled_bytes)
     largest = max(plan.sizes)
     shared, split = (sum(b.num_undisturbed for b in found[side][largest]) for side in SIDES)
     return [
-        Check(
-            name="every request is answered with all its tokens",
-            passed=num_whole == num_asked,
-            detail=f"{num_whole} of {num_asked}",
-        ),
+        whole_check([outcome for burst in every for outcome in burst.outcomes]),
         Check(
             name="both engines of a pool together stay within its budget",
             passed=most <= plan.budget_bytes + len(MODELS) * OTHER_SHARED_BYTES,

@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import click
 from rich.console import Console
 
-from xllm_plugin.bench import outputs, schema
+from xllm_plugin.bench import schema
 from xllm_plugin.bench.commands import beside, conclude, log_folder, model_folder
-from xllm_plugin.bench.options import command_line, common_options
+from xllm_plugin.bench.options import (
+    command_line,
+    common_options,
+    keep_logs_option,
+    model_option,
+)
 from xllm_plugin.bench.progress import Reporter
 from xllm_plugin.bench.schema import Check, Figure, Row
 from xllm_plugin.bench.traces import Vocabulary
 from xllm_plugin.errors import InternalError
-from xllm_plugin.testing.equality import Completion
 
 STEP_FOLDER = Path(__file__).resolve().parents[1] / "step"
 
@@ -147,43 +151,11 @@ def peer(memory: Memory) -> schema.Peer:
     )
 
 
-def start_job(model: Path, vocabulary: Vocabulary, batches: Sequence[int]) -> dict[str, Any]:
-    """The engine's settings, and the shapes to touch before any is timed."""
-    return {
-        "do": "start",
-        "model": str(model),
-        "max_model_len": MAX_MODEL_LEN,
-        "max_batch": max([*batches, outputs.NUM_OUTPUT_PROMPTS]),
-        "max_tokens": MAX_TOKENS_PER_STEP,
-        "tokens": vocabulary.ordinary(),
-        "batches": list(batches),
-        "prefills": [],
-    }
-
-
 def run_job(tokens: Sequence[int], batch: int, pair: int) -> dict[str, Any]:
     """One run; both of a pair get the same prompts, and no two pairs do."""
     rng = random.Random(f"{batch} requests, pair {pair}")
     prompts = [rng.choices(tokens, k=PROMPT_TOKENS) for _ in range(batch)]
     return {"do": "decode", "prompts": prompts, "max_tokens": OUTPUT_TOKENS}
-
-
-def compare_outputs(vocabulary: Vocabulary, children: Mapping[Memory, sides.Child]) -> Check:
-    """Both sides' greedy outputs, prompt by prompt, before any time counts."""
-    job = {
-        "do": "outputs",
-        "prompts": [request.prompt for request in outputs.prompts(vocabulary, seed=0)],
-        "max_tokens": outputs.OUTPUT_TOKENS,
-        "logprobs": outputs.NUM_CANDIDATES,
-    }
-    answers = {memory: children[memory].ask(job) for memory in MEMORIES}
-    alone = {
-        memory: tuple(Completion.from_dict(one) for one in answer["alone"])
-        for memory, answer in answers.items()
-    }
-    together = tuple(Completion.from_dict(one) for one in answers["fixed"]["together"])
-    noise = outputs.self_noise(alone["fixed"], together)
-    return outputs.compare("elastic", "fixed", alone["fixed"], alone["elastic"], noise)
 
 
 def measure(
@@ -235,11 +207,9 @@ NOT_SHOWN = (
 
 @click.command(NAME)
 @common_options(NAME)
-@click.option("--model", default="smollm2", show_default=True, help="Folder, or `xllm model` name.")
+@model_option
 @click.option("--pairs", type=click.IntRange(min=6), help=f"[default: {PAIRS}]")
-@click.option(
-    "--keep-logs", type=click.Path(file_okay=False, path_type=Path), help="Folder for engine logs."
-)
+@keep_logs_option
 def command(
     *, quick: bool, json_path: Path, model: str, pairs: int | None, keep_logs: Path | None
 ) -> None:
@@ -261,16 +231,21 @@ def command(
         Reporter(console, total, first="starting the engines") as reporter,
     ):
         children = {}
+        job = sides.start_job(
+            folder,
+            vocabulary,
+            batches=batches,
+            max_model_len=MAX_MODEL_LEN,
+            max_tokens=MAX_TOKENS_PER_STEP,
+        )
         for memory in MEMORIES:
             log = logs / f"{memory}.log"
             child = stack.enter_context(sides.Child(memory, environment(memory), log))
-            facts = child.ask(
-                start_job(folder, vocabulary, batches), timeout_s=sides.START_TIMEOUT_S
-            )
+            facts = child.ask(job, timeout_s=sides.START_TIMEOUT_S)
             require(memory, facts)
             children[memory] = child
             reporter.done()
-        equal = compare_outputs(vocabulary, children)
+        equal = sides.compare_outputs(children["fixed"], children["elastic"], vocabulary)
         reporter.done(len(children))
         found = measure(children, vocabulary.ordinary(), batches, num_pairs, reporter)
     result = run.finish(

@@ -234,7 +234,6 @@ def rows(measured: Measured, reference: str) -> list[Row]:
         base = measured.sides[reference][size].totals()
         for name, by_size in measured.sides.items():
             times = by_size[size]
-            ratios = [ours / theirs for ours, theirs in zip(base, times.totals(), strict=True)]
             found.append(
                 Row(
                     table="From asking for a page to giving it back",
@@ -244,7 +243,9 @@ def rows(measured: Measured, reference: str) -> list[Row]:
                         Figure.of("first write", "us a page", times.write),
                         Figure.of("give back", "us a page", times.give),
                         Figure.of("all", "us a page", times.totals()),
-                        Figure.of(f"cheaper than {reference}", "times", ratios),
+                        Figure.ratio(
+                            f"cheaper than {reference}", base, times.totals(), unit="times"
+                        ),
                     ),
                 )
             )

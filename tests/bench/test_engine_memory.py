@@ -21,19 +21,8 @@ from xllm_plugin.bench.engine_memory import (
 )
 from xllm_plugin.channel.messages import EngineIdentity, EngineLoad, Reading, Readings, Snapshot
 from xllm_plugin.errors import ModelError, NotNowError
-from xllm_plugin.xtensor.messages import MEMORY_SECTION, MemorySection
-
-SECTION = MemorySection(
-    block_bytes=8,
-    slab_blocks=2,
-    num_slabs=10,
-    budget_slabs=10,
-    min_budget_slabs=2,
-    num_resident_slabs=3,
-    num_draining_slabs=0,
-    num_used_blocks=4,
-    num_cached_blocks=1,
-)
+from xllm_plugin.testing.fake_memory import memory_section
+from xllm_plugin.xtensor.messages import MEMORY_SECTION
 
 
 def snapshot(**sections: Any) -> Snapshot:
@@ -69,9 +58,10 @@ def test_the_kernel_counts_shared_memory_apart(tmp_path: Path) -> None:
 
 
 def test_an_engine_s_memory_travels_as_json() -> None:
-    found = snapshot_of(client(Reading(dp_rank=0, snapshot=snapshot(**{MEMORY_SECTION: SECTION}))))
+    section = memory_section()
+    found = snapshot_of(client(Reading(dp_rank=0, snapshot=snapshot(**{MEMORY_SECTION: section}))))
     assert found.load.num_running == 2
-    assert memory_of(found) == SECTION
+    assert memory_of(found) == section
 
 
 @pytest.mark.parametrize(

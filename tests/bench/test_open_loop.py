@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from xllm_plugin.bench import open_loop
-from xllm_plugin.bench.open_loop import Backlog, Sending, Sent, send
+from xllm_plugin.bench.open_loop import Backlog, Sending, Sent, evenly, send
 from xllm_plugin.bench.promises import Promise, Verdict, judge
 from xllm_plugin.bench.servers import Server, clean_environment, find_free_port
+from xllm_plugin.bench.traces import Request
 from xllm_plugin.errors import NotNowError
 
 FOREVER_S = 1e6
@@ -30,6 +31,14 @@ def fake(tmp_path: Path, *flags: str) -> Iterator[Server]:
 
 def request(due_s: float = 0.0, *, tokens: int = 3, give_up_s: float = FOREVER_S) -> Sending:
     return Sending(due_s, "t", (1, 2), tokens, give_up_s)
+
+
+def test_requests_at_even_pauses_or_all_at_once() -> None:
+    requests = [Request((one,), 5) for one in range(4)]
+    assert [one.due_s for one in evenly(requests, over_s=2.0, give_up_s=9.0)] == [0, 0.5, 1, 1.5]
+    at_once = evenly(requests, give_up_s=9.0)
+    assert {(one.due_s, one.output_tokens, one.give_up_s) for one in at_once} == {(0.0, 5, 9.0)}
+    assert [one.prompt for one in at_once] == [(0,), (1,), (2,), (3,)]
 
 
 def verdicts(sent: Sent) -> list[Verdict]:

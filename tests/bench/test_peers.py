@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from xllm_plugin.bench.peers import COMMON_ENVIRONMENT, peer_servers
+from xllm_plugin.bench.peers import COMMON_ENVIRONMENT, peer_servers, xllm_server
 from xllm_plugin.errors import ConfigError
 
 FLAGS = ("--max-model-len", "2048")
@@ -53,3 +53,18 @@ def test_a_record_shows_no_path_of_this_disk() -> None:
         "python", "-m", "vllm.entrypoints.openai.api_server", "--model", "tiny",
     )  # fmt: skip
     assert record.environment == NATIVE
+
+
+def test_a_changed_peer_keeps_what_it_had() -> None:
+    (base,) = peer_servers("/m", port=1, flags=FLAGS, names=("xllm",))
+    changed = base.changed("other", "what", flags=("--more",), environment={"A": "1"})
+    assert changed.command == (*base.command, "--more")
+    assert changed.environment == {**COMMON_ENVIRONMENT, "A": "1"}
+    assert (changed.name, changed.what, changed.port) == ("other", "what", 1)
+    assert base.environment == COMMON_ENVIRONMENT
+
+
+def test_our_servers_have_ports_of_their_own() -> None:
+    one, two = (xllm_server("/m", name, "what", flags=FLAGS) for name in ("one", "two"))
+    assert one.port != two.port
+    assert one.command[-2:] == FLAGS

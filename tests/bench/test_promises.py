@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xllm_plugin.bench.promises import Attainment, Outcome, Promise, Verdict, judge, parse_promises
+from xllm_plugin.bench.promises import (
+    Attainment,
+    Outcome,
+    Promise,
+    Verdict,
+    judge,
+    parse_promises,
+    whole_check,
+)
 from xllm_plugin.errors import ConfigError
 
 PROMISE = Promise(1000, 50)
@@ -41,12 +49,21 @@ def outcome(**changes: object) -> Outcome:
         ({"status": 500, "first_s": None, "last_s": None, "error": "HTTP 500"}, Verdict.FAILED),
         ({"error": "the stream ended without [DONE]"}, Verdict.FAILED),
         ({"received_tokens": 10}, Verdict.FAILED),
+        ({"received_tokens": 12}, Verdict.FAILED),
         ({"status": 0, "sent_s": None, "first_s": None, "last_s": None}, Verdict.FAILED),
         ({"was_cut": True, "received_tokens": 3}, Verdict.CUT),
     ],
 )
 def test_verdicts(changes: dict[str, object], verdict: Verdict) -> None:
     assert judge(outcome(**changes), PROMISE) is verdict
+
+
+def test_all_are_answered_with_all_their_tokens() -> None:
+    whole = outcome()
+    assert whole_check([whole] * 3).passed
+    for other in (outcome(received_tokens=10), outcome(received_tokens=12), outcome(error="x")):
+        found = whole_check([whole, other])
+        assert (found.passed, found.detail) == (False, "1 of 2")
 
 
 def test_a_single_token_has_no_pace() -> None:

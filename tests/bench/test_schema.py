@@ -32,6 +32,13 @@ def test_figure_summarises_repeats() -> None:
         Figure(name="rate", unit="", median=3, minimum=1, maximum=2, n=3)
 
 
+def test_ratios_are_taken_within_a_repeat() -> None:
+    ratio = Figure.ratio("times base", [2.0, 12.0, 30.0], [1.0, 4.0, 15.0])
+    assert (ratio.unit, ratio.median, ratio.minimum, ratio.maximum) == ("", 2.0, 2.0, 3.0)
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        Figure.ratio("times base", [2.0, 12.0], [1.0])
+
+
 def test_a_failed_check_fails_the_result(make_result: MakeResult) -> None:
     assert make_result().passed
     assert not make_result(passed=False).passed

@@ -242,13 +242,6 @@ def test_misuse_ends_before_anything_starts(arguments: list[str], message: str) 
     assert message in result.output
 
 
-def test_a_result_names_its_command_without_this_disks_paths() -> None:
-    arguments = ["--task", "xl_gsm8k", "--model", str(FOLDER), "--keep", "x", "--quick"]
-    context = bench.command.make_context("accuracy", arguments)
-    line = bench._command_line(context.params)
-    assert line == "xllm bench accuracy --task xl_gsm8k --model accuracy --quick"
-
-
 # In a child: lm-eval brings warnings of its own, and imports much.
 PROMPTS = """
 import json, sys

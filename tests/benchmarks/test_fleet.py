@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -10,16 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from xllm_plugin.bench import readme, schema
-from xllm_plugin.cli.bench import _load
 from xllm_plugin.errors import ConfigError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "fleet"
-
-
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    command = _load(FOLDER / "bench.py")
-    return sys.modules[str(command.callback.__module__)]
 
 
 def test_a_quick_run_compares_all_policies(bench: ModuleType, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_the_table_can_be_rendered(bench: ModuleType) -> None:
 def test_models_answer_as_on_the_cpu(
     bench: ModuleType, emulator: Emulator, model: str, tmp_path: Path
 ) -> None:
-    (case,) = [case for case in bench.CASES if case.model == model]
+    (case,) = [case for case in bench.CASES if case.name == model]
     sides = bench.RealSides(bench.device_environment(), tmp_path)
     for outcome in bench.run_case(case, sides):
         sys.stdout.write(f"\n{model}, {outcome.run}: {outcome.spread}\n")

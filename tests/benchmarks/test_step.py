@@ -16,6 +16,7 @@ from xllm_plugin.bench import readme, schema
 from xllm_plugin.bench.peers import COMMON_ENVIRONMENT, peer_servers
 from xllm_plugin.bench.traces import Vocabulary
 from xllm_plugin.errors import ConfigError, InternalError, ModelError, NotNowError, SeamError
+from xllm_plugin.testing.equality import Completion
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "step"
 
@@ -278,6 +279,33 @@ def test_the_engine_has_room_for_every_point(bench: ModuleType, tmp_path: Path) 
     assert job["max_batch"] >= 8  # the compared prompts
     assert job["max_model_len"] > 2048
     assert (job["batches"], job["prefills"]) == ([2], [2048])
+
+
+class FakeChild:
+    """Answers an `outputs_job` with the same token everywhere."""
+
+    def __init__(self, name: str, token: int) -> None:
+        self.name, self._token = name, token
+
+    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        scores = {self._token: -0.1, 3 - self._token: -5.0}
+        answers = [
+            Completion(
+                str(number),
+                (self._token,) * job["max_tokens"],
+                (-0.1,) * job["max_tokens"],
+                (scores,) * job["max_tokens"],
+            ).to_dict()
+            for number, _ in enumerate(job["prompts"])
+        ]
+        return {"alone": answers, "together": answers}
+
+
+def test_outputs_of_two_engines_are_compared(bench: ModuleType) -> None:
+    stock, other = FakeChild("stock-best", 1), FakeChild("other", 2)
+    same = bench.sides.compare_outputs(stock, FakeChild("xllm", 1), Vocabulary(10))
+    assert (same.passed, same.name) == (True, "outputs of xllm equal those of stock-best")
+    assert not bench.sides.compare_outputs(stock, other, Vocabulary(10)).passed
 
 
 @pytest.mark.parametrize(

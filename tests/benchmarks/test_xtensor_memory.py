@@ -161,7 +161,7 @@ def test_the_tables_and_the_picture(bench: ModuleType, tmp_path: Path) -> None:
     plan = bench.Plan(tmp_path, Vocabulary(10), (), 180.0, 3)
     run = schema.begin(bench.NAME, question=bench.QUESTION, command="xllm bench xtensor_memory")
     result = run.finish(
-        peers=[bench.peer("/m", 8000).record("/m")],
+        peers=[bench.peer("/m").record("/m")],
         rows=[*bench.rows(found), *bench.sleeping.figures(sleeps)],
         checks=[*bench.checks(found), *bench.sleeping.checks(sleeps, sent())],
         notes=bench.notes(plan),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,17 +11,9 @@ from rich.console import Console
 
 from xllm_plugin.bench import readme, schema
 from xllm_plugin.bench.progress import Reporter
-from xllm_plugin.cli.bench import _load
 from xllm_plugin.errors import InternalError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "xtensor_step"
-
-
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    """The benchmark, loaded as `xllm bench xtensor_step` loads it."""
-    command = _load(FOLDER / "bench.py")
-    return sys.modules[str(command.callback.__module__)]
 
 
 class FakeChild:

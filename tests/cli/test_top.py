@@ -30,7 +30,8 @@ from xllm_plugin.cli.top import _Keys, top
 from xllm_plugin.cli.top_view import Rates, frame
 from xllm_plugin.errors import ChannelError
 from xllm_plugin.scheduler.report import ClassReport, SchedulerReport, StepReport
-from xllm_plugin.xtensor.messages import MemorySection, PoolSection
+from xllm_plugin.testing.fake_memory import memory_section
+from xllm_plugin.xtensor.messages import PoolSection
 
 Start = Callable[..., EngineChannel]
 
@@ -93,18 +94,7 @@ def test_once_shows_a_table_of_all_engines(start_engine: Start) -> None:
 
 def test_an_elastic_kv_cache_has_a_line_below_the_table(start_engine: Start) -> None:
     engine = start_engine("e1")
-    memory = MemorySection(
-        block_bytes=2**20,
-        slab_blocks=2,
-        num_slabs=9,
-        budget_slabs=8,
-        min_budget_slabs=1,
-        num_resident_slabs=5,
-        num_draining_slabs=0,
-        num_used_blocks=6,
-        num_cached_blocks=2,
-    )
-    engine.add_section("memory", lambda: memory)
+    engine.add_section("memory", lambda: memory_section(block_bytes=2**20))
     engine.publish_if_due(force=True)
     assert "dp0: KV memory 10 of 16 MiB, 20 % of it unused" in run("--once").output
 
@@ -113,20 +103,8 @@ def test_a_shared_pool_is_named_beside_it(start_engine: Start) -> None:
     pool = PoolSection(
         name="box", total_bytes=2**30, leased_bytes=2**29, min_bytes=0, max_bytes=2**30
     )
-    memory = MemorySection(
-        block_bytes=2**20,
-        slab_blocks=1,
-        num_slabs=9,
-        budget_slabs=8,
-        min_budget_slabs=1,
-        num_resident_slabs=1,
-        num_draining_slabs=0,
-        num_used_blocks=1,
-        num_cached_blocks=0,
-        pool=pool,
-    )
     engine = start_engine("e1")
-    engine.add_section("memory", lambda: memory)
+    engine.add_section("memory", lambda: memory_section(pool=pool))
     engine.publish_if_due(force=True)
     shown = " ".join(run("--once").output.split())
     assert "unused; pool box: 1024 of 1024 MiB free, 0 members" in shown

@@ -7,7 +7,6 @@ engines at once: test machines are small.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from xllm_plugin.bench.servers import Server, clean_environment, find_free_port
+from xllm_plugin.bench.peers import xllm_server
+from xllm_plugin.bench.servers import find_free_port
 from xllm_plugin.models import prepare
 from xllm_plugin.testing.dialogues import hold_all
 
@@ -43,17 +43,9 @@ def model() -> Path:
 @contextmanager
 def serving(model: Path, log_path: Path, **environment: str) -> Iterator[str]:
     """The URL of a server of `model`."""
-    port = find_free_port()
-    command = [sys.executable, "-m", "xllm_plugin.cli", "serve", str(model)]
-    additions = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **environment}
-    with Server(
-        environment.get("XLLM_PLATFORM", "default"),
-        [*command, "--host", "127.0.0.1", "--port", str(port), *FLAGS],
-        port=port,
-        log_path=log_path,
-        environment=clean_environment(additions),
-        ready_timeout_s=240.0,
-    ) as server:
+    name = environment.get("XLLM_PLATFORM", "default")
+    peer = xllm_server(str(model), name, "", flags=FLAGS, environment=environment)
+    with peer.server(log_path, ready_timeout_s=240.0) as server:
         yield server.url
 
 

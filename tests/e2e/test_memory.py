@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from xllm_plugin.bench.servers import Server, clean_environment, find_free_port
+from xllm_plugin.bench.peers import xllm_server
 from xllm_plugin.models import prepare
 from xllm_plugin.xtensor.leases import pool_path
 
@@ -32,26 +31,19 @@ POOL_BYTES = 192 * MIB
 @contextmanager
 def serving(log_path: Path, *flags: str, **environment: str) -> Iterator[str]:
     """The URL of a server of a tiny model whose KV cache is elastic, up to 128 MiB."""
-    port = find_free_port()
-    command = [sys.executable, "-m", "xllm_plugin.cli", "serve", str(prepare(MODEL_NAME))]
-    options = ["--served-model-name", MODEL_NAME, "--max-model-len", "2048"]
-    with Server(
+    peer = xllm_server(
+        str(prepare(MODEL_NAME)),
         "xllm",
-        [*command, "--host", "127.0.0.1", "--port", str(port), *options, *flags],
-        port=port,
-        log_path=log_path,
-        environment=clean_environment(
-            {
-                "HF_HUB_OFFLINE": "1",
-                "VLLM_NO_USAGE_STATS": "1",
-                "VLLM_SERVER_DEV_MODE": "1",
-                "XLLM_PLATFORM": "xllm",
-                "XLLM_XTENSOR__ENABLED": "1",
-                **environment,
-            }
-        ),
-        ready_timeout_s=240.0,
-    ) as server:
+        "elastic KV memory",
+        flags=("--served-model-name", MODEL_NAME, "--max-model-len", "2048", *flags),
+        environment={
+            "VLLM_SERVER_DEV_MODE": "1",
+            "XLLM_PLATFORM": "xllm",
+            "XLLM_XTENSOR__ENABLED": "1",
+            **environment,
+        },
+    )
+    with peer.server(log_path, ready_timeout_s=240.0) as server:
         yield server.url
 
 

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("fastapi", reason="vLLM's API server brings FastAPI")
 
 from xllm_plugin.channel import ChannelConfig, EngineChannel, EngineIdentity, EngineLoad
+from xllm_plugin.testing.fake_memory import memory_section
 from xllm_plugin.xtensor.messages import (
     MemoryReport,
     MemorySection,
@@ -34,16 +35,7 @@ LOAD = EngineLoad(
 )
 
 
-MEMORY = MemorySection(
-    block_bytes=500,
-    slab_blocks=2,
-    num_slabs=10,
-    budget_slabs=8,
-    min_budget_slabs=3,
-    num_resident_slabs=5,
-    num_draining_slabs=1,
-    num_used_blocks=5,
-    num_cached_blocks=3,
+MEMORY = memory_section(
     pages=MemoryReport(
         page_bytes=100,
         num_free=1,

@@ -24,32 +24,18 @@ from xllm_plugin.service.policies import least_loaded, round_robin
 from xllm_plugin.service.policy import Choice
 from xllm_plugin.service.router import Asked
 from xllm_plugin.service.speed import Speed, SpeedMeter
+from xllm_plugin.testing.fake_view import FAST, FakeView
 
-PREFILL_S = 2e-4
-TPOT_S = 0.02
-TPOT_MORE_S = 4e-4
-FAST = Speed(0.01, PREFILL_S, TPOT_S, TPOT_MORE_S)
-
-
-@dataclass
-class View:
-    """An `InstanceView` by hand."""
-
-    name: str
-    capacity: float = 1.0
-    name_hash: int = 0
-    in_flight: int = 0
-    outstanding_tokens: int = 0
-    foreign_requests: int = 0
-    prefill_tokens: float = 0.0
-    speed: Speed = FAST
+PREFILL_S = FAST.prefill_s_per_token
+TPOT_S = FAST.tpot_base_s
+TPOT_MORE_S = FAST.tpot_s_per_request
 
 
 def asked(prompt: int = 1000, output: int = 100, sequence: int = 0, **cached: float) -> Asked:
     return Asked(sequence, 0, "", prompt + output, prompt, output, cached)
 
 
-def costs_of(request: Asked, views: Sequence[View]) -> list[Cost]:
+def costs_of(request: Asked, views: Sequence[FakeView]) -> list[Cost]:
     own = [cost_of(request, view) for view in views]
     num_others = sum(view.in_flight + view.foreign_requests for view in views)
     crowding = crowding_of(num_others, sum(cost.total_s for cost in own))
@@ -57,7 +43,7 @@ def costs_of(request: Asked, views: Sequence[View]) -> list[Cost]:
 
 
 def test_the_cost_is_seconds_of_each_part() -> None:
-    one = View("a", in_flight=4, prefill_tokens=500)
+    one = FakeView("a", in_flight=4, prefill_tokens=500)
     own = Cost(0.1, 0.01 + 400 * PREFILL_S, 100 * (TPOT_S + 5 * TPOT_MORE_S))
     assert cost_of(asked(a=600), one) == pytest.approx(own)
     # Four streams stand still, at 0.3; four arrivals in its stay wait, five times over.
@@ -73,13 +59,13 @@ def test_the_cost_is_seconds_of_each_part() -> None:
 def test_a_cache_is_worth_its_prefill_and_no_more() -> None:
     """At the point where its queue costs what the cache saves, the choice turns: no threshold."""
     for queue, expected in ((0, 0), (799, 0), (801, 1), (5000, 1)):
-        views = [View("a", prefill_tokens=queue), View("b")]
+        views = [FakeView("a", prefill_tokens=queue), FakeView("b")]
         assert cost_in_seconds(asked(a=800), views).index == expected
 
 
 def test_a_cache_is_worth_more_where_computing_delays_others() -> None:
     """The same queue that an idle fleet would leave is worth waiting for in a crowded one."""
-    views = [View("a", prefill_tokens=2000), View("b")]
+    views = [FakeView("a", prefill_tokens=2000), FakeView("b")]
     assert cost_in_seconds(asked(a=800), views).index == 1
     for view in views:
         view.in_flight = 20
@@ -99,7 +85,7 @@ def test_more_to_compute_never_costs_less(
     in_flight: int, queue: float, prompt: int, held: float, less: float
 ) -> None:
     """Whatever the queues: of two equal instances, the one that holds more of the prompt."""
-    views = [View(name, in_flight=in_flight, prefill_tokens=queue) for name in "ab"]
+    views = [FakeView(name, in_flight=in_flight, prefill_tokens=queue) for name in "ab"]
     request = asked(prompt, a=less * held * prompt, b=held * prompt)
     little, much = costs_of(request, views)
     assert little.total_s >= much.total_s - 1e-9 * (1 + much.total_s)
@@ -107,14 +93,14 @@ def test_more_to_compute_never_costs_less(
 
 
 def test_equals_take_turns_and_the_faster_wins() -> None:
-    views = [View("a"), View("b"), View("c")]
+    views = [FakeView("a"), FakeView("b"), FakeView("c")]
     assert [cost_in_seconds(asked(sequence=n), views).index for n in range(4)] == [0, 1, 2, 0]
     views[1].speed = Speed(0.01, PREFILL_S / 2, TPOT_S, TPOT_MORE_S)
     assert {cost_in_seconds(asked(sequence=n), views).index for n in range(4)} == {1}
 
 
 def test_foreign_requests_count_as_ours_do() -> None:
-    views = [View("a", foreign_requests=5), View("b", in_flight=4)]
+    views = [FakeView("a", foreign_requests=5), FakeView("b", in_flight=4)]
     assert cost_in_seconds(asked(), views).index == 1
 
 
@@ -131,8 +117,8 @@ class Request:
 
 
 @dataclass
-class Sim(View):
-    """A simulated instance; what a policy sees are its `View` fields."""
+class Sim(FakeView):
+    """A simulated instance; what a policy sees are its `FakeView` fields."""
 
     cache_tokens: int = 20_000
     slowness: float = 1.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,23 +19,9 @@ from xllm_plugin.service.policy import InstanceView, RequestView, RoutingPolicy
 from xllm_plugin.service.ranking import ListRanking
 from xllm_plugin.service.router import Asked
 from xllm_plugin.service.speed import Speed
+from xllm_plugin.testing.fake_view import FAST, FakeView
 
 POLICIES = routing_policies(build_manager(""))
-FAST = Speed(0.01, 2e-4, 0.02, 4e-4)
-
-
-@dataclass
-class View:
-    """An `InstanceView` that can change."""
-
-    name: str
-    name_hash: int = 0
-    capacity: float = 1.0
-    in_flight: int = 0
-    outstanding_tokens: int = 0
-    foreign_requests: int = 0
-    prefill_tokens: float = 0
-    speed: Speed = FAST
 
 
 class World:
@@ -45,7 +30,7 @@ class World:
     def __init__(self, seed: int, count: int, speeds: str) -> None:
         self.draw = random.Random(seed)
         self.speeds = speeds
-        self.views = [View(f"i{n}", self.draw.getrandbits(64)) for n in range(count)]
+        self.views = [FakeView(f"i{n}", self.draw.getrandbits(64)) for n in range(count)]
         for view in self.views:
             view.speed = self.speed()
         self.open: list[int] = []
@@ -59,7 +44,7 @@ class World:
         slow, late = draw.uniform(0.7, 1.4), draw.uniform(0.7, 1.4)
         return Speed(0.01 * slow, 2e-4 * slow, 0.02 * late, 4e-4 * late)
 
-    def change(self, view: View) -> None:
+    def change(self, view: FakeView) -> None:
         draw = self.draw
         view.in_flight = draw.choice((0, 0, 1, 2, 30))
         view.foreign_requests = draw.choice((0, 0, 1))
@@ -112,7 +97,7 @@ class World:
         self.open = sorted({*self.open, index})
 
 
-def made(policy: RoutingPolicy, views: Sequence[View]) -> Any:
+def made(policy: RoutingPolicy, views: Sequence[FakeView]) -> Any:
     return (policy.ranking or partial(ListRanking, choose=policy.choose))(views)
 
 
@@ -188,7 +173,7 @@ def test_the_choice_is_what_it_was_before_anything_was_made_fast(
 
 
 def test_an_idle_fleet_of_equals_takes_turns() -> None:
-    views = [View(f"i{n}") for n in range(100)]
+    views = [FakeView(f"i{n}") for n in range(100)]
     ranking = CostRanking(views)
     for index in range(100):
         ranking.put(index)
@@ -201,7 +186,7 @@ def test_few_candidates_are_looked_at_of_many() -> None:
     """What it is for: a thousand at work, each with its own speed and load."""
     seen = 0
 
-    class Counted(View):
+    class Counted(FakeView):
         def __getattribute__(self, name: str) -> Any:
             nonlocal seen
             seen += name == "in_flight"
@@ -224,7 +209,7 @@ def test_few_candidates_are_looked_at_of_many() -> None:
 
 
 def test_a_session_goes_on_elsewhere_when_all_its_places_are_full() -> None:
-    views = [View(f"i{n}", random.Random(n).getrandbits(64)) for n in range(50)]
+    views = [FakeView(f"i{n}", random.Random(n).getrandbits(64)) for n in range(50)]
     ranking = made(POLICIES["session"], views)
     asked = World(0, 1, "equal").request()._replace(session_key="s")
     for index in range(50):

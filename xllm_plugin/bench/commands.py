@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from rich.markdown import Markdown
 
 from xllm_plugin.bench import readme
 from xllm_plugin.bench.schema import Result
+from xllm_plugin.errors import ConfigError
 
-__all__ = ["beside", "conclude", "log_folder", "model_folder", "names_in"]
+__all__ = ["beside", "conclude", "log_folder", "model_folder", "names_in", "require_known"]
 
 
 def beside(folder: Path, name: str) -> Any:
@@ -55,6 +56,21 @@ def log_folder(keep_logs: Path | None) -> Iterator[Path]:
 def names_in(text: str) -> tuple[str, ...]:
     """The names of a comma-separated option, each once, in their order."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def require_known(what: str, names: Collection[str], known: Collection[str]) -> None:
+    """Raise `ConfigError` unless there are names, all of them known.
+
+    Args:
+        what: they name, for people.
+        names: that somebody gave.
+        known: those there are.
+    """
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ConfigError(
+            f"{what} {', '.join(unknown) or '(none)'} unknown; choose from {', '.join(known)}"
+        )
 
 
 def conclude(result: Result, json_path: Path, console: Console) -> None:

@@ -21,9 +21,10 @@ from typing import Any
 import aiohttp
 
 from xllm_plugin.bench.promises import REFUSALS, Outcome
+from xllm_plugin.bench.traces import Request
 from xllm_plugin.errors import NotNowError
 
-__all__ = ["Backlog", "BacklogTally", "Sending", "Sent", "send"]
+__all__ = ["Backlog", "BacklogTally", "Sending", "Sent", "evenly", "send"]
 
 HEADERS = {"Content-Type": "application/json"}
 ALIVE_EVERY_S = 0.5
@@ -66,6 +67,16 @@ class Sending:
             **self.extra,
         }
         return json.dumps(fields).encode()
+
+
+def evenly(
+    requests: Sequence[Request], *, give_up_s: float, over_s: float = 0.0
+) -> tuple[Sending, ...]:
+    """Requests with equal pauses between them, all within `over_s`; by default all at once."""
+    return tuple(
+        Sending(over_s * at / len(requests), "", one.prompt, one.output_tokens, give_up_s)
+        for at, one in enumerate(requests)
+    )
 
 
 @dataclass(frozen=True, slots=True)

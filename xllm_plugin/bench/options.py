@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import click
 
 from xllm_plugin.bench.provenance import home_relative
 
-__all__ = ["command_line", "common_options", "keep_logs_option", "model_option", "peer_options"]
+__all__ = [
+    "case_option",
+    "chosen_cases",
+    "command_line",
+    "common_options",
+    "keep_logs_option",
+    "model_option",
+    "peer_options",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def common_options(name: str) -> Callable[[F], F]:
-    """Add `--quick` and `--json FILE` (arguments `quick: bool` and `json_path: Path`)."""
+def common_options(
+    name: str, *, quick: str = "One short repeat: does it work, not how fast."
+) -> Callable[[F], F]:
+    """Add `--quick` and `--json FILE` (arguments `quick: bool` and `json_path: Path`).
+
+    Args:
+        name: of the benchmark.
+        quick: what it does then, for the help.
+    """
 
     def decorate(function: F) -> F:
         function = click.option(
@@ -29,11 +44,40 @@ def common_options(name: str) -> Callable[[F], F]:
             show_default=True,
             help="Where the result goes; a README with markers beside it is refreshed.",
         )(function)
-        return click.option(
-            "--quick", is_flag=True, help="One short repeat: does it work, not how fast."
-        )(function)
+        return click.option("--quick", is_flag=True, help=quick)(function)
 
     return decorate
+
+
+class Case(Protocol):
+    """One of the things that a benchmark looks at, each by itself."""
+
+    @property
+    def name(self) -> str:
+        """Unique."""
+
+    @property
+    def quick(self) -> bool:
+        """Whether `--quick` has it too."""
+
+
+CaseT = TypeVar("CaseT", bound=Case)
+
+
+def case_option(cases: Sequence[Case]) -> Callable[[F], F]:
+    """Add `--case NAME`, repeatable (argument `names: tuple[str, ...]`, for `chosen_cases`)."""
+    return click.option(
+        "--case",
+        "names",
+        multiple=True,
+        type=click.Choice([case.name for case in cases]),
+        help="Repeatable.  [default: all, or with --quick some]",
+    )
+
+
+def chosen_cases(cases: Sequence[CaseT], names: Collection[str], *, quick: bool) -> list[CaseT]:
+    """The cases that were named; if none was, all, or with `--quick` those that are quick."""
+    return [case for case in cases if (case.name in names if names else case.quick or not quick)]
 
 
 model_option = click.option(

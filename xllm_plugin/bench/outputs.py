@@ -49,7 +49,6 @@ def prompts(
         count=NUM_OUTPUT_PROMPTS,
         seed=f"{seed}:outputs",
         max_input=max_input,
-        max_output=OUTPUT_TOKENS,
     )
 
 

@@ -9,15 +9,24 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from xllm_plugin.bench import schema
+from xllm_plugin.bench.commands import require_known
 from xllm_plugin.bench.provenance import home_relative
-from xllm_plugin.bench.servers import LOOPBACK, POLL_S, Server, Waiting, clean_environment
-from xllm_plugin.errors import ConfigError
+from xllm_plugin.bench.servers import (
+    GRACE_S,
+    LOOPBACK,
+    POLL_S,
+    READY_TIMEOUT_S,
+    Server,
+    Waiting,
+    clean_environment,
+    find_free_port,
+)
 
-__all__ = ["PEER_NAMES", "PeerServer", "peer_servers"]
+__all__ = ["PEER_NAMES", "PeerServer", "peer_servers", "xllm_server"]
 
 PEER_NAMES = ("stock", "stock-2t", "stock-best", "xllm")
 
@@ -39,11 +48,30 @@ class PeerServer:
         """Where it listens, as its command says."""
         return int(self.command[self.command.index("--port") + 1])
 
+    def changed(
+        self,
+        name: str,
+        what: str,
+        *,
+        flags: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> PeerServer:
+        """The same with flags and variables added, under another name."""
+        return replace(
+            self,
+            name=name,
+            what=what,
+            command=(*self.command, *flags),
+            environment={**self.environment, **(environment or {})},
+        )
+
     def server(
         self,
         log_path: Path,
         *,
         more: Mapping[str, str] | None = None,
+        ready_timeout_s: float = READY_TIMEOUT_S,
+        grace_s: float = GRACE_S,
         poll_s: float = POLL_S,
         on_wait: Callable[[Waiting], None] | None = None,
     ) -> Server:
@@ -54,6 +82,8 @@ class PeerServer:
             port=self.port,
             log_path=log_path,
             environment=clean_environment({**self.environment, **(more or {})}),
+            ready_timeout_s=ready_timeout_s,
+            grace_s=grace_s,
             poll_s=poll_s,
             on_wait=on_wait,
         )
@@ -86,13 +116,22 @@ def peer_servers(
         names: of `PEER_NAMES`; raises `ConfigError` for others.
         cores: logical processors to compute on; those this process may use by default.
     """
-    unknown = [name for name in names if name not in PEER_NAMES]
-    if unknown or not names:
-        raise ConfigError(
-            f"peers {', '.join(unknown) or '(none)'} unknown; choose from {', '.join(PEER_NAMES)}"
-        )
+    require_known("peers", names, PEER_NAMES)
     every = _all_peers(model, port, tuple(flags), sorted(cores or os.sched_getaffinity(0)))
     return tuple(every[name] for name in names)
+
+
+def xllm_server(
+    model: str,
+    name: str,
+    what: str,
+    *,
+    flags: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> PeerServer:
+    """The peer `xllm`, changed, on a port of its own: several can run at a time."""
+    (found,) = peer_servers(model, port=find_free_port(), flags=flags, names=("xllm",))
+    return found.changed(name, what, environment=environment)
 
 
 def _all_peers(

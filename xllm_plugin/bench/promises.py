@@ -8,15 +8,24 @@ first (TPOT).  Attainment is the share of *all* requests that keep both.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict
 
+from xllm_plugin.bench.schema import Check
 from xllm_plugin.errors import ConfigError
 
-__all__ = ["Attainment", "Outcome", "Promise", "Verdict", "judge", "parse_promises"]
+__all__ = [
+    "Attainment",
+    "Outcome",
+    "Promise",
+    "Verdict",
+    "judge",
+    "parse_promises",
+    "whole_check",
+]
 
 REFUSALS = frozenset({429, 503})
 
@@ -68,6 +77,11 @@ class Outcome(BaseModel):
     error: str = ""
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it was answered with as many tokens as it asked for."""
+        return not self.error and self.received_tokens == self.output_tokens
+
+    @property
     def ttft_ms(self) -> float | None:
         """From due to the first token; None without one."""
         return None if self.first_s is None else (self.first_s - self.due_s) * 1e3
@@ -78,6 +92,16 @@ class Outcome(BaseModel):
         if self.first_s is None or self.last_s is None:
             return None
         return (self.last_s - self.first_s) * 1e3 / max(1, self.received_tokens - 1)
+
+
+def whole_check(outcomes: Sequence[Outcome], what: str = "every request is") -> Check:
+    """Whether all were answered with all their tokens."""
+    num_whole = sum(outcome.is_whole for outcome in outcomes)
+    return Check(
+        name=f"{what} answered with all its tokens",
+        passed=num_whole == len(outcomes),
+        detail=f"{num_whole} of {len(outcomes)}",
+    )
 
 
 class Verdict(StrEnum):
@@ -91,7 +115,7 @@ class Verdict(StrEnum):
     REFUSED = "refused"
     """The server said 429 or 503."""
     FAILED = "failed"
-    """Any other error, or fewer tokens than asked for."""
+    """Any other error, or another number of tokens than asked for."""
     CUT = "cut"
     """Ended by the client because nothing could be kept any more."""
 
@@ -103,8 +127,7 @@ def judge(outcome: Outcome, promise: Promise) -> Verdict:
     if outcome.was_cut:
         return Verdict.CUT
     ttft_ms, tpot_ms = outcome.ttft_ms, outcome.tpot_ms
-    is_whole = not outcome.error and outcome.received_tokens >= outcome.output_tokens
-    if not is_whole or ttft_ms is None or tpot_ms is None:
+    if not outcome.is_whole or ttft_ms is None or tpot_ms is None:
         return Verdict.FAILED
     if ttft_ms > promise.ttft_ms:
         return Verdict.LATE

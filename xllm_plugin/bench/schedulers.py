@@ -8,7 +8,7 @@ scheduler in it.  `stock` and its tuned forms are vLLM without us, for the whole
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -110,12 +110,8 @@ def _side(model: str, name: str, flags: Sequence[str]) -> Side:
     if is_stock:
         return Side(server, "stock", Told.NOTHING)
     what, policy, told, more = _scheduler(name)
-    server = replace(
-        server,
-        name=name,
-        what=f"xllm's engine, {what}",
-        command=(*server.command, *more),
-        environment={**server.environment, POLICY: policy},
+    server = server.changed(
+        name, f"xllm's engine, {what}", flags=more, environment={POLICY: policy}
     )
     return Side(server, "xllm", told)
 

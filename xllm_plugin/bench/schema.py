@@ -94,6 +94,14 @@ class Figure(_Record):
             n=len(values),
         )
 
+    @classmethod
+    def ratio(
+        cls, name: str, values: Sequence[float], bases: Sequence[float], unit: str = ""
+    ) -> Figure:
+        """Summarise `values` over `bases`, each within its repeat."""
+        ratios = [value / base for value, base in zip(values, bases, strict=True)]
+        return cls.of(name, unit, ratios)
+
 
 class Row(_Record):
     """One line of one table: what it is about, and its figures."""

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 LOOPBACK = "127.0.0.1"
-POLL_S = 0.5
+READY_TIMEOUT_S, GRACE_S, POLL_S = 600.0, 20.0, 0.5
 _SCRUBBED = ("XLLM_", "VLLM_", "OMP_", "GOMP_", "KMP_", "LD_PRELOAD")
 _KEPT = ("VLLM_CACHE_ROOT", "XLLM_CACHE_DIR")
 
@@ -91,8 +91,8 @@ class Server:
         port: int,
         log_path: Path,
         environment: Mapping[str, str],
-        ready_timeout_s: float = 600.0,
-        grace_s: float = 20.0,
+        ready_timeout_s: float = READY_TIMEOUT_S,
+        grace_s: float = GRACE_S,
         poll_s: float = POLL_S,
         on_wait: Callable[[Waiting], None] | None = None,
     ) -> None:

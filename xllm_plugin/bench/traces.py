@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +90,8 @@ def synthesise(
     *,
     count: int,
     seed: int | str,
-    max_input: int,
-    max_output: int,
+    max_input: int = sys.maxsize,
+    max_output: int = sys.maxsize,
 ) -> tuple[Request, ...]:
     """Make `count` requests with the first `count` lengths (again from the start if too few).
 

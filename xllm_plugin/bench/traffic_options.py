@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 import click
 
 from xllm_plugin.bench.arrivals import Bursts
-from xllm_plugin.bench.commands import names_in
+from xllm_plugin.bench.commands import names_in, require_known
 from xllm_plugin.bench.options import keep_logs_option, model_option
 from xllm_plugin.bench.traces import Vocabulary, read_lengths
 from xllm_plugin.bench.traffic import Traffic
-from xllm_plugin.errors import ConfigError
 
 __all__ = ["TrafficOptions", "traffic_options"]
 
@@ -40,8 +39,7 @@ class TrafficOptions:
         """What is sent, from the lengths in `data_folder`.  Raises `ConfigError` for others."""
         known = sorted(path.stem for path in data_folder.glob("azure-*.jsonl"))
         names = names_in(self.traces)
-        if not names or not set(names) <= set(known):
-            raise ConfigError(f"traces {self.traces!r} unknown; choose from {', '.join(known)}")
+        require_known("traces", names, known)
         return Traffic(
             traces={name: read_lengths(data_folder / f"{name}.jsonl") for name in names},
             vocabulary=Vocabulary.of_model(model_folder),

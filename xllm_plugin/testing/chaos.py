@@ -458,9 +458,17 @@ class Trial:
 
     @contextlib.asynccontextmanager
     async def load(
-        self, num_streams: int, *, first: str = "a"
+        self, num_streams: int, *, first: str = "a", pause_s: float = 0.0
     ) -> AsyncIterator[list[asyncio.Task[Told]]]:
-        """Streams that have begun when the block does, and lose nothing by what happens in it."""
+        """Streams that have begun when the block does, and lose nothing by what happens in it.
+
+        Args:
+            num_streams: how many.
+            first: the instance whose turn it is.
+            pause_s: between two events; 0 leaves the instance as it is.
+        """
+        if pause_s:
+            await self.behave(first, times=0, pause_s=pause_s)
         began = [asyncio.Event() for _ in range(num_streams)]
         streams = [asyncio.create_task(self.stream(first=first, began=one)) for one in began]
         async with asyncio.timeout(_LONG_S):

@@ -186,8 +186,12 @@ class MemorySection(msgspec.Struct, frozen=True, kw_only=True):
         return self.num_resident_slabs * self.slab_bytes
 
     @property
+    def kept_bytes(self) -> int:
+        """Behind blocks that are used or cached."""
+        return (self.num_used_blocks + self.num_cached_blocks) * self.block_bytes
+
+    @property
     def fragmentation(self) -> float:
         """Share of resident memory that is neither used nor cached, 0 to 1."""
-        num_blocks = self.num_resident_slabs * self.slab_blocks
-        num_kept = self.num_used_blocks + self.num_cached_blocks
-        return 1.0 - num_kept / num_blocks if num_blocks else 0.0
+        resident_bytes = self.resident_bytes
+        return 1.0 - self.kept_bytes / resident_bytes if resident_bytes else 0.0

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from xllm_plugin.bench.fleet_simulator.cache_aware import CacheAware, CacheAwareSettings
 from xllm_plugin.service.router import Asked
-from xllm_plugin.service.speed import Speed
+from xllm_plugin.testing.fake_view import FakeView
 
-SPEED, DEFAULTS = Speed(), CacheAwareSettings()
-
-
-@dataclass
-class There:
-    name: str
-    in_flight: int = 0
-    name_hash: int = 0
-    capacity: float = 1.0
-    outstanding_tokens: int = 0
-    foreign_requests: int = 0
-    prefill_tokens: float = 0.0
-    speed: Speed = SPEED
+DEFAULTS = CacheAwareSettings()
 
 
 def chooser(
@@ -33,7 +19,7 @@ def chooser(
 
 def test_a_prompt_goes_where_its_prefix_went_last() -> None:
     it, asked = chooser((1, 2, 3), (1, 2, 4), (7, 8))
-    there = [There("a", 5), There("b", 3), There("c", 4)]
+    there = [FakeView("a", in_flight=5), FakeView("b", in_flight=3), FakeView("c", in_flight=4)]
     assert it.choose(asked[0], there).index == 1
     there[1].in_flight = 60
     assert it.choose(asked[1], there).index == 1  # not imbalanced by more than 64
@@ -42,7 +28,7 @@ def test_a_prompt_goes_where_its_prefix_went_last() -> None:
 
 def test_a_short_match_goes_to_the_shortest_queue() -> None:
     it, asked = chooser((1, 2, 3, 4), (1, 5, 6, 7), (1, 2, 8, 9))
-    there = [There("a"), There("b", 1)]
+    there = [FakeView("a"), FakeView("b", in_flight=1)]
     it.choose(asked[0], there)
     there[0].in_flight = 9
     assert it.choose(asked[1], there).index == 1  # 25 % are not more than 30
@@ -51,7 +37,7 @@ def test_a_short_match_goes_to_the_shortest_queue() -> None:
 
 def test_imbalance_needs_both_thresholds() -> None:
     it, asked = chooser((1, 2), (1, 2), (1, 2), (1, 2))
-    there = [There("a"), There("b", 1)]
+    there = [FakeView("a"), FakeView("b", in_flight=1)]
     it.choose(asked[0], there)
     there[0].in_flight, there[1].in_flight = 150, 101
     assert it.choose(asked[1], there).index == 0
@@ -64,7 +50,7 @@ def test_imbalance_needs_both_thresholds() -> None:
 def test_what_is_old_is_forgotten() -> None:
     settings = CacheAwareSettings(max_tree_tokens=30)
     it, asked = chooser((1, 2), (3, 4), (1, 2), settings=settings)
-    there = [There("a"), There("b", 1)]
+    there = [FakeView("a"), FakeView("b", in_flight=1)]
     it.choose(asked[0], there)
     it.choose(asked[1], there)  # the end of the first prompt goes
     there[0].in_flight = 2
@@ -74,5 +60,5 @@ def test_what_is_old_is_forgotten() -> None:
 
 def test_an_instance_that_has_gone_is_not_chosen() -> None:
     it, asked = chooser((1, 2), (1, 2))
-    it.choose(asked[0], [There("gone")])
-    assert it.choose(asked[1], [There("a", 1), There("b")]).index == 1
+    it.choose(asked[0], [FakeView("gone")])
+    assert it.choose(asked[1], [FakeView("a", in_flight=1), FakeView("b")]).index == 1

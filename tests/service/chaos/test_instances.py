@@ -82,8 +82,7 @@ def test_an_instance_that_dies_at_and_after_the_first_byte(trial: Run, after_byt
 
 def test_an_instance_that_is_killed_under_load(trial: Run, chaos: Chaos) -> None:
     async def fault(it: Trial) -> None:
-        await it.behave("a", times=0, pause_s=0.02)
-        async with it.load(12):
+        async with it.load(12, pause_s=0.02):
             chaos.kill("a")
 
     trial(fault)

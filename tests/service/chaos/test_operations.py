@@ -24,8 +24,7 @@ def test_a_drain_in_mid_stream(trial: Run) -> None:
     """What runs there finishes there; what comes goes elsewhere."""
 
     async def fault(it: Trial) -> None:
-        await it.behave("a", times=0, pause_s=0.02)
-        async with it.load(4) as streams:
+        async with it.load(4, pause_s=0.02) as streams:
             assert (await it.admin("POST", "/v1/instances/a/drain"))[0] == 200
             assert await it.require_whole() == ["b"]
         for stream in streams:
@@ -57,8 +56,7 @@ def test_an_instance_that_leaves_in_mid_stream(trial: Run, chaos: Chaos) -> None
 
 def test_a_reload_in_mid_stream(trial: Run) -> None:
     async def fault(it: Trial) -> None:
-        await it.behave("a", times=0, pause_s=0.02)
-        async with it.load(4), it.settings(routing={"policy": "cost"}):
+        async with it.load(4, pause_s=0.02), it.settings(routing={"policy": "cost"}):
             await it.require_whole()
 
     trial(fault)

@@ -51,8 +51,7 @@ async def serve_without(it: Trial, etcd_is_back: Callable[[], None]) -> None:
 
 def test_a_registry_that_is_slow(trial: Run, etcd: EtcdServer) -> None:
     async def fault(it: Trial) -> None:
-        await it.behave("a", times=0, pause_s=0.1)
-        async with it.load(6):
+        async with it.load(6, pause_s=0.1):
             etcd.freeze()
             await it.behave("a", times=0)
             await serve_without(it, etcd.thaw)
@@ -64,8 +63,7 @@ def test_a_registry_that_is_gone_while_an_instance_dies(
     trial: Run, chaos: Chaos, etcd: EtcdServer
 ) -> None:
     async def fault(it: Trial) -> None:
-        await it.behave("a", times=0, pause_s=0.2)
-        async with it.load(6):
+        async with it.load(6, pause_s=0.2):
             etcd.kill()
             await until_registry(it, "away")
             chaos.kill("a")
@@ -82,8 +80,7 @@ def test_a_registry_that_names_who_is_dead(trial: Run, chaos: Chaos) -> None:
     """Its record stays for as long as its lease; probes and traffic find out."""
 
     async def fault(it: Trial) -> None:
-        await it.behave("a", times=0, pause_s=0.1)
-        async with it.load(6):
+        async with it.load(6, pause_s=0.1):
             chaos.kill("a")
             assert await it.require_whole() == ["b"]
         await it.until("a", state="suspect")
@@ -98,8 +95,7 @@ def test_a_registry_that_has_forgotten_everything(
     """Who was known is suspect, and used, until it registers again."""
 
     async def fault(it: Trial) -> None:
-        await it.behave("a", times=0, pause_s=0.1)
-        async with it.load(6):
+        async with it.load(6, pause_s=0.1):
             etcd.kill()
             etcd.forget()
             etcd.start()

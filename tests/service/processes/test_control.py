@@ -97,11 +97,10 @@ def settings(static: list[str], **sections: Any) -> ServiceConfig:
 @contextlib.asynccontextmanager
 async def running(config: ServiceConfig, load: Any = None) -> AsyncIterator[Running]:
     service = ControlService(config, load)
-    try:
+    async with contextlib.AsyncExitStack() as unless_started:
+        unless_started.push_async_callback(service.abandon)
         await service.start()
-    except BaseException:
-        await service.abandon()
-        raise
+        unless_started.pop_all()
     async with aiohttp.ClientSession() as session:
         it = Running(service, session)
         try:

@@ -245,7 +245,7 @@ class ControlService(Service):
             case Failure():
                 self._failed(link, message)
             case Owner():
-                instance = Fleet.get(self.fleet, message.name)
+                instance = self.fleet.get_without_load(message.name)
                 if instance is not None:
                     self.router.remember_owner(message.response_id, instance)
             case OwnerQuestion():
@@ -257,7 +257,7 @@ class ControlService(Service):
         link.say(OwnerAnswer(response_id, self.router.owner_of(response_id)))
 
     def _failed(self, link: Link, failure: Failure) -> None:
-        instance = Fleet.get(self.fleet, failure.name)
+        instance = self.fleet.get_without_load(failure.name)
         if instance is not None and instance.life.incarnation == failure.incarnation:
             self.fleet.report(instance, lifecycle.Failed(failure.reason, certain=failure.certain))
         # Whatever came of it replaces what the worker has taken it for.

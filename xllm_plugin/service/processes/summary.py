@@ -17,6 +17,7 @@ from xllm_plugin.service.kv_index.subscriber import State
 from xllm_plugin.service.metrics import WorkerFigures
 from xllm_plugin.service.processes.limits import ControlKeyRing
 from xllm_plugin.service.processes.messages import KeyUse, Report
+from xllm_plugin.service.processes.news import ControlFleet
 from xllm_plugin.service.proxy import Proxy
 from xllm_plugin.service.router import Router
 
@@ -36,6 +37,8 @@ class ControlProxy(Proxy):
         make_keys: of a path and the number of replicas.
         cut_off: ends the connections of all workers.
     """
+
+    fleet: ControlFleet
 
     def __init__(
         self,
@@ -74,11 +77,11 @@ class ControlProxy(Proxy):
     def take(self, worker: int, report: Report) -> None:
         """Add up what a worker has counted."""
         for name, stats in report.instances.items():
-            instance = Fleet.get(self.fleet, name)
+            instance = self.fleet.get_without_load(name)
             if instance is not None:
                 instance.stats.add(stats)
         for name, num_tokens, seconds in report.ttfts:
-            instance = Fleet.get(self.fleet, name)
+            instance = self.fleet.get_without_load(name)
             if instance is not None:
                 self.fleet.observe_ttft(instance, num_tokens, seconds)
         self.telemetry.add(report.measured)
@@ -95,7 +98,7 @@ class ControlProxy(Proxy):
         figures.cpu_s = report.cpu_s
         figures.resident_bytes = report.resident_bytes
         self.reports[worker] = report
-        for instance in Fleet.__iter__(self.fleet):
+        for instance in self.fleet.all_without_load():
             instance.num_idle_elsewhere = sum(
                 one.idle_connections.get(instance.name, 0) for one in self.reports.values()
             )
