@@ -196,6 +196,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 Prompt = Running | Waiting
 Tokens = TypeVar("Tokens", float, Columns)
 _DEADLINE = operator.attrgetter("deadline_s")
+_TPOT = operator.attrgetter("tpot_ms")
 _ARRIVAL = operator.attrgetter("arrival_s")
 _LAST_TOKEN = operator.attrgetter("last_token_s")
 
@@ -281,15 +282,25 @@ class _Planner:
         self._rows = self._step
         decodes_ms = self._model.bound_ms(self._step)
         self._most_ms = self._budget_ms = max(self._limits.max_step_ms, LEAST_GROWTH * decodes_ms)
-        binding_ms = self._binding_ms()
-        if binding_ms is None:
+        kept = self._keepable()
+        if not kept:
             return
-        budget_ms = self._limits.target * binding_ms
-        if self._model.is_reliable and decodes_ms > budget_ms:
-            self._hold_spare(budget_ms)
+        now_s, target = self._view.now_s, self._limits.target
+        budget_ms = target * (min(map(_DEADLINE, kept)) - now_s) * 1e3
+        if self._model.is_reliable and decodes_ms > budget_ms and self._hold_spare(budget_ms):
+            kept = self._keepable()
+        self._tpot_ms = min(map(_TPOT, kept))
         self._budget_ms = min(budget_ms, self._most_ms)
-        self._unpromised_ms = self._limits.target * self._unreserved_ms()
+        # One more TPOT is kept for a step that is slower than said.  Work without a promise would
+        # else use all credit up, and a last token have none.
+        spare_ms = min([r.deadline_s * 1e3 - r.tpot_ms for r in kept]) - now_s * 1e3
+        self._unpromised_ms = target * spare_ms
         self._is_saving = self._model.is_reliable and self._budget_ms < self._saved_ms()
+
+    def _keepable(self) -> list[Running]:
+        """Decodes whose promise this device can keep."""
+        lone_ms = self._lone_ms
+        return [r for r in self._decodes if r.tpot_ms >= lone_ms]
 
     def _saved_ms(self) -> float:
         """The budget once the tightest decode has been spared one step with prompts in it.
@@ -297,9 +308,8 @@ class _Planner:
         Chunks cut to a single TPOT would pay a step's own cost each, and leave every token, the
         last included, at the edge of its deadline: one slow step breaks the promise.
         """
-        tpot_ms = min(r.tpot_ms for r in self._decodes if r.tpot_ms >= self._lone_ms)
-        spared_ms = max(0.0, tpot_ms - self._model.bound_ms(self._step))
-        return min(self._limits.target * (tpot_ms + spared_ms), self._most_ms)
+        spared_ms = max(0.0, self._tpot_ms - self._model.bound_ms(self._step))
+        return min(self._limits.target * (self._tpot_ms + spared_ms), self._most_ms)
 
     def _part_lost(self) -> None:
         """Set those apart whose promise is broken; they wait for what others leave, for a while."""
@@ -318,31 +328,7 @@ class _Planner:
             may_wait = self._model.is_reliable and now_s < waits_until_s
             (self._waiting_lost if may_wait else self._lost).append(r)
 
-    def _binding_ms(self) -> float | None:
-        """The least slack of those whose promise this device can keep."""
-        now_s, lone_ms = self._view.now_s, self._lone_ms
-        return min(
-            [(r.deadline_s - now_s) * 1e3 for r in self._decodes if r.tpot_ms >= lone_ms],
-            default=None,
-        )
-
-    def _unreserved_ms(self) -> float:
-        """The least slack beyond one more TPOT, which is kept for a step that is slower than said.
-
-        Of those whose promise this device can keep.  Work without a promise would else use all
-        credit up, and a last token have none.
-        """
-        now_s, lone_ms = self._view.now_s, self._lone_ms
-        return min(
-            [
-                (r.deadline_s - now_s) * 1e3 - r.tpot_ms
-                for r in self._decodes
-                if r.tpot_ms >= lone_ms
-            ],
-            default=math.inf,
-        )
-
-    def _hold_spare(self, budget_ms: float) -> None:
+    def _hold_spare(self, budget_ms: float) -> bool:
         """Hold the fewest with most slack, if that lets the tightest keep its promise."""
         spare_s = self._view.now_s + 2 * self._model.bound_ms(self._step) / 1e3
         spare = [r for r in self._decodes if r.deadline_s > spare_s]
@@ -356,7 +342,8 @@ class _Planner:
                 self._decodes = [r for r in self._decodes if r.request_id not in held]
                 self._step = step
                 self._hold += spare[:num]
-                return
+                return True
+        return False
 
     # Online prompts.
 
@@ -365,8 +352,6 @@ class _Planner:
 
         Decodes whose promise is broken come between the prompts that can be on time and the rest.
         """
-        kept_ms = [r.tpot_ms for r in self._decodes if r.tpot_ms >= self._lone_ms]
-        self._tpot_ms = min(kept_ms, default=math.inf)
         in_time, late = self._ranked(self._tpot_ms) if self._is_online_due else ([], [])
         offline = (*self._offline_decodes, *self._offline_prompts)
         self._blocks_for_online += sum(self._blocks(r.computed_tokens) for r in offline)
