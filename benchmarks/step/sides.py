@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import select
-import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal
 
 from xllm_plugin.bench import outputs, schema
+from xllm_plugin.bench.json_process import JsonProcess
 from xllm_plugin.bench.peers import COMMON_ENVIRONMENT, peer_servers
-from xllm_plugin.bench.servers import clean_environment, tail
 from xllm_plugin.bench.traces import Vocabulary
-from xllm_plugin.errors import InternalError, NotNowError
+from xllm_plugin.errors import InternalError
 from xllm_plugin.testing.equality import Completion
 
 __all__ = [
@@ -63,7 +56,7 @@ def peer(side: Side) -> schema.Peer:
     )
 
 
-class Child:
+class Child(JsonProcess):
     """A `driver.py` process for the length of a `with` block.
 
     Args:
@@ -81,75 +74,15 @@ class Child:
         *,
         command: Sequence[str] | None = None,
     ) -> None:
-        self.name = name
-        self.log_path = log_path
         driver = Path(__file__).resolve().with_name("driver.py")
-        self._command = tuple(command or (sys.executable, str(driver)))
-        self._environment = clean_environment(additions)
-        self._process: subprocess.Popen[str] | None = None
-
-    def __enter__(self) -> Self:
-        with self.log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=self._environment,
-                start_new_session=True,  # Ctrl-C reaches the benchmark alone, which ends the child
-            )
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        process, self._process = self._process, None
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()  # the end of its jobs
-        try:
-            if error is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=GRACE_S)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # a compiler's processes too
-            process.wait()
-            process.stdout.close()
+        command = command or (sys.executable, str(driver))
+        super().__init__(f"the engine of {name}", command, additions, log_path, grace_s=GRACE_S)
+        self.name = name
 
     def ask(self, job: Mapping[str, Any], *, timeout_s: float = JOB_TIMEOUT_S) -> dict[str, Any]:
         """Have one job done.  Raises `NotNowError` when the child dies or takes too long."""
-        process = self._process
-        assert process is not None, "use the child in a `with` block"
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.flush()
-        except BrokenPipeError as error:
-            raise self._died() from error
-        if not select.select([process.stdout], [], [], timeout_s)[0]:
-            raise NotNowError(
-                f"{self.name} did not finish {job['do']!r} within {timeout_s:g} s; end of its log:"
-                f"\n{tail(self.log_path)}"
-            )
-        line = process.stdout.readline()
-        if not line:
-            raise self._died()
-        answer = json.loads(line)
-        assert isinstance(answer, dict)
-        return answer
-
-    def _died(self) -> NotNowError:
-        return NotNowError(
-            f"the engine of {self.name} ended; end of its log:\n{tail(self.log_path)}"
-        )
+        self.send(job)
+        return self.receive(timeout_s)
 
 
 def start_job(

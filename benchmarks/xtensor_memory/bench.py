@@ -206,7 +206,7 @@ def warm_up(vocabulary: Vocabulary) -> tuple[Sending, ...]:
 
 def measure(server: Server, plan: Plan, reporter: Reporter) -> Hour:
     """Warm up, idle, the hour, idle."""
-    with httpx.Client(base_url=server.url, trust_env=False, timeout=GIVE_UP_S) as client:
+    with server.client(GIVE_UP_S) as client:
         observer = Observer(client)
         ready = observer.sample()
         reporter.doing("warming up")

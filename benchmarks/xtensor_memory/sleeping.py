@@ -109,7 +109,7 @@ def one_sleep(server: Server, folder: Path, at_step: int) -> tuple[Sleep, int]:
     Returns:
         What it took, and the number of the step before.
     """
-    with httpx.Client(base_url=server.url, trust_env=False, timeout=GIVE_UP_S) as client:
+    with server.client(GIVE_UP_S) as client:
         loaded = wait_for_load(client, at_step)
         memory, pid = memory_of(loaded), loaded.engine.pid
         before = resident(pid).all_bytes

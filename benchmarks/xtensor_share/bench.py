@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Final, Literal
 
 import click
-import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
@@ -177,7 +176,7 @@ def peers(side: Side, model: str, budget_bytes: int, pool: str) -> dict[str, Pee
 
 def counted(server: Server) -> Counted:
     """What a server counts now."""
-    with httpx.Client(base_url=server.url, trust_env=False, timeout=60.0) as client:
+    with server.client() as client:
         return Counted.of_metrics(client.get("/metrics").raise_for_status().text)
 
 
@@ -207,7 +206,7 @@ def running(plan: Plan, side: Side, repeat: int, reporter: Reporter) -> Iterator
 
 def engine_pid(server: Server) -> int:
     """The process that holds the server's KV cache."""
-    with httpx.Client(base_url=server.url, trust_env=False, timeout=60.0) as client:
+    with server.client() as client:
         return snapshot_of(client).engine.pid
 
 

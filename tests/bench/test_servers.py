@@ -7,7 +7,6 @@ import signal
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 
 from xllm_plugin.bench.servers import (
@@ -41,12 +40,14 @@ def is_gone(group: int) -> bool:
     return all(fields[0] == "Z" for fields in states if int(fields[2]) == group)
 
 
-def test_up_inside_and_gone_behind(tmp_path: Path) -> None:
+def test_up_inside_and_gone_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")  # not asked
     seen: list[Waiting] = []
     with fake(tmp_path, on_wait=seen.append) as server:
         group = server.pid
         assert group is not None
-        assert httpx.get(f"{server.url}/health", trust_env=False).status_code == 200
+        with server.client() as client:
+            assert client.get("/health").status_code == 200
         server.check_alive()
         assert server.ready_after_s > 0
     assert is_gone(group)

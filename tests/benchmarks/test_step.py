@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from xllm_plugin.bench import readme, schema
 from xllm_plugin.bench.peers import COMMON_ENVIRONMENT, peer_servers
 from xllm_plugin.bench.traces import Vocabulary
-from xllm_plugin.errors import ConfigError, InternalError, ModelError, NotNowError, SeamError
+from xllm_plugin.errors import ConfigError, InternalError, ModelError, SeamError
 from xllm_plugin.testing.equality import Completion
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "step"
@@ -247,22 +247,6 @@ def test_a_child_answers_jobs_and_is_ended(bench: ModuleType, tmp_path: Path) ->
         assert side.ask({"do": "this"}) == {"do": "this"}
         process = side._process
     assert process.returncode is not None
-
-
-def test_a_child_that_dies_shows_its_last_words(bench: ModuleType, tmp_path: Path) -> None:
-    with (
-        child(bench, tmp_path, "input(); raise SystemExit('out of memory')") as side,
-        pytest.raises(NotNowError, match="out of memory"),
-    ):
-        side.ask({"do": "this"})
-
-
-def test_a_child_that_hangs_is_given_up(bench: ModuleType, tmp_path: Path) -> None:
-    with (
-        child(bench, tmp_path, "input(); input(); input()") as side,
-        pytest.raises(NotNowError, match="did not finish 'this'"),
-    ):
-        side.ask({"do": "this"}, timeout_s=0.1)
 
 
 def test_no_two_jobs_share_a_prompt(bench: ModuleType) -> None:

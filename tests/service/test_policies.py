@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,36 +21,27 @@ from xllm_plugin.service.policies import (
     work_tokens,
 )
 from xllm_plugin.service.policy import Choice
-from xllm_plugin.service.speed import Speed
+from xllm_plugin.service.router import Asked
+from xllm_plugin.testing.fake_view import FakeView
 
-DEFAULT_SPEED = Speed()
-
-
-@dataclass(frozen=True)
-class Asked:
-    sequence: int = 0
-    draw: int = 0
-    session_key: str = ""
-    cost_tokens: int = 10
-    prompt_tokens: int = 8
-    output_tokens: int = 2
-    cached_tokens: Mapping[str, float] = field(default_factory=lambda: {"a": 4.0})
+REQUEST = Asked(
+    sequence=0,
+    draw=0,
+    session_key="",
+    cost_tokens=10,
+    prompt_tokens=8,
+    output_tokens=2,
+    cached_tokens={"a": 4.0},
+)
 
 
-@dataclass(frozen=True)
-class There:
-    name: str = "a"
-    name_hash: int = 1
-    capacity: float = 1.0
-    in_flight: int = 0
-    outstanding_tokens: int = 0
-    foreign_requests: int = 0
-    prefill_tokens: float = 0.0
-    speed: Speed = DEFAULT_SPEED
+def asked(**changes: Any) -> Asked:
+    return REQUEST._replace(**changes)
 
 
 THERE = st.builds(
-    There,
+    FakeView,
+    name=st.just("a"),
     name_hash=st.integers(0, 2**64 - 1),
     capacity=st.floats(0.1, 10),
     outstanding_tokens=st.integers(0, 10**6),
@@ -57,7 +49,7 @@ THERE = st.builds(
     prefill_tokens=st.floats(0, 1e6),
 )
 ASKED = st.builds(
-    Asked,
+    asked,
     sequence=st.integers(0, 2**40),
     draw=st.integers(0, 2**64 - 1),
     session_key=st.text(max_size=8),
@@ -66,14 +58,16 @@ POLICIES = [policy.choose for policy in routing_policies(build_manager("")).valu
 
 
 @pytest.mark.parametrize("choose", POLICIES)
-@given(asked=ASKED, there=st.lists(THERE, min_size=1, max_size=9))
+@given(request=ASKED, there=st.lists(THERE, min_size=1, max_size=9))
 def test_every_policy_chooses_a_candidate_and_the_same_again(
-    choose: Callable[..., Choice], asked: Asked, there: list[There]
+    choose: Callable[..., Choice], request: Asked, there: list[FakeView]
 ) -> None:
-    choice = choose(asked, there)
+    before = copy.deepcopy((request, there))
+    choice = choose(request, there)
     assert 0 <= choice.index < len(there)
     assert str(choice.reason)
-    assert choose(asked, there) == choice
+    assert choose(request, there) == choice
+    assert (request, there) == before
     assert choice.cause
 
 
@@ -85,49 +79,50 @@ def test_the_cause_says_what_the_cache_had_to_do_with_it(
     cached: dict[str, float], cause: str
 ) -> None:
     """The second instance is too busy for any prefix."""
-    there = [There("a"), There("b", prefill_tokens=1e6)]
-    choice = cost_in_seconds(Asked(cached_tokens=cached), there)
+    there = [FakeView("a"), FakeView("b", prefill_tokens=1e6)]
+    choice = cost_in_seconds(asked(cached_tokens=cached), there)
     assert choice.index == 0
     assert choice.cause == cause + (" over prefix" if cached == {"b": 8.0} else "")
 
 
-@given(asked=ASKED, there=st.lists(THERE, min_size=1, max_size=9))
-def test_least_loaded_has_no_less_loaded_one(asked: Asked, there: list[There]) -> None:
-    chosen = there[least_loaded(asked, there).index]
+@given(request=ASKED, there=st.lists(THERE, min_size=1, max_size=9))
+def test_least_loaded_has_no_less_loaded_one(request: Asked, there: list[FakeView]) -> None:
+    chosen = there[least_loaded(request, there).index]
     assert work_tokens(chosen) == min(map(work_tokens, there))
 
 
 def test_equally_loaded_ones_take_turns() -> None:
-    there = [There()] * 3
-    assert [least_loaded(Asked(n), there).index for n in range(6)] == [0, 1, 2, 0, 1, 2]
-    assert [round_robin(Asked(n), there).index for n in range(4)] == [0, 1, 2, 0]
+    there = [FakeView("a")] * 3
+    assert [least_loaded(asked(sequence=n), there).index for n in range(6)] == [0, 1, 2, 0, 1, 2]
+    assert [round_robin(asked(sequence=n), there).index for n in range(4)] == [0, 1, 2, 0]
 
 
 def test_capacity_and_requests_of_others_count() -> None:
-    busy, fast = There(outstanding_tokens=100), There(outstanding_tokens=150, capacity=2)
-    assert least_loaded(Asked(), [busy, fast]).index == 1
-    assert least_loaded(Asked(), [busy, There(foreign_requests=1)]).index == 0
+    busy = FakeView("a", outstanding_tokens=100)
+    fast = FakeView("b", outstanding_tokens=150, capacity=2)
+    assert least_loaded(asked(), [busy, fast]).index == 1
+    assert least_loaded(asked(), [busy, FakeView("a", foreign_requests=1)]).index == 0
 
 
 @given(draw=st.integers(0, 2**64 - 1), there=st.lists(THERE, min_size=2, max_size=9))
-def test_power_of_two_never_takes_the_worst_alone(draw: int, there: list[There]) -> None:
+def test_power_of_two_never_takes_the_worst_alone(draw: int, there: list[FakeView]) -> None:
     worst = max(range(len(there)), key=lambda index: work_tokens(there[index]))
-    chosen = power_of_two(Asked(draw=draw), there).index
+    chosen = power_of_two(asked(draw=draw), there).index
     assert (
         chosen != worst or [work_tokens(one) for one in there].count(work_tokens(there[worst])) > 1
     )
 
 
-def places(there: list[There], num_sessions: int = 2000) -> list[int]:
+def places(there: list[FakeView], num_sessions: int = 2000) -> list[int]:
     return [
-        there[session_affinity(Asked(session_key=f"s{n}"), there).index].name_hash
+        there[session_affinity(asked(session_key=f"s{n}"), there).index].name_hash
         for n in range(num_sessions)
     ]
 
 
 def test_sessions_are_spread_and_stay_when_instances_come_and_go() -> None:
     hashes = [0x9E3779B97F4A7C15 * n % 2**64 for n in range(1, 9)]
-    there = [There(name_hash=one) for one in hashes]
+    there = [FakeView("a", name_hash=one) for one in hashes]
     before = places(there)
     assert min(Counter(before).values()) > 2000 / 8 * 0.75
     assert places(list(reversed(there))) == before
@@ -137,8 +132,7 @@ def test_sessions_are_spread_and_stay_when_instances_come_and_go() -> None:
 
 
 def test_a_request_without_a_session_goes_to_the_least_loaded() -> None:
-    there = [There(outstanding_tokens=5), There()]
-    choice = session_affinity(Asked(), there)
+    there = [FakeView("a", outstanding_tokens=5), FakeView("a")]
+    choice = session_affinity(asked(), there)
     assert choice.index == 1
     assert "no session key" in str(choice.reason)
-    assert replace(Asked(), session_key="x") != Asked()

@@ -8,26 +8,22 @@ over the time from the first request sent to the last token received.
 from __future__ import annotations
 
 import contextlib
-import json
-import select
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from xllm_plugin.bench.curve import percentile
+from xllm_plugin.bench.json_process import JsonProcess
 from xllm_plugin.bench.peers import COMMON_ENVIRONMENT
-from xllm_plugin.bench.servers import clean_environment, tail
 from xllm_plugin.bench.traces import Request
 from xllm_plugin.errors import ConfigError, NotNowError
 
 __all__ = ["Load", "LoadClient", "LoadResult", "parse_loads"]
 
 START_TIMEOUT_S = 300.0
-POLL_S = 0.5
 
 
 class Load(BaseModel):
@@ -120,33 +116,23 @@ class LoadClient:
     """
 
     def __init__(self, log_path: Path, *, command: Sequence[str] | None = None) -> None:
-        self.log_path = log_path
-        self._command = tuple(command or (sys.executable, "-m", "xllm_plugin.bench.load_process"))
-        self._process: subprocess.Popen[str] | None = None
+        self._process = JsonProcess(
+            "the load client",
+            command or (sys.executable, "-m", "xllm_plugin.bench.load_process"),
+            # One thread a library: the client must not take the cores that it measures.
+            {"XLLM_PLATFORM": "native", "OMP_NUM_THREADS": "1", **COMMON_ENVIRONMENT},
+            log_path,
+        )
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        # One thread a library: the client must not take the cores that it measures.
-        environment = {"XLLM_PLATFORM": "native", "OMP_NUM_THREADS": "1", **COMMON_ENVIRONMENT}
-        with self.log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=clean_environment(environment),
-                start_new_session=True,
-            )
-        try:
-            self._receive(START_TIMEOUT_S)
-        except BaseException:  # __exit__ does not run for what __enter__ raises; raised again
-            self.close()
-            raise
+        with self._stack:
+            self._stack.enter_context(self._process).receive(START_TIMEOUT_S)
+            self._stack = self._stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._stack.close()
 
     def measure(
         self,
@@ -178,53 +164,8 @@ class LoadClient:
             "seed": seed,
             "requests": [{"prompt": r.prompt, "output_tokens": r.output_tokens} for r in requests],
         }
-        self._send(point)
-        return LoadResult.of(load, requests, self._receive(timeout_s, on_wait))
-
-    def close(self) -> None:
-        """End the process.  Safe to repeat."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                _opened(pipe).close()
-        process.kill()  # it holds nothing that needs an orderly end
-        process.wait()
-
-    def _send(self, message: dict[str, Any]) -> None:
-        process = self._running()
-        try:
-            _opened(process.stdin).write(json.dumps(message) + "\n")
-            _opened(process.stdin).flush()
-        except BrokenPipeError as error:
-            raise self._died() from error
-
-    def _receive(
-        self, timeout_s: float, on_wait: Callable[[], None] | None = None
-    ) -> dict[str, Any]:
-        replies = _opened(self._running().stdout)
-        for _ in range(max(1, round(timeout_s / POLL_S))):
-            if select.select([replies], [], [], POLL_S)[0]:
-                line = replies.readline()
-                if not line:
-                    raise self._died()
-                reply = json.loads(line)
-                assert isinstance(reply, dict)
-                return reply
-            if on_wait is not None:
-                on_wait()
-        raise NotNowError(
-            f"the load client gave no answer within {timeout_s:g} s; end of its log:\n"
-            f"{tail(self.log_path)}"
-        )
-
-    def _running(self) -> subprocess.Popen[str]:
-        assert self._process is not None, "use the client in a `with` block"
-        return self._process
-
-    def _died(self) -> NotNowError:
-        return NotNowError(f"the load client died; end of its log:\n{tail(self.log_path)}")
+        self._process.send(point)
+        return LoadResult.of(load, requests, self._process.receive(timeout_s, on_wait=on_wait))
 
 
 def parse_loads(text: str) -> tuple[Load, ...]:
@@ -251,8 +192,3 @@ def _parse_load(part: str) -> Load:
     if not 0 < load.size < float("inf"):
         raise ValueError(f"{part} is not above 0")
     return load
-
-
-def _opened(pipe: IO[str] | None) -> IO[str]:
-    assert pipe is not None
-    return pipe

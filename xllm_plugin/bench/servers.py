@@ -134,6 +134,10 @@ class Server:
         if self._process is None or self._process.poll() is not None:
             raise self._died()
 
+    def client(self, timeout_s: float = 60.0) -> httpx.Client:
+        """A client of it alone: a proxy from the environment is never meant for a server here."""
+        return httpx.Client(base_url=self.url, trust_env=False, timeout=timeout_s)
+
     def exit_code(self, limit_s: float) -> int:
         """Wait until it has ended by itself.  Raises `subprocess.TimeoutExpired`."""
         assert self._process is not None
