@@ -39,6 +39,7 @@ STALL_WEIGHT = 0.3
 prompts gather where few streams run, and wait there (Azure's conversations, simulated)."""
 
 _STEPS = 2**20
+_INFINITE = float("inf")
 
 
 class Cost(NamedTuple):
@@ -151,9 +152,11 @@ def cost_in_seconds(request: RequestView, candidates: Sequence[InstanceView]) ->
         best = totals.index(least_s)
     chosen = candidates[best]
     del totals[best]
-    held = cached.get(chosen.name, 0.0)
-    cost = cost_of(request, chosen, crowding)
-    reason = CostReason(cost, held, prompt, min(totals, default=float("inf")))
+    held = cached.get(chosen.name, 0.0) if cached else 0.0
+    queue_s, prefill_s, decode_s, stall = parts[best]
+    delay_s = prefill_s * (stall + crowding * (queue_s + prefill_s / 2))
+    cost = Cost(queue_s, prefill_s, decode_s, delay_s)
+    reason = CostReason(cost, held, prompt, min(totals, default=_INFINITE))
     return Choice(best, reason, cause_of(held, cached))
 
 

@@ -373,6 +373,23 @@ class Exchange:
             self.grant.usage.observe(data)
         self._write(head + data if head else data)
 
+    def relay_token(self, chunk: bytes, start: int) -> bool:
+        """Pass the event of one more token of an armed stream on; False if it is any other event.
+
+        Args:
+            chunk: of the answer, whole.
+            start: where its content begins.
+        """
+        assert self.stream is not None
+        shown = self.stream.take_token(chunk, start)
+        if not shown:
+            return False
+        if self._awaits_first:
+            self._first_bytes(shown)
+        self.num_bytes += len(shown)  # of usage it says nothing that `take` has not read
+        self._write(shown)
+        return True
+
     def relay_events(self, head: bytes, *, is_last: bool) -> str:
         """Pass the whole events of an armed stream on, after `head` if it was not sent yet.
 
@@ -396,7 +413,7 @@ class Exchange:
         if events and self._awaits_first:
             self._first_bytes(events)
         if self.grant is not None:
-            self.grant.usage.observe(events)
+            self.grant.usage.observe_events(events)
         if head:
             stream.is_begun = True
             data = head + data
@@ -450,7 +467,7 @@ class Exchange:
         """An answer that had begun cannot be finished: say so, never end in silence."""
         instance = self.instance
         assert instance is not None
-        is_at_border = connection.at_chunk_border(self._last_relayed or self._lower_head)
+        is_at_border = connection.is_at_border
         connection.abandon()
         instance.stats.count_error("broken")
         self.proxy.fleet.report(instance, lifecycle.Failed(why, certain=True))
@@ -460,8 +477,7 @@ class Exchange:
         self._leave()
         self.keep_alive = False
         is_stream = b"text/event-stream" in self._lower_head
-        is_chunked = b"\r\ntransfer-encoding:" in self._lower_head
-        if is_stream and (self.unframes or (is_chunked and is_at_border)):
+        if is_stream and (self.unframes or is_at_border):
             event = b"data: " + error_body(502, f"Instance {instance.name}: {why}.") + b"\n\n"
             self._write(event if self.unframes else b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event))
             self._finish(Ending.BROKEN)
