@@ -15,10 +15,11 @@ from typing import Any
 import msgspec
 
 from xllm_plugin.instance.resumption import RESUME_PATH, Finish, Resumption
+from xllm_plugin.service.body import StreamWishes
 from xllm_plugin.service.chunks import chunk_of
 from xllm_plugin.service.routes import Route
 
-__all__ = ["ArmedStream", "StreamWishes", "arm", "with_body"]
+__all__ = ["ArmedStream", "arm", "with_body"]
 
 _MAX_EVENT_BYTES = 64 * 2**20
 _IDS = b'"token_ids":['
@@ -40,19 +41,6 @@ _DONE = b"data: [DONE]\n\n"
 _FAULTS = frozenset({"abort", "error"})
 _SERVER_ERROR = 500
 _PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
-
-
-class StreamWishes(msgspec.Struct):
-    """The fields of a request that say whether its stream can be armed."""
-
-    stream: Any = None
-    n: Any = None
-    best_of: Any = None
-    echo: Any = None
-    use_beam_search: Any = None
-    include_reasoning: Any = None
-    return_token_ids: Any = None
-    prompt: msgspec.Raw = msgspec.Raw(b"")
 
 
 class _Choice(msgspec.Struct):
@@ -103,8 +91,10 @@ def arm(route: Route, body: bytes, wishes: StreamWishes) -> ArmedStream | None:
     return ArmedStream(route.path, end + b',"return_token_ids":true}', hides_ids=True)
 
 
-def _is_one_prompt(prompt: msgspec.Raw) -> bool:
+def _is_one_prompt(prompt: msgspec.Raw | msgspec.UnsetType) -> bool:
     """A string, or a list of token ids."""
+    if prompt is msgspec.UNSET:
+        return False
     start = bytes(memoryview(prompt)[:64]).translate(None, b" \t\r\n")
     return start[:1] == b'"' or (start[:1] == b"[" and start[1:2].isdigit())
 

@@ -15,7 +15,10 @@ are predicted to stay.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+
 from typing import NamedTuple
+
+import msgspec
 
 from xllm_plugin.service.cached import most_cached
 from xllm_plugin.service.policy import Choice, InstanceView, RequestView
@@ -62,7 +65,7 @@ class Cost(NamedTuple):
         return self.queue_s + self.prefill_s + self.decode_s + self.delay_s + self.transfer_s
 
 
-class CostReason(NamedTuple):
+class CostReason(msgspec.Struct, frozen=True, gc=False):
     """Why an instance was chosen; text only if somebody reads it, which few do."""
 
     cost: Cost

@@ -24,7 +24,8 @@ from urllib.parse import parse_qs
 import msgspec
 
 from xllm_plugin.service import lifecycle
-from xllm_plugin.service.continuation import ArmedStream, StreamWishes, arm, with_body
+from xllm_plugin.service.body import StreamWishes
+from xllm_plugin.service.continuation import ArmedStream, arm, with_body
 from xllm_plugin.service.flow.wishes import NO_WISHES, read_wishes
 from xllm_plugin.service.lifecycle import DRAINED, LEFT, State
 from xllm_plugin.service.replies import Refusal, error_body
@@ -69,7 +70,7 @@ _HOP_BY_HOP = (b"connection:", b"keep-alive:", b"proxy-connection:", b"upgrade:"
 
 
 class Peek(StreamWishes):
-    """The fields of a JSON body that routing reads; all others are skipped, unparsed."""
+    """The fields of a JSON body that are read here; all others are skipped, unparsed."""
 
     model: Any = None
     user: Any = None
@@ -138,6 +139,7 @@ class Exchange:
         "refusal",
         "response_id",
         "route",
+        "seen",
         "sent",
         "sent_s",
         "sequence",
@@ -196,6 +198,8 @@ class Exchange:
         self.visited: tuple[Instance, ...] = ()
         """Every instance that it was sent to, in order."""
         self.decision: Decision | None = None
+        self.seen: Peek | None = None
+        """What was read of its body, until that is of no more use."""
         self.prompt: Prompt | None = None
         """Its token ids, if they were read."""
         self.sent: Sent | None = None
@@ -238,7 +242,7 @@ class Exchange:
         """Read what routing needs out of the body and the path."""
         body, seen = self.body, _NOTHING
         if body:
-            seen = peek(body, self.content_type)
+            self.seen = seen = peek(body, self.content_type)
             if seen is _NOTHING and self.grant is not None:
                 # An instance may read what is not understood here, and another tenant in it.
                 self.refusal = Refusal(400, "The body is not JSON in UTF-8 (RFC 8259).")

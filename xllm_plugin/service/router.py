@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
 
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.lifecycle import State
@@ -35,7 +36,7 @@ _BYTES_PER_TOKEN: Final = 4  # as an exchange estimates its cost_tokens
 _MAX_PROMPT_TOKENS: Final = 100_000
 
 
-class Decision(NamedTuple):
+class Decision(msgspec.Struct, frozen=True, array_like=True):
     """One choice that was made, as the admin API shows it."""
 
     unix_s: float
@@ -52,14 +53,14 @@ class Decision(NamedTuple):
 
     def settled(self) -> Decision:
         """The same with its reason as text, for those who keep or send it."""
-        return self._replace(reason=str(self.reason))
+        return msgspec.structs.replace(self, reason=str(self.reason))
 
     def described(self) -> dict[str, Any]:
         """As JSON has it."""
-        return self.settled()._asdict()
+        return msgspec.structs.asdict(self.settled())
 
 
-class Asked(NamedTuple):
+class Asked(msgspec.Struct, frozen=True, gc=False):
     """A request as policies see it (`RequestView`)."""
 
     sequence: int
@@ -71,13 +72,12 @@ class Asked(NamedTuple):
     cached_tokens: Mapping[str, float]
 
 
-@dataclass(slots=True)
-class Sent:
+class Sent(msgspec.Struct, eq=False):
     """What the router remembers of a request on its way."""
 
     prompt_tokens: int = 0
     """0: not known, to be estimated."""
-    cached_tokens: Mapping[str, float] = field(default_factory=dict)
+    cached_tokens: Mapping[str, float] = {}
     instance: Instance | None = None
     """Where `uncached_tokens` are counted as not computed yet."""
     uncached_tokens: int = 0
