@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from xllm_plugin.bench import readme, schema
 from xllm_plugin.bench.commands import beside
 from xllm_plugin.errors import ConfigError
-from xllm_plugin.service.continuation import StreamWishes, arm
+from xllm_plugin.service.body import StreamWishes
+from xllm_plugin.service.continuation import arm
 from xllm_plugin.service.kv_index.index import PrefixIndex, packed
 from xllm_plugin.service.kv_index.wire import decode
 from xllm_plugin.service.routes import route_of

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
+import httptools
 import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from xllm_plugin.instance.resumption import RESUME_PATH, Resumption
 from xllm_plugin.service import lifecycle
+from xllm_plugin.service.chunks import content_start
 from xllm_plugin.service.continuation import arm
 from xllm_plugin.service.exchange import peek
 from xllm_plugin.service.policy import Choice
@@ -226,6 +229,70 @@ def test_events_that_are_there_for_their_ids_alone_are_not_shown() -> None:
     stream.restart()
     _, raw = stream.next_request(b"POST / HTTP/1.1\r\ncontent-length: 1\r\n\r\n", b"/")
     assert msgspec.json.decode(raw, type=Resumption).chunks == [[0], [5, 6]]
+
+
+@given(
+    path=st.sampled_from([CHAT, COMPLETION]),
+    per_event=st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple),
+    wants_ids=st.booleans(),
+    has_usage=st.booleans(),
+    joins=st.lists(st.integers(0, 9)),
+)
+def test_an_event_by_itself_says_the_same_as_one_among_others(
+    path: str, per_event: tuple[int, ...], wants_ids: bool, has_usage: bool, joins: list[int]
+) -> None:
+    """Most come one by one, each a chunk, and are read in a shorter way."""
+    body = json.dumps(body_of(path, return_token_ids=wants_ids or None)).encode()
+    streams = [arm(route_of(path.encode()), body, peek(body, b"")) for _ in range(2)]
+    alone, among = streams
+    assert alone is not None
+    assert among is not None
+    asked = json.loads(among.body) | {"stream_options": {"include_usage": has_usage}}
+    events = FakeModel([*PIECES, *PIECES], per_event).events(path, asked)
+    for place in joins:  # two events in a chunk
+        events[place : place + 2] = [b"".join(events[place : place + 2])]
+    shown = b""
+    for event in events:
+        chunk = b"%x\r\n%b\r\n" % (len(event), event)
+        found = alone.take_token(chunk, content_start(chunk)) if content_start(chunk) else b""
+        if not found:
+            alone.parts.append(event)
+            taken = alone.take()
+            found = b"%x\r\n%b\r\n" % (len(taken), taken) if taken else b""
+        shown += found
+    among.parts += events
+    expected = among.take()
+    assert unchunked(shown) == expected
+    assert alone.is_done
+    assert alone.num_tokens == among.num_tokens == 2 * len(PIECES)
+    head = b"POST / HTTP/1.1\r\ncontent-length: 1\r\n\r\n"
+    assert alone.next_request(head, b"/") == among.next_request(head, b"/")
+
+
+def unchunked(data: bytes) -> bytes:
+    body: list[bytes] = []
+    parser = httptools.HttpResponseParser(SimpleNamespace(on_body=body.append))
+    parser.feed_data(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + data)
+    return b"".join(body)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+def test_most_events_are_read_in_the_shorter_way(path: str) -> None:
+    """All but the first, those that end it, and one that shows what stands after its ids."""
+    body = json.dumps(body_of(path)).encode()
+    stream = arm(route_of(path.encode()), body, peek(body, b""))
+    assert stream is not None
+    events = FakeModel([b"a"] * 9).events(path, json.loads(stream.body))
+    num_short = 0
+    for event in events:
+        chunk = b"%x\r\n%b\r\n" % (len(event), event)
+        if stream.take_token(chunk, content_start(chunk)):
+            num_short += 1
+        else:
+            stream.parts.append(event)
+            stream.take()
+    assert num_short == len(events) - 4
+    assert stream.num_tokens == 9
 
 
 def taken(*events: bytes) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from xllm_plugin.plugins import build_manager, routing_policies
 from xllm_plugin.service.cached import CachedTokens, most_cached
@@ -177,8 +178,8 @@ def test_an_idle_fleet_of_equals_takes_turns() -> None:
     ranking = CostRanking(views)
     for index in range(100):
         ranking.put(index)
-    asked = World(0, 1, "equal").request()._replace(cached_tokens={})
-    chosen = [ranking.choose(asked._replace(sequence=n)).index for n in range(250)]
+    asked = replace(World(0, 1, "equal").request(), cached_tokens={})
+    chosen = [ranking.choose(replace(asked, sequence=n)).index for n in range(250)]
     assert chosen == [n % 100 for n in range(250)]
 
 
@@ -200,18 +201,18 @@ def test_few_candidates_are_looked_at_of_many() -> None:
     ranking = CostRanking(views)
     for index in range(1000):
         ranking.put(index)
-    asked = world.request()._replace(prompt_tokens=1000, cached_tokens={})
+    asked = replace(world.request(), prompt_tokens=1000, cached_tokens={})
     ranking.choose(asked)
     seen = 0
     for number in range(20):
-        ranking.choose(asked._replace(sequence=number))
+        ranking.choose(replace(asked, sequence=number))
     assert seen < 20 * 150
 
 
 def test_a_session_goes_on_elsewhere_when_all_its_places_are_full() -> None:
     views = [FakeView(f"i{n}", random.Random(n).getrandbits(64)) for n in range(50)]
     ranking = made(POLICIES["session"], views)
-    asked = World(0, 1, "equal").request()._replace(session_key="s")
+    asked = replace(World(0, 1, "equal").request(), session_key="s")
     for index in range(50):
         ranking.put(index)
     for num_open in range(50, 1, -1):

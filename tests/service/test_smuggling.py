@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import h11
+import httptools
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -24,6 +26,7 @@ from xllm_plugin.service import lifecycle
 from xllm_plugin.service.client import ClientConnection
 from xllm_plugin.service.config import InstanceEntry, ServiceConfig
 from xllm_plugin.service.fleet import Fleet
+from xllm_plugin.service.known_head import KnownHead
 from xllm_plugin.service.policies import least_loaded
 from xllm_plugin.service.policy import RoutingPolicy
 from xllm_plugin.service.proxy import Proxy
@@ -301,6 +304,69 @@ def test_the_fuzz_would_see_a_request_in_another(runner: asyncio.Runner) -> None
     ):
         with pytest.raises(AssertionError):
             check_forwarded(good, [bad])
+
+
+@given(
+    parts=st.lists(requests(), min_size=1, max_size=3),
+    order=st.lists(st.integers(0, 2), min_size=2, max_size=5),
+    cuts=st.lists(st.integers(0, 600), max_size=2),
+)
+@settings(
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@example(parts=[POST + b"Content-Length: 3\r\n\r\nabc"], order=[0, 0, 0], cuts=[])
+@example(parts=[POST + b"Content-Length: 3\r\n\r\nabc"], order=[0, 0, 0], cuts=[100])
+@example(
+    parts=[POST + b"Content-Length: %b\r\n\r\nabcde" % length for length in (b"3", b"5", b"+3")],
+    order=[0, 1, 0, 2],
+    cuts=[],
+)
+def test_a_head_that_is_known_means_what_the_parser_says(
+    runner: asyncio.Runner, parts: list[bytes], order: list[int], cuts: list[int]
+) -> None:
+    """Clients that repeat their heads, a read or more for each: with and without the memory."""
+    pieces = []
+    for number in order:
+        part = parts[number % len(parts)]
+        borders = [0, *sorted({cut for cut in cuts if 0 < cut < len(part)}), len(part)]
+        pieces += [part[start:end] for start, end in pairwise(borders)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KnownHead, "of", lambda *_: None)
+        expected = send(runner, pieces)
+    assert send(runner, pieces) == expected
+
+
+def test_a_repeated_head_is_known(runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the length of the body, and in whatever parts it comes; else it is parsed."""
+    fed: list[bytes] = []
+
+    class Parser:
+        def __init__(self, protocol: Any) -> None:
+            self._parser = httptools.HttpRequestParser(protocol)
+
+        def feed_data(self, data: bytes) -> None:
+            fed.append(data)
+            self._parser.feed_data(data)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._parser, name)
+
+    made = SimpleNamespace(**vars(httptools) | {"HttpRequestParser": Parser})
+    monkeypatch.setattr("xllm_plugin.service.client.httptools", made)
+    head = POST + b"X-A: 1\r\ncontent-length: %d\r\nX-B: 2\r\n\r\n"
+    first, second, other = head % 3 + b"abc", head % 12 + b"abcdefghijkl", POST + b"\r\n"
+    long = head % 100_000 + b"x" * 100_000
+    seen = send(runner, [first, second, second[:-5], second[-5:], long[:70_000], long[70_000:]])
+    assert [read.body for read in map(read_one, seen) if read] == [
+        *(b"abc", b"abcdefghijkl", b"abcdefghijkl"),
+        b"x" * 100_000,
+    ]
+    assert fed == [first]
+    fed.clear()
+    assert len(send(runner, [first + second, first, other, first])) == 5
+    assert fed == [first + second, other, first], "who sends other heads too is not compared"
 
 
 @pytest.fixture(scope="module")

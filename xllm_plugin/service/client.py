@@ -19,6 +19,7 @@ from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.exchange import Exchange
 from xllm_plugin.service.flow.wishes import HEADERS, TENANT_HEADER
 from xllm_plugin.service.keys import Account, Grant, KeyRing
+from xllm_plugin.service.known_head import KnownHead
 from xllm_plugin.service.replies import Refusal, json_reply, unknown_model
 from xllm_plugin.service.routes import Kind, Route, route_of
 
@@ -96,6 +97,8 @@ class ClientConnection(asyncio.Protocol):
         "_is_lingering",
         "_is_reading_paused",
         "_is_starting",
+        "_known",
+        "_learns_from",
         "_method",
         "_overhead_bytes",
         "_parser",
@@ -134,6 +137,10 @@ class ClientConnection(asyncio.Protocol):
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = -1
+        self._known: KnownHead | None = None
+        """What the last request's head was understood as."""
+        self._learns_from: bytes | None = b""
+        """What was read from the first byte of a head on; None: this client's heads differ."""
         self._body: list[bytes] = []
         self._body_bytes = 0
         self._overhead_bytes = 0
@@ -223,6 +230,9 @@ class ClientConnection(asyncio.Protocol):
         except Refusal as refusal:
             raise _RefusedError(refusal) from None
         self._body_bytes = self._overhead_bytes = 0
+        if self._learns_from:
+            self._known = KnownHead.of(self._learns_from, self._headers, self._incoming)
+            self._learns_from = b""
 
     def on_body(self, body: bytes) -> None:
         """A part of its body."""
@@ -307,6 +317,13 @@ class ClientConnection(asyncio.Protocol):
     # -- parts ----------------------------------------------------------------------------------
 
     def _feed(self, data: bytes) -> None:
+        if self._head_bytes < 0 and self._learns_from is not None:
+            if self._known is not None and not self._known.is_in_force(self.proxy):
+                self._known = None
+            if self._known is not None and self._recall(self._known, data):
+                return
+            # Heads of a client that sends several kinds would be compared in vain.
+            self._learns_from = data if self._known is None else None
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -322,6 +339,26 @@ class ClientConnection(asyncio.Protocol):
                 self.abort()
         except httptools.HttpParserError as error:
             self._refuse(Refusal(400, f"Not a valid HTTP/1.1 request: {error}.", close=True))
+
+    def _recall(self, known: KnownHead, data: bytes) -> bool:
+        """Begin a request whose head is the last one's; False if it is another one."""
+        length, begin = known.read(data)
+        config = self.proxy.config
+        if not 0 <= length <= config.limits.max_body_bytes:
+            return False
+        self._incoming = known.again(self, length)
+        part = data[begin : begin + length]
+        self._head_bytes = 0
+        self._body = [part] if part else []
+        self._body_bytes, self._overhead_bytes = len(part), -len(part)
+        self._remaining_bytes = length - len(part)
+        if self._remaining_bytes:
+            self.deadline_s = self.proxy.loop.time() + config.timeouts.body_s
+            return True
+        self.on_message_complete()
+        if len(data) > begin + length and not self._ignores_input:
+            self._feed(data[begin + length :])
+        return True
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer in turn with an error, and take nothing more from this client."""

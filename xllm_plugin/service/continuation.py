@@ -15,9 +15,11 @@ from typing import Any
 import msgspec
 
 from xllm_plugin.instance.resumption import RESUME_PATH, Finish, Resumption
+from xllm_plugin.service.body import StreamWishes
+from xllm_plugin.service.chunks import chunk_of
 from xllm_plugin.service.routes import Route
 
-__all__ = ["ArmedStream", "StreamWishes", "arm", "with_body"]
+__all__ = ["ArmedStream", "arm", "with_body"]
 
 _MAX_EVENT_BYTES = 64 * 2**20
 _IDS = b'"token_ids":['
@@ -29,24 +31,16 @@ _OPEN = (
     b'"finish_reason":null,"stop_reason":null,"prompt_token_ids":null,',
 )
 _EMPTY = b'"delta":{},"logprobs":null,"finish_reason":null,'
+_USUAL = {
+    "/v1/chat/completions": b'"},"logprobs":null,"finish_reason":null,',
+    "/v1/completions": b'","logprobs":null,' + _OPEN[1],
+}
+"""By path: what stands between the text of a choice that goes on and its ids."""
 _END = b"\n\n"
 _DONE = b"data: [DONE]\n\n"
 _FAULTS = frozenset({"abort", "error"})
 _SERVER_ERROR = 500
 _PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
-
-
-class StreamWishes(msgspec.Struct):
-    """The fields of a request that say whether its stream can be armed."""
-
-    stream: Any = None
-    n: Any = None
-    best_of: Any = None
-    echo: Any = None
-    use_beam_search: Any = None
-    include_reasoning: Any = None
-    return_token_ids: Any = None
-    prompt: msgspec.Raw = msgspec.Raw(b"")
 
 
 class _Choice(msgspec.Struct):
@@ -97,8 +91,10 @@ def arm(route: Route, body: bytes, wishes: StreamWishes) -> ArmedStream | None:
     return ArmedStream(route.path, end + b',"return_token_ids":true}', hides_ids=True)
 
 
-def _is_one_prompt(prompt: msgspec.Raw) -> bool:
+def _is_one_prompt(prompt: msgspec.Raw | msgspec.UnsetType) -> bool:
     """A string, or a list of token ids."""
+    if prompt is msgspec.UNSET:
+        return False
     start = bytes(memoryview(prompt)[:64]).translate(None, b" \t\r\n")
     return start[:1] == b'"' or (start[:1] == b"[" and start[1:2].isdigit())
 
@@ -121,6 +117,7 @@ class ArmedStream:
     """
 
     __slots__ = (
+        "_after",
         "_chunks",
         "_finish",
         "_is_known",
@@ -128,6 +125,7 @@ class ArmedStream:
         "_num_opening",
         "_path",
         "_rest",
+        "_usual",
         "body",
         "created",
         "failure",
@@ -157,6 +155,9 @@ class ArmedStream:
         self.num_prompt_tokens = 0
         """As its first event says; 0: not known."""
         self._path = path
+        self._usual = _USUAL[path]
+        self._after = b""
+        """What stood after the ids of an event, with the end of its chunk; it hardly changes."""
         self._rest = b""
         self._chunks: list[bytes] = []
         self._num_opening = 0
@@ -211,6 +212,33 @@ class ArmedStream:
                 break
         return b"".join(shown)
 
+    def take_token(self, chunk: bytes, start: int) -> bytes:
+        """A whole chunk that is the event of one more token, as the client is to get it.
+
+        It says the same as `take`, at a third of the cost.  Nothing if the event differs from the
+        one before in more than its text and its ids: `take` has to read it.
+
+        Args:
+            chunk: as the instance has framed it.
+            start: where the event begins in it.
+        """
+        # Operators and methods without optional arguments: the others (`find`, `endswith`, ...)
+        # take twice as long, most of it to read their arguments.
+        before, _, after = chunk.rpartition(_IDS)
+        ids, _, after = after.partition(b"]")
+        event = before[start:]
+        if (
+            after != self._after
+            or before[-len(self._usual) :] != self._usual
+            or b"\n" in event  # JSON has no line breaks: it is more than one event
+            or self._rest
+        ):
+            return b""
+        self._chunks.append(ids)
+        if not self.hides_ids:
+            return chunk
+        return chunk_of(len(event) + len(_NO_IDS) + len(after) - 2, event, _NO_IDS, after)
+
     def restart(self) -> None:
         """Another connection begins: nothing is left of the last one but what the client has."""
         self.parts.clear()
@@ -259,7 +287,9 @@ class ArmedStream:
             and not event.endswith(_EMPTY, 0, start)
         ):
             self._chunks.append(event[start + len(_IDS) : end])
-            return event[:start] + _NO_IDS + event[end + 1 :] if self.hides_ids else event
+            after = event[end + 1 :]
+            self._after = after + b"\r\n"
+            return event[:start] + _NO_IDS + after if self.hides_ids else event
         return self._read(event)
 
     def _read(self, event: bytes) -> bytes:

@@ -15,7 +15,10 @@ are predicted to stay.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+
 from typing import NamedTuple
+
+import msgspec
 
 from xllm_plugin.service.cached import most_cached
 from xllm_plugin.service.policy import Choice, InstanceView, RequestView
@@ -39,6 +42,7 @@ STALL_WEIGHT = 0.3
 prompts gather where few streams run, and wait there (Azure's conversations, simulated)."""
 
 _STEPS = 2**20
+_INFINITE = float("inf")
 
 
 class Cost(NamedTuple):
@@ -61,7 +65,7 @@ class Cost(NamedTuple):
         return self.queue_s + self.prefill_s + self.decode_s + self.delay_s + self.transfer_s
 
 
-class CostReason(NamedTuple):
+class CostReason(msgspec.Struct, frozen=True, gc=False):
     """Why an instance was chosen; text only if somebody reads it, which few do."""
 
     cost: Cost
@@ -151,9 +155,11 @@ def cost_in_seconds(request: RequestView, candidates: Sequence[InstanceView]) ->
         best = totals.index(least_s)
     chosen = candidates[best]
     del totals[best]
-    held = cached.get(chosen.name, 0.0)
-    cost = cost_of(request, chosen, crowding)
-    reason = CostReason(cost, held, prompt, min(totals, default=float("inf")))
+    held = cached.get(chosen.name, 0.0) if cached else 0.0
+    queue_s, prefill_s, decode_s, stall = parts[best]
+    delay_s = prefill_s * (stall + crowding * (queue_s + prefill_s / 2))
+    cost = Cost(queue_s, prefill_s, decode_s, delay_s)
+    reason = CostReason(cost, held, prompt, min(totals, default=_INFINITE))
     return Choice(best, reason, cause_of(held, cached))
 
 

@@ -24,7 +24,8 @@ from urllib.parse import parse_qs
 import msgspec
 
 from xllm_plugin.service import lifecycle
-from xllm_plugin.service.continuation import ArmedStream, StreamWishes, arm, with_body
+from xllm_plugin.service.body import StreamWishes
+from xllm_plugin.service.continuation import ArmedStream, arm, with_body
 from xllm_plugin.service.flow.wishes import NO_WISHES, read_wishes
 from xllm_plugin.service.lifecycle import DRAINED, LEFT, State
 from xllm_plugin.service.replies import Refusal, error_body
@@ -69,7 +70,7 @@ _HOP_BY_HOP = (b"connection:", b"keep-alive:", b"proxy-connection:", b"upgrade:"
 
 
 class Peek(StreamWishes):
-    """The fields of a JSON body that routing reads; all others are skipped, unparsed."""
+    """The fields of a JSON body that are read here; all others are skipped, unparsed."""
 
     model: Any = None
     user: Any = None
@@ -138,6 +139,7 @@ class Exchange:
         "refusal",
         "response_id",
         "route",
+        "seen",
         "sent",
         "sent_s",
         "sequence",
@@ -196,6 +198,8 @@ class Exchange:
         self.visited: tuple[Instance, ...] = ()
         """Every instance that it was sent to, in order."""
         self.decision: Decision | None = None
+        self.seen: Peek | None = None
+        """What was read of its body, until that is of no more use."""
         self.prompt: Prompt | None = None
         """Its token ids, if they were read."""
         self.sent: Sent | None = None
@@ -238,7 +242,7 @@ class Exchange:
         """Read what routing needs out of the body and the path."""
         body, seen = self.body, _NOTHING
         if body:
-            seen = peek(body, self.content_type)
+            self.seen = seen = peek(body, self.content_type)
             if seen is _NOTHING and self.grant is not None:
                 # An instance may read what is not understood here, and another tenant in it.
                 self.refusal = Refusal(400, "The body is not JSON in UTF-8 (RFC 8259).")
@@ -373,6 +377,23 @@ class Exchange:
             self.grant.usage.observe(data)
         self._write(head + data if head else data)
 
+    def relay_token(self, chunk: bytes, start: int) -> bool:
+        """Pass the event of one more token of an armed stream on; False if it is any other event.
+
+        Args:
+            chunk: of the answer, whole.
+            start: where its content begins.
+        """
+        assert self.stream is not None
+        shown = self.stream.take_token(chunk, start)
+        if not shown:
+            return False
+        if self._awaits_first:
+            self._first_bytes(shown)
+        self.num_bytes += len(shown)  # of usage it says nothing that `take` has not read
+        self._write(shown)
+        return True
+
     def relay_events(self, head: bytes, *, is_last: bool) -> str:
         """Pass the whole events of an armed stream on, after `head` if it was not sent yet.
 
@@ -396,7 +417,7 @@ class Exchange:
         if events and self._awaits_first:
             self._first_bytes(events)
         if self.grant is not None:
-            self.grant.usage.observe(events)
+            self.grant.usage.observe_events(events)
         if head:
             stream.is_begun = True
             data = head + data
@@ -450,7 +471,7 @@ class Exchange:
         """An answer that had begun cannot be finished: say so, never end in silence."""
         instance = self.instance
         assert instance is not None
-        is_at_border = connection.at_chunk_border(self._last_relayed or self._lower_head)
+        is_at_border = connection.is_at_border
         connection.abandon()
         instance.stats.count_error("broken")
         self.proxy.fleet.report(instance, lifecycle.Failed(why, certain=True))
@@ -460,8 +481,7 @@ class Exchange:
         self._leave()
         self.keep_alive = False
         is_stream = b"text/event-stream" in self._lower_head
-        is_chunked = b"\r\ntransfer-encoding:" in self._lower_head
-        if is_stream and (self.unframes or (is_chunked and is_at_border)):
+        if is_stream and (self.unframes or is_at_border):
             event = b"data: " + error_body(502, f"Instance {instance.name}: {why}.") + b"\n\n"
             self._write(event if self.unframes else b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event))
             self._finish(Ending.BROKEN)

@@ -87,9 +87,11 @@ class Proxy:
                 exchange.refuse(refusal)
                 return
         directory, model = self.directory, exchange.model
+        seen, exchange.seen = exchange.seen, None
         if (
             directory is None
             or model is None
+            or seen is None
             or not directory.is_useful
             or not self.router.policy.uses_prefixes
             or exchange.route.kind is not Kind.INFERENCE
@@ -99,7 +101,7 @@ class Proxy:
             return
         assert self.prompts is not None
         try:
-            found = self.prompts.look(exchange.route.path, exchange.body, model, candidates)
+            found = self.prompts.look(exchange.route.path, seen, model, candidates)
         except Exception:  # what it would have told helps to choose; no request is lost for it
             logger.exception("a prompt could not be read; please report this")
             found = None

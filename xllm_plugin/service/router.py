@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
 
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.lifecycle import State
@@ -14,8 +15,11 @@ from xllm_plugin.service.policy import Choice, RoutingPolicy
 from xllm_plugin.service.replies import Refusal, unknown_model
 from xllm_plugin.service.roster import MANY, Roster
 from xllm_plugin.service.routes import Kind
+from xllm_plugin.service.speed import Speed
 
 if TYPE_CHECKING:
+    import asyncio
+
     from xllm_plugin.service.exchange import Exchange
 
 __all__ = ["Asked", "Decision", "Router", "Sent"]
@@ -26,11 +30,13 @@ _MAX_OWNERS = 65536
 _MAX_CAUSES = 256
 _MAX_ROSTERS = 8
 """Each is told of every change; those of the models that were asked for last are kept."""
+_TICKS_PER_S: Final = 1000
+"""How finely it is told apart when prompts are predicted to be computed: a timer for each tick."""
 _BYTES_PER_TOKEN: Final = 4  # as an exchange estimates its cost_tokens
 _MAX_PROMPT_TOKENS: Final = 100_000
 
 
-class Decision(NamedTuple):
+class Decision(msgspec.Struct, frozen=True, array_like=True):
     """One choice that was made, as the admin API shows it."""
 
     unix_s: float
@@ -47,14 +53,14 @@ class Decision(NamedTuple):
 
     def settled(self) -> Decision:
         """The same with its reason as text, for those who keep or send it."""
-        return self._replace(reason=str(self.reason))
+        return msgspec.structs.replace(self, reason=str(self.reason))
 
     def described(self) -> dict[str, Any]:
         """As JSON has it."""
-        return self.settled()._asdict()
+        return msgspec.structs.asdict(self.settled())
 
 
-class Asked(NamedTuple):
+class Asked(msgspec.Struct, frozen=True, gc=False):
     """A request as policies see it (`RequestView`)."""
 
     sequence: int
@@ -66,13 +72,12 @@ class Asked(NamedTuple):
     cached_tokens: Mapping[str, float]
 
 
-@dataclass(slots=True)
-class Sent:
+class Sent(msgspec.Struct, eq=False):
     """What the router remembers of a request on its way."""
 
     prompt_tokens: int = 0
     """0: not known, to be estimated."""
-    cached_tokens: Mapping[str, float] = field(default_factory=dict)
+    cached_tokens: Mapping[str, float] = {}
     instance: Instance | None = None
     """Where `uncached_tokens` are counted as not computed yet."""
     uncached_tokens: int = 0
@@ -119,6 +124,8 @@ class Router:
         self._sequence = 0
         self._owners: OrderedDict[str, str] = OrderedDict()
         self._rosters: OrderedDict[str | None, Roster] = OrderedDict()
+        self._predicted: dict[int, list[Sent]] = {}
+        """By the tick in which their prompts are predicted to be computed."""
 
     def choose(self, request: Exchange) -> Instance:
         """The instance for `request`, none of those that it has tried.
@@ -217,10 +224,25 @@ class Router:
         )
         if not request.wants_stream:
             # Its first byte is its last: when its prompt is computed can only be predicted.
-            speed, num_tokens = instance.speed, sent.ahead_tokens + sent.uncached_tokens
-            computed_s = speed.ttft_base_s + speed.prefill_s_per_token * num_tokens
-            request.proxy.loop.call_later(computed_s, self._computed, sent)
+            self._predict(sent, instance.speed, request.proxy.loop)
         self.fleet.expect_prefill(instance, sent.uncached_tokens)
+
+    def _predict(self, sent: Sent, speed: Speed, loop: asyncio.AbstractEventLoop) -> None:
+        """Have its prompt taken for computed when it is likely to be."""
+        num_tokens = sent.ahead_tokens + sent.uncached_tokens
+        now_s = loop.time()
+        computed_s = now_s + speed.ttft_base_s + speed.prefill_s_per_token * num_tokens
+        tick = int(computed_s * _TICKS_PER_S) + 1
+        together = self._predicted.get(tick)
+        if together is not None:
+            together.append(sent)
+            return
+        self._predicted[tick] = [sent]
+        loop.call_later(tick / _TICKS_PER_S - now_s, self._tick_over, tick)
+
+    def _tick_over(self, tick: int) -> None:
+        for sent in self._predicted.pop(tick):
+            self._computed(sent)
 
     def _computed(self, sent: Sent) -> None:
         if sent.instance is not None:
@@ -243,7 +265,7 @@ class Router:
                     choice, num_open = found
                     return choice, candidates[choice.index], num_open
             else:
-                if not tried:
+                if self._rosters and not tried:
                     self._forget_roster(request.model)
                 if self.has_room is not None:
                     candidates = [one for one in candidates if self.has_room(one)] or candidates

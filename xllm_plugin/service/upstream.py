@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import httptools
 
+from xllm_plugin.service.chunks import content_start
+
 if TYPE_CHECKING:
     from xllm_plugin.service.continuation import ArmedStream
     from xllm_plugin.service.exchange import Exchange
@@ -27,6 +29,7 @@ class UpstreamConnection(asyncio.Protocol):
         "_collects",
         "_excess",
         "_head",
+        "_is_chunked",
         "_open_chunks",
         "_parser",
         "_reading_head",
@@ -36,6 +39,7 @@ class UpstreamConnection(asyncio.Protocol):
         "complete",
         "exchange",
         "idle_since_s",
+        "is_at_border",
         "is_open",
         "num_reads",
         "num_uses",
@@ -58,7 +62,11 @@ class UpstreamConnection(asyncio.Protocol):
         self._reading_head = False
         self._until_close = False
         self._excess = False
+        self._is_chunked = False
+        """Whether the answer comes in chunks, and goes on in chunks."""
         self._open_chunks = 0
+        self.is_at_border = False
+        """Whether all that has come ends between two chunks of the answer."""
         self._collects = False
         self._reusable = True
         self._tunnel = False
@@ -73,6 +81,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.complete = False
         self._reading_head = True
         self._open_chunks = 0
+        self.is_at_border = False
         if exchange.stream is not None:
             exchange.stream.restart()
             self._parser = httptools.HttpResponseParser(_Collector(self, exchange.stream))
@@ -93,10 +102,6 @@ class UpstreamConnection(asyncio.Protocol):
         self.exchange = None
         self.transport.abort()
 
-    def at_chunk_border(self, last: bytes) -> bool:
-        """Whether another chunk may be added after `last`, what was relayed most recently."""
-        return not self._open_chunks and last.endswith(b"\r\n") and not self._until_close
-
     # -- asyncio.Protocol -----------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -112,10 +117,15 @@ class UpstreamConnection(asyncio.Protocol):
             self.transport.abort()
             return
         self.num_reads += 1
-        if self._reading_head:
-            self._receive_head(exchange, data)
+        start = content_start(data) if self.is_at_border else 0
+        if start and exchange.stream is None:
+            exchange.relay(data)
+        elif start and exchange.relay_token(data, start):
             return
-        self._relay(exchange, data)
+        elif self._reading_head:
+            self._receive_head(exchange, data)
+        else:
+            self._relay(exchange, data)
 
     def eof_received(self) -> None:
         """Close: an instance that sends no more is of no use."""
@@ -227,8 +237,10 @@ class UpstreamConnection(asyncio.Protocol):
     def _frame(self, exchange: Exchange, status: int, lower: bytes) -> None:
         """Find out what ends the answer, and whether the connection lives on."""
         has_no_body = status in (204, 304) or exchange.method == b"HEAD"
-        is_framed = b"\r\ntransfer-encoding:" in lower or b"\r\ncontent-length:" in lower
-        self._until_close = not is_framed and not has_no_body
+        is_coded = b"\r\ntransfer-encoding:" in lower
+        self._until_close = not (is_coded or b"\r\ncontent-length:" in lower or has_no_body)
+        self._is_chunked = is_coded and not exchange.unframes and _is_chunked(lower)
+        self.is_at_border = self._is_chunked
         if exchange.unframes:
             self._reusable = False
         if exchange.method == b"HEAD":
@@ -244,6 +256,8 @@ class UpstreamConnection(asyncio.Protocol):
         if why:
             exchange.broken(self, f"the instance sent what is no answer: {why}")
             return
+        is_between = self._is_chunked and not self._open_chunks
+        self.is_at_border = is_between and data.endswith(b"\r\n")
         stream = exchange.stream
         if stream is not None:
             why = exchange.relay_events(head, is_last=self.complete)
@@ -298,8 +312,18 @@ class _Collector:
     def __init__(self, connection: UpstreamConnection, stream: ArmedStream) -> None:
         self.on_message_begin = connection.on_message_begin
         self.on_headers_complete = connection.on_headers_complete
+        self.on_chunk_header = connection.on_chunk_header
+        self.on_chunk_complete = connection.on_chunk_complete
         self.on_message_complete = connection.on_message_complete
         self.on_body = stream.parts.append
+
+
+def _is_chunked(lower: bytes) -> bool:
+    """Whether nothing but chunks frames the answer with this head, as everybody would read it."""
+    return (
+        b"\r\ntransfer-encoding: chunked\r\n" in lower
+        and lower.count(b"\r\ntransfer-encoding:") == 1
+    )
 
 
 class _Unframer:

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from xllm_plugin.service.config import ServiceConfig
+from xllm_plugin.service.exchange import peek
 from xllm_plugin.service.kv_index.index import NO_EXTRA, PrefixIndex, packed
 from xllm_plugin.service.kv_index.tokens import Prompt, PromptReader, Unread, _size
 from xllm_plugin.service.kv_index.wire import BlockStored
@@ -21,7 +22,8 @@ def reader(max_bytes: int) -> PromptReader:
 
 
 def look(prompts: PromptReader, prompt: object, **fields: Any) -> Prompt | Unread | None:
-    return prompts.look(PATH, json.dumps({"prompt": prompt, **fields}).encode(), "m", [])
+    body = json.dumps({"prompt": prompt, **fields}).encode()
+    return prompts.look(PATH, peek(body, b"application/json"), "m", [])
 
 
 def learn(prompts: PromptReader, text: str, tokens: list[int]) -> None:

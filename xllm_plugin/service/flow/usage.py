@@ -40,6 +40,11 @@ class UsageMeter:
             self._said_tokens = said
         self._tail = self._tail[-_TAIL_BYTES:]
 
+    def observe_events(self, events: bytes) -> None:
+        """Whole events of an armed stream were passed on: its tokens are counted there."""
+        if _ANY in events:
+            self.observe(events)
+
     def num_tokens(self, exchange: Exchange, prompt_tokens: int) -> int:
         """Prompt and output together.
 

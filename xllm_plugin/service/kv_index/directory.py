@@ -72,7 +72,7 @@ class KvDirectory:
     @property
     def is_useful(self) -> bool:
         """Whether any instance is known to hold anything."""
-        return len(self.index) > 0
+        return not self.index.is_empty
 
     def lookup(
         self, prompt: Prompt, model: str | None, candidates: Sequence[Instance]

@@ -142,6 +142,11 @@ class PrefixIndex:
         """Blocks known in any tier; one that lies in two counts twice."""
         return sum(map(len, self._holders))
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no block is known."""
+        return not any(self._holders)
+
     def add(self) -> Cache:
         """A new, empty cache."""
         bit = 1

@@ -21,6 +21,7 @@ import aiohttp
 import msgspec
 import tokenizers
 
+from xllm_plugin.service.body import PromptFields
 from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.fleet import Instance
 from xllm_plugin.service.kv_index.index import NO_EXTRA, Chains, Extra, packed, prompt_extra
@@ -58,26 +59,12 @@ class Prompt(NamedTuple):
         return len(self.tokens) // 4
 
 
-class _Body(msgspec.Struct):
-    """The fields that decide on the prompt; parts of chats go on as they came."""
-
-    prompt: str | list[int] | msgspec.UnsetType = msgspec.UNSET
-    cache_salt: str | None = None
-    truncate_prompt_tokens: int | None = None
-    messages: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    tools: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    add_generation_prompt: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    continue_final_message: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    add_special_tokens: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    chat_template: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    chat_template_kwargs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    mm_processor_kwargs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-
-
 class Unread(NamedTuple):
     """A prompt whose tokens are not known yet."""
 
-    wanted: _Body
+    wanted: PromptFields
+    prompt: str | None
+    """Of a completion."""
     question: bytes
     """To an instance's `/tokenize`, and under which the answer is remembered."""
     extra: Extra
@@ -87,7 +74,7 @@ class _Answer(msgspec.Struct):
     tokens: list[int]
 
 
-_decode_body = msgspec.json.Decoder(_Body).decode
+_decode_prompt = msgspec.json.Decoder(str | list[int]).decode
 _decode_answer = msgspec.json.Decoder(_Answer).decode
 
 
@@ -128,13 +115,13 @@ class PromptReader:
         self._turn = 0
 
     def look(
-        self, path: str, body: bytes, model: str, candidates: Sequence[Instance]
+        self, path: str, wanted: PromptFields, model: str, candidates: Sequence[Instance]
     ) -> Prompt | Unread | None:
         """The prompt of a request, if it can be told at once.
 
         Args:
             path: of the request.
-            body: JSON.
+            wanted: of its body.
             model: named in it.
             candidates: who can take it.
 
@@ -142,21 +129,26 @@ class PromptReader:
             What `read` takes if somebody has to be asked or text to be tokenised; None if its
             tokens cannot be known.
         """
-        if path not in _PATHS:
+        salt = wanted.cache_salt
+        if path not in _PATHS or not (salt is None or isinstance(salt, str)):
             return None
-        try:
-            wanted = _decode_body(body)
-            extra = prompt_extra(_adapter(model, candidates), wanted.cache_salt)
-            if isinstance(wanted.prompt, list):
-                return Prompt(packed(wanted.prompt), extra) if wanted.prompt else None
-        except (msgspec.DecodeError, UnicodeDecodeError, OverflowError):
-            return None  # a wrong body, or several prompts: the instance's to answer
-        asked = _question(wanted, model) if wanted.truncate_prompt_tokens is None else None
+        extra = prompt_extra(_adapter(model, candidates), salt)
+        prompt = None
+        if wanted.prompt is not msgspec.UNSET:
+            try:
+                read = _decode_prompt(wanted.prompt)
+                if isinstance(read, list):
+                    return Prompt(packed(read), extra) if read else None
+            except (msgspec.DecodeError, UnicodeDecodeError, OverflowError):
+                return None  # a wrong one, or several prompts: the instance's to answer
+            prompt = read
+        is_cut = wanted.truncate_prompt_tokens is not None
+        asked = None if is_cut else _question(wanted, prompt, model)
         if asked is None:
             return None
         known = self._known.get(asked)
         if known is None:
-            return Unread(wanted, asked, extra)
+            return Unread(wanted, prompt, asked, extra)
         self._known.move_to_end(asked)
         return known._replace(extra=extra) if known.tokens else None
 
@@ -193,12 +185,12 @@ class PromptReader:
         instance = candidates[self._turn % len(candidates)]
         self._turn += 1
         local = self._local_tokenizer(model, instance)
-        if local is None or not isinstance(wanted.prompt, str):
+        if local is None or unread.prompt is None:
             return packed(await self._ask(instance, unread.question))
         special = wanted.add_special_tokens is msgspec.UNSET or (
             bytes(wanted.add_special_tokens) == b"true"
         )
-        return await self._encode(local, wanted.prompt, add_special_tokens=special)
+        return await self._encode(local, unread.prompt, add_special_tokens=special)
 
     async def _encode(
         self, local: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool
@@ -287,12 +279,12 @@ def _size(question: bytes, known: Prompt) -> int:
     return len(question) + 3 * len(known.tokens)
 
 
-def _question(wanted: _Body, model: str) -> bytes | None:
+def _question(wanted: PromptFields, prompt: str | None, model: str) -> bytes | None:
     """The body of a request to `/tokenize`."""
     names: tuple[str, ...] = ("add_special_tokens",)
     fields: dict[str, Any] = {"model": model}
-    if isinstance(wanted.prompt, str):
-        fields["prompt"] = wanted.prompt
+    if prompt is not None:
+        fields["prompt"] = prompt
     elif wanted.messages is not msgspec.UNSET:
         names = _CHAT_FIELDS
     else:
