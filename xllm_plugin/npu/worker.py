@@ -14,7 +14,7 @@ from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
 from vllm.v1.worker.utils import request_memory
 
-from xllm_plugin.npu import experts, operators  # noqa: F401  register our layers
+from xllm_plugin.npu import experts, mla_layer, operators  # noqa: F401  register our layers
 from xllm_plugin.npu.model_runner import XllmNpuModelRunner
 from xllm_plugin.seams import Process, check_all
 from xllm_plugin.worker.worker import XllmWorkerMixin
