@@ -48,6 +48,15 @@ class XllmNpuWorker(XllmWorkerMixin, Worker):
         self.requested_memory = request_memory(self.init_snapshot, self.cache_config)
         self._init_workspace_and_model_runner()
 
+    def determine_available_memory(self) -> int:
+        """See vLLM's worker; the runner is told how much of the rest a step works in."""
+        torch.accelerator.reset_peak_memory_stats(self.device)
+        available_bytes = super().determine_available_memory()
+        peak_bytes = torch.accelerator.max_memory_allocated(self.device)
+        working_bytes = peak_bytes - torch.accelerator.memory_allocated(self.device)
+        self.model_runner.working_bytes = working_bytes
+        return available_bytes
+
     def _make_model_runner(self) -> Any:
         runner = XllmNpuModelRunner(self.vllm_config, self.device)
         runner.setup_xllm()
