@@ -82,9 +82,13 @@ def test_experts_hold_the_rows_of_each_choice() -> None:
     assert working_bytes(mixture) == 30 * (2 * HIDDEN + 2 * (HIDDEN + 3 * 50)) * 2
 
 
-def test_sampling_may_need_more_than_a_layer() -> None:
+@pytest.mark.parametrize(("has_triton", "bytes_a_logit"), [(False, 22), (True, 14)])
+def test_sampling_may_need_more_than_a_layer(
+    monkeypatch: pytest.MonkeyPatch, has_triton: bool, bytes_a_logit: int
+) -> None:
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", has_triton)
     large: dict[str, Any] = {"get_vocab_size": lambda: 10**4}
-    assert working_bytes(config(**large)) == 30 * HIDDEN * 2 + 7 * 10**4 * 22
+    assert working_bytes(config(**large)) == 30 * HIDDEN * 2 + 7 * 10**4 * bytes_a_logit
     assert working_bytes(config(**large, runner_type="pooling")) == working_bytes(config())
 
 

@@ -20,9 +20,10 @@ __all__ = ["demand_of", "kv_block_bytes", "weights_bytes", "working_bytes"]
 BF16_BYTES = 2
 INDEX = "model.safetensors.index.json"
 
-SAMPLING_BYTES = 22
-"""Of a logit where top-k and top-p are asked for: as bfloat16 and float32 (2 + 4), then sorted,
-with places and probabilities (4 + 8 + 4).  Source: vllm/v1/sample/ops/topk_topp_sampler.py."""
+SAMPLED_BYTES, SORTED_BYTES = 14, 22
+"""Of a logit: as bfloat16 and float32 (2 + 4), with its probability and a draw (4 + 4); or sorted
+for top-k and top-p, with its place and probability (4 + 8 + 4), which only a Triton kernel saves.
+Source: vllm/v1/sample/ops/topk_topp_sampler.py."""
 
 MAX_MADE_KEYS = 64 * 1024
 """Of `MLACommonMetadataBuilder.determine_chunked_prefill_workspace_size`."""
@@ -81,8 +82,11 @@ def working_bytes(vllm_config: VllmConfig) -> int:
     if model.use_mla:
         largest = max(largest, 2 * hidden_bytes + made_keys_bytes(vllm_config))
     if model.runner_type == "generate":
+        from vllm.triton_utils import HAS_TRITON
+
         num_logits = min(num_tokens, scheduler.max_num_seqs) * model.get_vocab_size()
-        largest = max(largest, hidden_bytes + num_logits * SAMPLING_BYTES)
+        sampling_bytes = num_logits * (SAMPLED_BYTES if HAS_TRITON else SORTED_BYTES)
+        largest = max(largest, hidden_bytes + sampling_bytes)
     return int(largest)
 
 
