@@ -322,6 +322,14 @@ def _latent_attention_is_split_by_its_layer() -> None:
     layer = _attribute("vllm.model_executor.layers.attention.mla_attention:MLAAttention")
     read = ("forward_mha", "forward_mqa", "num_actual_tokens", "num_decode_tokens")
     _expect_names(layer, {"forward_impl": read})
+    _expect_parameters(
+        "vllm.model_executor.layers.attention.mla_attention:MLAAttention.forward_impl",
+        ("q", "k_c_normed", "k_pe", "kv_cache", "attn_metadata", "output"),
+    )
+    around = _attribute("vllm.model_executor.layers.mla:MultiHeadLatentAttentionWrapper")
+    parts = ("fused_qkv_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "q_proj")
+    more = ("kv_a_layernorm", "rotary_emb", "dcp_q_replicate", "g_proj", "mla_attn", "o_proj")
+    _expect_names(around, {"forward": (*parts, *more)})
     impl = "vllm.v1.attention.backend:MLAAttentionImpl"
     step = ("kv_c_and_k_pe_cache", "attn_metadata")
     _expect_parameters(f"{impl}.forward_mqa", ("q", *step, "layer"))
@@ -797,7 +805,7 @@ SEAMS: tuple[Seam, ...] = (
         target="vllm.model_executor.layers.attention.mla_attention:MLAAttention.forward_impl",
         why="vLLM's layer of latent attention splits a step by fields of the backend's own "
         "metadata and calls the two halves of its implementation, whose arguments no base class "
-        "promises.",
+        "promises; the layer around it, which a plugin may replace, calls it from ours.",
         versions="0.32",
         upstream="vllm/model_executor/layers/attention/mla_attention.py",
         leaves_when="vLLM documents what it reads of a latent backend's metadata.",

@@ -127,6 +127,13 @@ def test_without_a_device_a_command_ends_with_one_message(
         pytest.param(
             (), {"XLLM_CANN_MEMORY_BYTES": str(2**25)}, 2, "the model needs at least", id="small"
         ),
+        pytest.param(
+            ("--max-num-seqs", "256"),
+            {"XLLM_CANN_MEMORY_BYTES": str(2**27)},
+            2,
+            "0.26 to compute steps of",
+            id="working memory",
+        ),
         pytest.param(("--dtype", "float32"), {}, 2, "--dtype float32", id="dtype"),
         pytest.param(("-tp", "2"), {}, 2, "does not support 2 ranks (HCCL)", id="ranks"),
     ],

@@ -16,8 +16,18 @@ from xllm_plugin.testing.cann import Emulator
 GIB = 2**30
 
 
-def demand(weights: float, kv_cache: float, num_tokens: int | None = 4096) -> Demand:
-    return Demand(int(weights * GIB), int(kv_cache * GIB), num_tokens, utilization=0.5)
+def demand(
+    weights: float, kv_cache: float, working: float = 0, num_tokens: int | None = 4096
+) -> Demand:
+    return Demand(
+        int(weights * GIB),
+        int(kv_cache * GIB),
+        int(working * GIB),
+        num_tokens,
+        step_tokens=2048,
+        step_requests=256,
+        utilization=0.5,
+    )
 
 
 def memory(free: float, total: float) -> DeviceMemory:
@@ -32,7 +42,7 @@ def forgetful() -> Iterator[None]:
 
 
 def test_what_fits_exactly_is_accepted() -> None:
-    check_memory(0, memory(32, 64), demand(20, 12))
+    check_memory(0, memory(32, 64), demand(20, 11, 1))
 
 
 def test_memory_of_other_processes_is_a_matter_of_the_moment() -> None:
@@ -48,16 +58,17 @@ def test_a_model_that_is_too_large_is_told_what_it_needs() -> None:
     with pytest.raises(
         PlatformError,
         match=r"device 0 gives 32\.00 of its 64\.00 GiB .* needs at least 32\.50: 20\.00 for "
-        r"weights in bfloat16, 12\.50 for the KV cache of one request of 4096 tokens\. Give a "
-        "smaller --max-model-len",
+        r"weights in bfloat16, 11\.75 for the KV cache of one request of 4096 tokens, 0\.75 to "
+        r"compute steps of 2048 tokens and 256 requests\. Give a smaller --max-model-len, "
+        "--max-num-batched-tokens or --max-num-seqs",
     ):
-        check_memory(0, memory(64, 64), demand(20, 12.5))
+        check_memory(0, memory(64, 64), demand(20, 11.75, 0.75))
 
 
 def test_a_cache_asked_for_in_bytes_may_take_all_that_is_free() -> None:
-    check_memory(0, memory(60, 64), demand(20, 40, num_tokens=None))
+    check_memory(0, memory(60, 64), demand(20, 39, 1, num_tokens=None))
     with pytest.raises(PlatformError, match=r"gives 60\.00 .*smaller --kv-cache-memory-bytes"):
-        check_memory(0, memory(60, 64), demand(20, 40.5, num_tokens=None))
+        check_memory(0, memory(60, 64), demand(20, 39, 1.5, num_tokens=None))
 
 
 @pytest.fixture

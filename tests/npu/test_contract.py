@@ -109,6 +109,8 @@ def test_every_call_fits_the_wheels_schema(on_device: Callable[..., Any]) -> Non
         "npu_add_rms_norm",
         "npu_fused_infer_attention_score_v2",
         "npu_grouped_matmul",
+        "npu_interleave_rope",
+        "npu_kv_rmsnorm_rope_cache",
         "npu_moe_gating_top_k",
         "npu_moe_init_routing_v2",
         "npu_moe_token_unpermute",

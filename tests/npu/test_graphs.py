@@ -12,11 +12,19 @@ pytestmark = [pytest.mark.npu, pytest.mark.full]
 SOURCE = """
 import torch, torch_npu
 from xllm_plugin.npu.attention import causal_mask
-from xllm_plugin.npu.graphs import NpuGraphBackend
+from xllm_plugin.graph.config import GraphConfig
+from xllm_plugin.npu.graphs import NpuGraphBackend, within_spare_memory
 from xllm_plugin.npu.testkit import probe_graphs
 from xllm_plugin.testing.conformance import check_graph_backend
 torch.manual_seed(0)
 result = {"unchecked": [one.clause for one in check_graph_backend(NpuGraphBackend, probe_graphs)]}
+
+config = GraphConfig()
+total = torch.npu.mem_get_info()[1]
+result["budget"] = [
+    within_spare_memory(config, 0) is config,
+    0 < within_spare_memory(config, total - 2**29).memory_bytes <= 2**29 < config.memory_bytes,
+    within_spare_memory(config, total).memory_bytes]
 
 mask = causal_mask(torch.device("npu"))
 pages = [torch.randn(6, 128, 2 * 128).bfloat16().npu() for _ in range(2)]
@@ -42,6 +50,26 @@ with torch.inference_mode():
         backend.capture(lambda: query.sum().item())
     except RuntimeError as error:
         result["waits"] = str(error)
+    import ctypes, logging
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("vllm.xllm_plugin").addHandler(handler)
+    streams = [torch.npu.current_stream()]
+    for _ in range(2):
+        ctypes.CDLL("libascendcl.so").emulator_fail_streams()
+        try:
+            backend.capture(lambda: query + 1)
+        except MemoryError as error:
+            result["no streams"] = str(error)
+    streams.append(torch.npu.current_stream())
+    result["left"] = [streams[0] == streams[1], torch._C._len_torch_dispatch_stack()]
+    result["said"] = said
+    again = backend.capture(lambda: query + 1)
+    backend.lengths = None
+    result["again"] = torch.equal(backend.replay(again).cpu(), (query + 1).cpu())
+    backend.drop(again)
+    backend.lengths = [1, 1]
     result["after"] = torch.equal(backend.replay(graph).cpu(), attend([1, 1]).cpu())
 """
 
@@ -51,4 +79,10 @@ def test_replays_read_present_inputs_and_lengths(on_device: Callable[..., Any]) 
     assert "waits for the device" in found.pop("waits")
     assert found["same"] == [True] * 3
     assert found["after"]
+    assert found["budget"] == [True, True, 0]
+    assert "207008" in found["no streams"]
+    assert found["left"] == [True, 0]
+    assert found["again"]
+    (said,) = found["said"]
+    assert "no streams for another graph beside the 1 captured ones" in said
     assert found["unchecked"] == []

@@ -106,6 +106,8 @@ def test_tokens_are_those_of_transformers_but_for_near_ties(
 ) -> None:
     """bfloat16 against float32: a token may be second where the two differ by rounding.
 
+    SmolLM2 has three of these, none by more than 0.023: its logits are in steps of 0.06 and more.
+
     So may an expert, which moves a log-probability further: tiny-deepseek-v3 has a token whose
     second and third expert are 0.0016 apart, where steps of bfloat16 are 0.0078.
     """
@@ -122,7 +124,7 @@ def test_tokens_are_those_of_transformers_but_for_near_ties(
     )
     assert len(found["margins"]) == 20
     assert found["replays"] >= 5
-    assert sum(margin > 0 for margin in found["margins"]) <= 2, found["margins"]
+    assert sum(margin > 0 for margin in found["margins"]) <= 3, found["margins"]
     assert max(found["margins"]) < 0.2
     num_far = sum(difference > 0.3 for difference in found["differences"])
     assert num_far <= (model in {"tiny-qwen3-moe", "tiny-deepseek-v3"}), found["differences"]

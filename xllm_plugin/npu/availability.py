@@ -36,19 +36,30 @@ class DeviceMemory:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """The least that a model needs on a device; the memory that a step works in comes on top.
+    """The least that a model needs on a device.
 
     Attributes:
         weights_bytes: in the type that they are served in; 0 where they are not known yet.
         kv_cache_bytes: of one request of `num_tokens`, or what was asked for in bytes.
+        working_bytes: of what a step makes on its way.
         num_tokens: the longest request; None where `kv_cache_bytes` was asked for.
+        step_tokens: the most tokens of a step.
+        step_requests: the most requests of a step.
         utilization: the part of the device's memory that may be used.
     """
 
     weights_bytes: int
     kv_cache_bytes: int
+    working_bytes: int
     num_tokens: int | None
+    step_tokens: int
+    step_requests: int
     utilization: float
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.weights_bytes + self.kv_cache_bytes + self.working_bytes
 
 
 def ask(device_index: int) -> DeviceMemory:
@@ -118,13 +129,14 @@ def check_memory(device_index: int, memory: DeviceMemory, demand: Demand) -> Non
         limit_bytes, limit = share, f"--gpu-memory-utilization {demand.utilization}"
         cache = f"the KV cache of one request of {demand.num_tokens} tokens"
         flag = "--max-model-len"
-    needed_bytes = demand.weights_bytes + demand.kv_cache_bytes
-    if needed_bytes > limit_bytes:
+    if demand.total_bytes > limit_bytes:
         raise PlatformError(
             f"device {device_index} gives {gib(limit_bytes)} of its {total} GiB ({limit}), and the "
-            f"model needs at least {gib(needed_bytes)}: {gib(demand.weights_bytes)} for weights in "
-            f"bfloat16, {gib(demand.kv_cache_bytes)} for {cache}. Give a smaller {flag}, a smaller "
-            "model or a device with more memory."
+            f"model needs at least {gib(demand.total_bytes)}: {gib(demand.weights_bytes)} for "
+            f"weights in bfloat16, {gib(demand.kv_cache_bytes)} for {cache}, "
+            f"{gib(demand.working_bytes)} to compute steps of {demand.step_tokens} tokens and "
+            f"{demand.step_requests} requests. Give a smaller {flag}, --max-num-batched-tokens or "
+            "--max-num-seqs, a smaller model or a device with more memory."
         )
 
 

@@ -13,12 +13,20 @@ from xllm_plugin.npu.availability import Demand
 from xllm_plugin.npu.limits import BLOCK_SIZE, HEAD_SIZE, LATENT_SIZE, ROPE_SIZE
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
-__all__ = ["demand_of", "kv_block_bytes", "weights_bytes"]
+__all__ = ["demand_of", "kv_block_bytes", "weights_bytes", "working_bytes"]
 
 BF16_BYTES = 2
 INDEX = "model.safetensors.index.json"
+
+SAMPLED_BYTES, SORTED_BYTES = 14, 22
+"""Of a logit: as bfloat16 and float32 (2 + 4), with its probability and a draw (4 + 4); or sorted
+for top-k and top-p, with its place and probability (4 + 8 + 4), which only a Triton kernel saves.
+Source: vllm/v1/sample/ops/topk_topp_sampler.py."""
+
+MAX_MADE_KEYS = 64 * 1024
+"""Of `MLACommonMetadataBuilder.determine_chunked_prefill_workspace_size`."""
 
 
 def demand_of(vllm_config: VllmConfig) -> Demand:
@@ -41,7 +49,10 @@ def demand_of(vllm_config: VllmConfig) -> Demand:
     return Demand(
         weights_bytes=0 if is_made_up else weights_bytes(Path(model.model)),
         kv_cache_bytes=kv_cache_bytes,
+        working_bytes=working_bytes(vllm_config),
         num_tokens=num_tokens,
+        step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        step_requests=vllm_config.scheduler_config.max_num_seqs,
         utilization=cache.gpu_memory_utilization,
     )
 
@@ -55,6 +66,53 @@ def kv_block_bytes(vllm_config: VllmConfig) -> int:
         else 2 * HEAD_SIZE * model.get_num_kv_heads(parallel)
     )
     return int(model.get_num_layers(parallel)) * BLOCK_SIZE * values_a_token * BF16_BYTES
+
+
+def working_bytes(vllm_config: VllmConfig) -> int:
+    """What the largest step makes and holds at once, at the least.
+
+    The engine runs this step before it makes a KV cache (`GPUModelRunner.profile_run`): a layer
+    over the most tokens, then sampling for the most requests.  Graphs are not counted: they take
+    what is left (`npu/graphs.py`).
+    """
+    model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    num_tokens = scheduler.max_num_batched_tokens
+    hidden_bytes = num_tokens * model.get_hidden_size() * BF16_BYTES
+    largest = 2 * hidden_bytes + num_tokens * values_of_feed_forward(model) * BF16_BYTES
+    if model.use_mla:
+        largest = max(largest, 2 * hidden_bytes + made_keys_bytes(vllm_config))
+    if model.runner_type == "generate":
+        from vllm.triton_utils import HAS_TRITON
+
+        num_logits = min(num_tokens, scheduler.max_num_seqs) * model.get_vocab_size()
+        sampling_bytes = num_logits * (SAMPLED_BYTES if HAS_TRITON else SORTED_BYTES)
+        largest = max(largest, hidden_bytes + sampling_bytes)
+    return int(largest)
+
+
+def values_of_feed_forward(model: ModelConfig) -> int:
+    """What one token has beside residual and input, when activations are multiplied (SwiGLU).
+
+    Experts hold a token's rows once for each expert chosen; of the dense layers in a mixture, if
+    there are any, nothing is counted.
+    """
+    text = model.hf_text_config
+    if model.get_num_experts():
+        width = getattr(text, "moe_intermediate_size", None) or 0
+        return int(model.get_num_experts_per_tok() * (model.get_hidden_size() + 3 * width))
+    is_gated = getattr(text, "hidden_act", None) == "silu"
+    return (3 if is_gated else 2) * int(getattr(text, "intermediate_size", None) or 0)
+
+
+def made_keys_bytes(vllm_config: VllmConfig) -> int:
+    """Keys and values made of latents, as many as vLLM makes room for at its trial."""
+    model = vllm_config.model_config
+    if model.original_max_model_len == -1:
+        return 0
+    text = model.hf_text_config
+    num_keys = min(8 * model.max_model_len, MAX_MADE_KEYS)
+    num_heads = model.get_num_attention_heads(vllm_config.parallel_config)
+    return int(num_keys * num_heads * (text.qk_nope_head_dim + text.v_head_dim) * BF16_BYTES)
 
 
 def weights_bytes(folder: Path) -> int:

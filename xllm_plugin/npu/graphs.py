@@ -23,12 +23,17 @@ from xllm_plugin.graph.cache import GraphCache
 from xllm_plugin.graph.config import GraphConfig
 from xllm_plugin.graph.mode import BatchShape, GraphKey, GraphMode
 
-__all__ = ["DecodeGraphs", "NpuGraphBackend"]
+__all__ = ["DecodeGraphs", "NpuGraphBackend", "within_spare_memory"]
 
 logger = logging.getLogger("vllm.xllm_plugin")
 
 LENGTHS = "actual_seq_kvlen"
 """The argument of attention that differs from step to step and is the host's."""
+
+STREAMS_RAN_OUT = ("207005", "207008")
+"""CANN's errors: no resource, no stream (acl/error_codes/rt_error_codes.h)."""
+
+num_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # noqa: SLF001
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,7 @@ class NpuGraphBackend:
         self.lengths: Sequence[int] | None = None
         self._graphs: dict[GraphHandle, Captured] = {}
         self._numbers = count(1)
+        self._told_of_streams = False
 
     def capture(self, run: Callable[[], Any]) -> GraphHandle:
         """See `GraphBackend`."""
@@ -58,14 +64,18 @@ class NpuGraphBackend:
         torch.npu.synchronize()
         torch.npu.empty_cache()  # as the capture will, which must not count
         before_bytes = torch.npu.memory_reserved()
+        stream, num_modes = torch.npu.current_stream(), num_dispatch_modes()
         try:
             with torch.npu.graph(graph, auto_dispatch_capture=True):
                 output = run()
-        except torch.OutOfMemoryError as error:
+        except BaseException as error:  # raised again; half a capture keeps its memory
+            # torch_npu leaves neither of these if its capture cannot begin or end.
+            if num_dispatch_modes() > num_modes:
+                graph.graph_dispatch_mode.__exit__(None, None, None)
+            torch.npu.set_stream(stream)
             graph.reset()
-            raise MemoryError(str(error)) from error
-        except BaseException:  # raised again; half a capture keeps its memory
-            graph.reset()
+            if self._finds_no_room(error):
+                raise MemoryError(str(error)) from error
             raise
         handle = GraphHandle(next(self._numbers))
         num_bytes = max(0, torch.npu.memory_reserved() - before_bytes)
@@ -90,10 +100,46 @@ class NpuGraphBackend:
         """See `GraphBackend`; as measured at each capture."""
         return sum(captured.num_bytes for captured in self._graphs.values())
 
+    def _finds_no_room(self, error: BaseException) -> bool:
+        """Whether memory or streams ran out; of streams the log tells once."""
+        lacks_streams = any(code in str(error) for code in STREAMS_RAN_OUT)
+        if lacks_streams and not self._told_of_streams:
+            self._told_of_streams = True
+            logger.warning(
+                "xllm-plugin: the device has no streams for another graph beside the %d captured "
+                "ones; steps of other sizes run eagerly. Set graph.max_graphs to %d to keep to "
+                "these, or end other processes on the device.",
+                len(self._graphs),
+                max(1, len(self._graphs)),
+            )
+        return lacks_streams or isinstance(error, torch.OutOfMemoryError)
+
     def _get(self, graph: GraphHandle) -> Captured:
         if graph not in self._graphs:
             raise ValueError(f"graph {graph} is unknown or dropped")
         return self._graphs[graph]
+
+
+def within_spare_memory(config: GraphConfig, working_bytes: int) -> GraphConfig:
+    """Settings under which graphs leave alone the memory that eager steps work in.
+
+    Args:
+        config: the settings asked for.
+        working_bytes: what the largest step makes and holds at once; weights and the KV cache are
+            in place.
+    """
+    free_bytes, _ = torch.npu.mem_get_info()
+    unused_bytes = torch.npu.memory_reserved() - torch.npu.memory_allocated()
+    spare_bytes = max(0, free_bytes + unused_bytes - working_bytes)
+    if spare_bytes >= config.memory_bytes:
+        return config
+    logger.info(
+        "xllm-plugin: graphs may take %d MiB, not graph.memory_bytes (%d MiB): weights, the KV "
+        "cache and the steps themselves need the rest.",
+        spare_bytes // 2**20,
+        config.memory_bytes // 2**20,
+    )
+    return config.model_copy(update={"memory_bytes": spare_bytes})
 
 
 class DecodeGraphs:

@@ -250,7 +250,10 @@ class NpuLatentAttention(MLAAttentionImpl[Any]):
         kv_cache_dtype: str,
         k_scale: torch.Tensor,
     ) -> None:
-        """Write the step's latents [tokens, 512] and ropes [tokens, 1, 64]."""
+        """Write the step's latents [tokens, 512] and ropes [tokens, 1, 64].
+
+        For layers that do not write them by themselves (`npu/mla_layer.py`).
+        """
         del kv_cache_dtype, k_scale
         if get_forward_context().attn_metadata is None:  # memory is measured: nothing has a slot
             return

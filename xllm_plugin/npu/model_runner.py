@@ -9,7 +9,7 @@ import torch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from xllm_plugin.config import load_config
-from xllm_plugin.npu.graphs import DecodeGraphs
+from xllm_plugin.npu.graphs import DecodeGraphs, within_spare_memory
 from xllm_plugin.worker.model_runner import XllmModelRunnerMixin
 
 __all__ = ["XllmNpuModelRunner"]
@@ -26,6 +26,8 @@ class XllmNpuModelRunner(XllmModelRunnerMixin, GPUModelRunner):
     """
 
     graphs: DecodeGraphs | None = None
+    working_bytes = 0
+    """What the largest step makes and holds at once, as measured before there was a KV cache."""
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """Allocate the cache; with it graphs can be captured.  See vLLM's GPUModelRunner."""
@@ -34,7 +36,7 @@ class XllmNpuModelRunner(XllmModelRunnerMixin, GPUModelRunner):
         if config.mode == "off" or self.model_config.enforce_eager:
             logger.info("xllm-plugin: every step runs eagerly, as asked.")
         elif len(self.attn_groups) == 1 and len(self.attn_groups[0]) == 1:
-            self.graphs = DecodeGraphs(self, config)
+            self.graphs = DecodeGraphs(self, within_spare_memory(config, self.working_bytes))
         else:
             logger.info("xllm-plugin: every step runs eagerly: the layers differ in attention.")
 

@@ -17,7 +17,7 @@ import torch_npu  # noqa: F401  registers the operators
 from torch.utils._pytree import tree_leaves, tree_map
 
 from xllm_plugin.npu.attention import BAND, RIGHT_DOWN_CAUSAL, causal_mask
-from xllm_plugin.npu.limits import BLOCK_SIZE, HEAD_SIZE
+from xllm_plugin.npu.limits import BLOCK_SIZE, HEAD_SIZE, LATENT_SIZE, ROPE_SIZE
 from xllm_plugin.testing.cann.device import operators  # noqa: F401  enters them
 from xllm_plugin.testing.cann.device.contract import EMULATED
 from xllm_plugin.testing.selftest import Check
@@ -108,6 +108,26 @@ def window_arguments(generator: torch.Generator) -> Arguments:
     """The same step, in a window of 100 keys."""
     positional, named = attention_arguments(generator)
     return positional, {**named, "sparse_mode": BAND, "pre_tokens": 99, "next_tokens": 0}
+
+
+def angles(generator: torch.Generator, num_tokens: int) -> list[torch.Tensor]:
+    """Cosines and sines, [1, 1, tokens, 64] each."""
+    half = torch.rand(1, 1, num_tokens, ROPE_SIZE // 2, generator=generator) * 6
+    return [torch.cat((one, one), -1).bfloat16() for one in (half.cos(), half.sin())]
+
+
+def interleaved_arguments(generator: torch.Generator) -> Arguments:
+    """Of turning the queries' ropes, with angles for each token."""
+    by_token = [one.view(33, 1, 1, ROPE_SIZE) for one in angles(generator, 33)]
+    return (normal(generator, 33, HEADS, 1, ROPE_SIZE), *by_token), {}
+
+
+def written_arguments(generator: torch.Generator) -> Arguments:
+    """Of writing latents and ropes to their caches."""
+    states = normal(generator, 1, 1, 33, LATENT_SIZE + ROPE_SIZE), normal(generator, LATENT_SIZE)
+    slots = torch.randperm(4 * BLOCK_SIZE, generator=generator)[:33]
+    caches = [torch.zeros(4, BLOCK_SIZE, 1, n).bfloat16() for n in (ROPE_SIZE, LATENT_SIZE)]
+    return (*states, *angles(generator, 33), slots, *caches), {"cache_mode": "PA_BNSD"}
 
 
 def latent_arguments(generator: torch.Generator) -> Arguments:
@@ -202,6 +222,8 @@ CASES = (
     Case("npu_scatter_pa_kv_cache", "33 slots of 512", scatter_arguments, written=(2, 3)),
     Case(ATTENTION, "paged: 4 of 200, 5 of 5, 1 of 300", attention_arguments),
     Case(ATTENTION, "in a window of 100: 4 of 200, 5 of 5, 1 of 300", window_arguments),
+    Case("npu_interleave_rope", f"33 x {HEADS} x {ROPE_SIZE}", interleaved_arguments),
+    Case("npu_kv_rmsnorm_rope_cache", "33 slots of 512", written_arguments, written=(5, 6)),
     Case(ATTENTION, "latent: 1 of 200, 1 of 5", latent_arguments),
     Case(ATTENTION, "packed: 4 of 200, 5 of 5", prefill_arguments),
     Case("npu_moe_gating_top_k", f"33 x {EXPERTS}, {CHOSEN}", gating_arguments, 2),

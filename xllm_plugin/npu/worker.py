@@ -14,7 +14,7 @@ from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
 from vllm.v1.worker.utils import request_memory
 
-from xllm_plugin.npu import experts, operators  # noqa: F401  register our layers
+from xllm_plugin.npu import experts, mla_layer, operators  # noqa: F401  register our layers
 from xllm_plugin.npu.model_runner import XllmNpuModelRunner
 from xllm_plugin.seams import Process, check_all
 from xllm_plugin.worker.worker import XllmWorkerMixin
@@ -47,6 +47,15 @@ class XllmNpuWorker(XllmWorkerMixin, Worker):
         self.init_snapshot = MemorySnapshot(device=self.device)
         self.requested_memory = request_memory(self.init_snapshot, self.cache_config)
         self._init_workspace_and_model_runner()
+
+    def determine_available_memory(self) -> int:
+        """See vLLM's worker; the runner is told how much of the rest a step works in."""
+        torch.accelerator.reset_peak_memory_stats(self.device)
+        available_bytes = super().determine_available_memory()
+        peak_bytes = torch.accelerator.max_memory_allocated(self.device)
+        working_bytes = peak_bytes - torch.accelerator.memory_allocated(self.device)
+        self.model_runner.working_bytes = working_bytes
+        return available_bytes
 
     def _make_model_runner(self) -> Any:
         runner = XllmNpuModelRunner(self.vllm_config, self.device)

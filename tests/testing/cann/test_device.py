@@ -325,6 +325,90 @@ def test_latent_attention_against_plain_torch(on_device: Callable[..., Any]) -> 
         assert part in refused[name], (name, refused[name])
 
 
+WRITTEN = """
+heads, tokens, blocks, dtype = 4, 6, 3, torch.bfloat16
+angles = torch.outer(torch.randint(0, 99, (tokens,)).double(), 1e4 ** -(torch.arange(32) / 32))
+cos, sin = (torch.cat((half, half), -1).to(dtype) for half in (angles.cos(), angles.sin()))
+def turned(x):
+    "[..., tokens, 64]: neighbours are the pairs; all first ones, then all second ones."
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (32, 2)).contiguous())
+    pairs = pairs * torch.exp(1j * angles)
+    return torch.cat((pairs.real, pairs.imag), -1)
+x = torch.randn(1, heads, tokens, 64).to(dtype)
+whole = [t.view(1, 1, tokens, 64).npu() for t in (cos, sin)]
+result["turned"] = close(torch_npu.npu_interleave_rope(x.npu(), *whole), turned(x), 2e-2)
+by_token = [t.view(tokens, 1, 1, 64) for t in whole]
+q = x[0].transpose(0, 1).unsqueeze(2).contiguous()  # [tokens, heads, 1, 64]
+found = torch_npu.npu_interleave_rope(q.npu(), *by_token).squeeze(2).transpose(0, 1)
+result["turned by token"] = close(found, turned(x[0]), 2e-2)
+
+kv, gamma = torch.randn(1, 1, tokens, 576).to(dtype), torch.rand(512).to(dtype)
+slots = torch.tensor([0, 383, 128, 5, 200, 127])
+def write(kv=kv, gamma=gamma, slots=slots, angles=whole, blocks=blocks, **changed):
+    caches = [torch.full((blocks, 128, 1, size), 9.0, dtype=dtype).npu() for size in (64, 512)]
+    given = npu(kv, gamma), npu(slots)
+    out = torch_npu.npu_kv_rmsnorm_rope_cache(
+        *given[0], *angles, *given[1], *caches, **{**dict(cache_mode="PA_BNSD"), **changed})
+    return caches, out
+ropes, latents = kv[0, 0, :, 512:], kv[0, 0, :, :512].float()
+wanted = [turned(ropes), F.rms_norm(latents, (512,), gamma.float(), 1e-5)]
+caches, out = write(is_output_kv=True)
+result["given back"] = [a.data_ptr() == b.data_ptr() for a, b in zip(caches, out)]
+result["written"] = [
+    close(one.cpu().flatten(0, 2)[slots], expected, 2e-2) for one, expected in zip(caches, wanted)]
+result["others"] = [int((one.cpu().flatten(0, 2) == 9).all(-1).sum()) for one in caches]
+result["output"] = [close(one[0, 0], expected, 2e-2) for one, expected in zip(out[2:], wanted)]
+result["no output"] = [bool(one.isnan().all()) for one in write()[1][2:]]
+apart = [t.view(tokens, 1, 1, -1) for t in (kv, *whole)]
+result["refused"] = {
+    "default mode": refused(lambda: write(cache_mode="Norm")),
+    "scale": refused(lambda: write(k_rope_scale=torch.ones(64).npu())),
+    "size": refused(lambda: write(kv[..., :575].contiguous())),
+    "angles": refused(lambda: write(angles=by_token)),
+    "int32 slots": refused(lambda: write(slots=slots.int())),
+    "slots": refused(lambda: write(slots=slots[:5])),
+    "outside": refused(lambda: write(slots=slots + 1)),
+    "twice": refused(lambda: write(slots=slots * 0)),
+    "blocks": refused(lambda: write(apart[0], angles=apart[1:])),
+    "v2's keyword": refused(lambda: write(k_cache_dtype=27)),
+    "heads of angles": refused(lambda: torch_npu.npu_interleave_rope(
+        x.npu(), *(t.expand(1, heads, -1, -1).contiguous() for t in whole))),
+    "strided": refused(lambda: torch_npu.npu_interleave_rope(
+        x[0].transpose(0, 1).unsqueeze(2).npu(), *by_token)),
+}
+"""
+
+
+@pytest.mark.full
+def test_what_latent_attention_caches_against_plain_torch(on_device: Callable[..., Any]) -> None:
+    found = on_device(PREAMBLE + WRITTEN, operators=True)
+    refused = found.pop("refused")
+    assert found == {
+        "turned": True,
+        "turned by token": True,
+        "given back": [True, True],
+        "written": [True, True],
+        "others": [3 * 128 - 6] * 2,
+        "output": [True, True],
+        "no output": [True, True],
+    }
+    for name, part in {
+        "default mode": "cache_mode 'Norm' is not emulated",
+        "scale": "not emulated: k_rope_scale",
+        "size": "kv is (1, 1, 6, 575)",
+        "angles": "cos is (6, 1, 1, 64), not (1, 1, 6, 64)",
+        "int32 slots": "index is torch.int32",
+        "slots": "one slot for each of 6 tokens",
+        "outside": "outside the cache",
+        "twice": "named twice",
+        "blocks": "3 blocks, where 6 are asked for",
+        "v2's keyword": "k_cache_dtype",
+        "heads of angles": "cos is (1, 4, 6, 64)",
+        "strided": "x is not contiguous",
+    }.items():
+        assert part in refused[name], (name, refused[name])
+
+
 EXPERTS = """
 tokens, experts, k, hidden, width = 7, 8, 2, 64, 32
 logits, bias = torch.randn(tokens, experts), torch.randn(experts)

@@ -108,6 +108,11 @@ static int fails_in_capture;
 /* The next capture finds no memory. */
 void emulator_fail_capture(void) { fails_in_capture = 1; }
 
+static int streams_run_out;
+
+/* The next capture finds no streams. */
+void emulator_fail_streams(void) { streams_run_out = 1; }
+
 /* Initialisation and devices. */
 
 aclError aclInit(const char *path) { (void)path; return ACL_SUCCESS; }
@@ -513,6 +518,10 @@ aclError aclmdlRICaptureBegin(aclrtStream stream, aclmdlRICaptureMode mode)
 {
     (void)mode;
     if (captured) return fail(ACL_ERROR_RT_STREAM_CAPTURED, "a stream is being captured");
+    if (streams_run_out) {
+        streams_run_out = 0;
+        return fail(ACL_ERROR_RT_NO_STREAM_RESOURCE, "a failure was asked for");
+    }
     captured = malloc(sizeof *captured);
     captured->number = emulator_capturing = ++num_models;
     captured_stream = stream;

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 # Each enters its operators when it is imported.
-from xllm_plugin.testing.cann.device import attention, dense, experts  # noqa: F401
+from xllm_plugin.testing.cann.device import attention, dense, experts, latent  # noqa: F401
 from xllm_plugin.testing.cann.device.contract import EMULATED
 from xllm_plugin.testing.cann.device.fallback import refuse_host_tensors
 from xllm_plugin.testing.cann.device.host import host_view, to_device
@@ -52,11 +52,16 @@ def _kernel(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         refuse_host_tensors(name, (args, kwargs))
         here = tree_map(host_view, (args, kwargs))
+        given = zip(tree_leaves(here), tree_leaves((args, kwargs)), strict=True)
+        given_back = {id(one): there for one, there in given}
 
         def run() -> Any:
             return function(*here[0], **here[1])
 
-        there = tree_map(to_device, run())
+        def put_back(one: Any) -> Any:
+            return given_back[id(one)] if id(one) in given_back else to_device(one)
+
+        there = tree_map(put_back, run())
         tape.note(name, run, there)
         return there
 

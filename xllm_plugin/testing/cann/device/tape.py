@@ -41,7 +41,8 @@ class Entry:
         """Do it again."""
         new = [one for one in tree_leaves(self.run()) if isinstance(one, torch.Tensor)]
         for result, value in zip(self.results, new, strict=True):
-            result.copy_(value)
+            if result.data_ptr() != value.data_ptr():  # what was written in place is given back
+                result.copy_(value)
 
 
 class Tape:
