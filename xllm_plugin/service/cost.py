@@ -15,7 +15,6 @@ are predicted to stay.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
 from typing import NamedTuple
 
 import msgspec
