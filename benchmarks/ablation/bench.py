@@ -85,6 +85,7 @@ def changed_peers(
 
     Raises `ConfigError` for a name that is not of `CHANGES`.
     """
+    names = tuple(dict.fromkeys((BASE, *names)))
     require_known("changes", names, CHANGES)
     (base,) = peer_servers(model, port=port, flags=flags, names=("xllm",))
     return tuple(
@@ -94,7 +95,7 @@ def changed_peers(
             flags=CHANGES[name].flags,
             environment=dict(CHANGES[name].environment),
         )
-        for name in dict.fromkeys((BASE, *names))
+        for name in names
     )
 
 
@@ -222,7 +223,3 @@ def command(
         },
     )
     conclude(result, json_path, console)
-
-
-if __name__ == "__main__":
-    command()

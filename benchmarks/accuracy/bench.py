@@ -278,7 +278,3 @@ def _require_lm_eval() -> None:
         raise ConfigError(
             "lm-eval is not installed; this benchmark needs 0.4.13: pip install 'xllm-plugin[eval]'"
         )
-
-
-if __name__ == "__main__":
-    command()

@@ -295,7 +295,3 @@ def check(outcome: Outcome) -> Check:
         passed=passed,
         detail=str(report.verdict) if passed else "; ".join(report.problems),
     )
-
-
-if __name__ == "__main__":
-    command()

@@ -468,7 +468,3 @@ def _details(bench: Bench, profiles: Iterable[str]) -> dict[str, Any]:
         errors = [round(error, 3) for error in profile.errors()]
         found[f"profile {name}"] = {**fitted, "relative errors": errors}
     return found
-
-
-if __name__ == "__main__":
-    command()

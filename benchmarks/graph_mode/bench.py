@@ -337,7 +337,3 @@ def require_native(folder: Path) -> None:
             f"--model {folder}: its config.json names none of {', '.join(sorted(ARCHITECTURES))}, "
             "which have native layers to compare with; try --model smollm2"
         )
-
-
-if __name__ == "__main__":
-    command()

@@ -391,7 +391,3 @@ def command(
         not_shown=NOT_SHOWN,
     )
     conclude(result, json_path, Console())
-
-
-if __name__ == "__main__":
-    command()

@@ -603,7 +603,3 @@ def measure(bench: Bench, routers: Sequence[Router], repeats: int, console: Cons
 def _record(router: Router) -> Peer:
     program = Path(router.command[0]).name
     return Peer(name=router.name, what=router.what, command=(program, *router.command[1:]))
-
-
-if __name__ == "__main__":
-    command()

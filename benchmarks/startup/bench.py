@@ -524,7 +524,3 @@ def chosen_conditions(text: str) -> tuple[str, ...]:
     if not found or not set(found) <= {COLD, WARM}:
         raise ConfigError(f"conditions {text!r}: write {COLD}, {WARM} or {COLD},{WARM}")
     return tuple(condition for condition in (COLD, WARM) if condition in found)
-
-
-if __name__ == "__main__":
-    command()

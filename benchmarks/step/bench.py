@@ -348,7 +348,3 @@ def typical_step(point: Point, answer: Mapping[str, Any]) -> dict[str, float]:
     if not steps:
         raise InternalError(f"the engine took no step that was only {point}; please report this")
     return dict(parts.typical(steps))
-
-
-if __name__ == "__main__":
-    command()

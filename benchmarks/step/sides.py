@@ -82,7 +82,7 @@ class Child(JsonProcess):
     def ask(self, job: Mapping[str, Any], *, timeout_s: float = JOB_TIMEOUT_S) -> dict[str, Any]:
         """Have one job done.  Raises `NotNowError` when the child dies or takes too long."""
         self.send(job)
-        return self.receive(timeout_s)
+        return self.receive(timeout_s, to=str(job["do"]))
 
 
 def start_job(

@@ -313,7 +313,3 @@ def command(*, quick: bool, json_path: Path, repeats: int | None) -> None:
         not_shown=NOT_SHOWN,
     )
     conclude(result, json_path, console)
-
-
-if __name__ == "__main__":
-    command()

@@ -401,7 +401,3 @@ def command(*, quick: bool, json_path: Path, model: str, keep_logs: Path | None)
         },
     )
     conclude(result, json_path, console)
-
-
-if __name__ == "__main__":
-    command()

@@ -388,7 +388,3 @@ def command(
         },
     )
     conclude(result, json_path, console)
-
-
-if __name__ == "__main__":
-    command()

@@ -269,7 +269,3 @@ def require(memory: Memory, facts: Mapping[str, Any]) -> None:
             f"asked for {memory} KV memory, and the engine has a {facts['block_pool']}; please "
             "report this"
         )
-
-
-if __name__ == "__main__":
-    command()

@@ -356,7 +356,3 @@ def command(*, quick: bool, json_path: Path, pages: int | None, repeats: int | N
     for driver in drivers:
         driver.close()
     conclude(result, json_path, Console())
-
-
-if __name__ == "__main__":
-    command()

@@ -15,13 +15,13 @@ from xllm_plugin.errors import ConfigError
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "slo_simulated"
 
 PROMISE = Promise(1000, 50)
-RATE = 3.0
+RATE = 4.2
 """Requests a second that the planner sustains."""
 STATIC_RATE = RATE / 1.5
 
 
 def kept(bench: ModuleType, side: str, rate: float) -> float:
-    found: float = bench.attainment(side, rate, PROMISE, bench.Setting(seeds=2, noise=0.08))
+    found: float = bench.attainment(side, rate, PROMISE, bench.Setting(seeds=6, noise=0.08))
     return found
 
 

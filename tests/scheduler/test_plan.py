@@ -99,6 +99,43 @@ def test_a_chunk_waits_until_decodes_were_spared_a_step() -> None:
     slow = [decode(f"d{i}", due_ms=32, tpot_ms=28) for i in range(12)]
     patient = waiting("c", due_ms=5000, todo_tokens=900)
     assert planned(*slow, patient).admit == ("c",), "little is spared"
+    batch = decode("a", due_ms=500), decode("b", due_ms=50)
+    plan = planned(*batch, waiting("short", due_ms=500, todo_tokens=16), patient)
+    assert plan.admit == ("short", "c"), "the step reads a prompt anyway"
+    limits = msgspec.structs.replace(LIMITS, max_tokens=100)
+    assert planned(*batch, patient, limits=limits).token_budget == 100, "no step could be larger"
+
+
+def test_chunks_beside_a_tight_decode_come_every_other_step() -> None:
+    engine = SimulatedEngine(MODEL.predict_ms, WORK, LIMITS)
+    engine.learner.model = MODEL
+    row = SimulatedRequest("row", 0.0, 16, 60)
+    long = SimulatedRequest("long", 0.0, 3000, 2, ttft_ms=9000.0)
+    engine.add(row)
+    engine.step()
+    engine.add(long)
+    has_chunk = []
+    while not row.is_finished:
+        has_chunk.append("long" in engine.step())
+    first, last = has_chunk.index(True), len(has_chunk) - has_chunk[::-1].index(True)
+    assert first <= 2
+    waits = "".join(".x"[is_chunk] for is_chunk in has_chunk[first:last])
+    assert ".." not in waits
+    assert "." in waits
+    assert row.kept_promise
+    assert long.kept_promise
+
+
+def test_short_prompts_that_end_in_every_step_leave_a_long_one_its_chunks() -> None:
+    engine = SimulatedEngine(MODEL.predict_ms, WORK, LIMITS)
+    engine.learner.model = MODEL
+    long = SimulatedRequest("long", 0.0, 600, 2, ttft_ms=4000.0)
+    engine.add(long)
+    for number in range(150):
+        engine.add(SimulatedRequest(f"s{number}", engine.now_s, 16, 2, ttft_ms=500.0))
+        engine.step()
+    assert long.token_times_s
+    assert not long.is_lost
 
 
 def test_earned_credit_is_spent_on_prompts() -> None:

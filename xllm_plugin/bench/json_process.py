@@ -85,12 +85,13 @@ class JsonProcess:
             raise self._ended() from error
 
     def receive(
-        self, timeout_s: float, *, on_wait: Callable[[], None] | None = None
+        self, timeout_s: float, *, to: str = "", on_wait: Callable[[], None] | None = None
     ) -> dict[str, Any]:
         """Its next answer.
 
         Args:
             timeout_s: how long that may take.
+            to: what was asked, for people.
             on_wait: called twice a second; may raise.
 
         Raises:
@@ -107,8 +108,9 @@ class JsonProcess:
                 return answer
             if on_wait is not None:
                 on_wait()
+        asked = f" to {to!r}" if to else ""
         raise NotNowError(
-            f"{self._what} gave no answer within {timeout_s:g} s; end of its log:\n"
+            f"{self._what} gave no answer{asked} within {timeout_s:g} s; end of its log:\n"
             f"{tail(self.log_path)}"
         )
 

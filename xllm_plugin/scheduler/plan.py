@@ -6,10 +6,11 @@ In this order (paper, section 3.1 and 3.2; ProServe's slide batching, arXiv 2512
    steps that were faster than promised have earned credit.  The tightest of these deadlines is the
    step's budget.  If all together would break it, those that can spare a whole step are held.  Who
    would miss its TPOT even alone on this device binds nobody.
-2. Prompts of online requests share what is left of the budget, once the decodes have been spared a
-   step with prompts: those that can still meet their TTFT by deadline, as many as can (J. M. Moore,
-   "An n job, one machine sequencing algorithm for minimizing the number of late jobs", 1968).
-   Nobody joins whose decoding would make the batch too slow for its promises.
+2. Prompts of online requests share what is left of the budget: those that can still meet their
+   TTFT by deadline, as many as can (J. M. Moore, "An n job, one machine sequencing algorithm for
+   minimizing the number of late jobs", 1968).  A first chunk that the budget cuts waits until the
+   decodes were spared a step.  Nobody joins whose decoding would make the batch too slow for its
+   promises.
 3. Then those whose promise is broken: decodes first, longest waiting first, and at a fourth of
    their pace whatever it costs; then prompts, least work first, and those that have waited too long
    in turns with all others.
@@ -303,7 +304,7 @@ class _Planner:
         return [r for r in self._decodes if r.tpot_ms >= lone_ms]
 
     def _saved_ms(self) -> float:
-        """The budget once the tightest decode has been spared one step with prompts in it.
+        """The budget once the tightest promise has been spared one step with prompts in it.
 
         Chunks cut to a single TPOT would pay a step's own cost each, and leave every token, the
         last included, at the edge of its deadline: one slow step breaks the promise.
@@ -509,7 +510,7 @@ class _Planner:
         if self._would_take_more(prompt, fits):
             return True
         least = min(MIN_CHUNK_TOKENS, prompt.todo_tokens)
-        if self._is_saving and not must_run:
+        if self._is_saving and fits < most and not (must_run or self._chunks):
             least = prompt.todo_tokens
         if fits < least:
             self._bound = self._why_short(fits, tokens_left)
