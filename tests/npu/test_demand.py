@@ -70,6 +70,8 @@ def test_a_cache_asked_for_in_bytes() -> None:
 def test_a_layers_step_is_residual_input_and_the_feed_forward_networks() -> None:
     assert working_bytes(config()) == 30 * (2 * HIDDEN + 3 * WIDTH) * 2
     gelu = SimpleNamespace(intermediate_size=WIDTH, hidden_act="gelu_new")
+    each = SimpleNamespace(intermediate_size=[1, WIDTH], hidden_act="gelu_new")
+    assert working_bytes(config(hf_text_config=gelu)) == working_bytes(config(hf_text_config=each))
     assert working_bytes(config(hf_text_config=gelu)) == 30 * (2 * HIDDEN + 2 * WIDTH) * 2
     demand = demand_of(config())
     assert (demand.step_tokens, demand.step_requests) == (30, 7)

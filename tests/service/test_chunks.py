@@ -62,3 +62,9 @@ def test_nothing_else_is_taken_for_one(
     assert body.num_chunks == 1
     parser.feed_data(b"1\r\ny\r\n")  # and it ends there
     assert body.num_chunks == 2
+
+
+def test_what_begins_with_no_number_is_no_chunk() -> None:
+    for length in range(3, 4100):
+        assert not content_start(b"-" + b"x" * (length - 3) + b"\r\n")
+        assert not content_start(b"x" * length)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from xllm_plugin.instance.resumption import RESUME_PATH, Resumption
 from xllm_plugin.service import lifecycle
 from xllm_plugin.service.chunks import content_start
-from xllm_plugin.service.continuation import arm
+from xllm_plugin.service.continuation import ArmedStream, arm
 from xllm_plugin.service.exchange import peek
 from xllm_plugin.service.policy import Choice
 from xllm_plugin.service.routes import route_of
@@ -231,6 +231,37 @@ def test_events_that_are_there_for_their_ids_alone_are_not_shown() -> None:
     assert msgspec.json.decode(raw, type=Resumption).chunks == [[0], [5, 6]]
 
 
+def relayed(stream: ArmedStream, events: list[bytes]) -> bytes:
+    """What the client gets of chunks that come one by one."""
+    shown = b""
+    for event in events:
+        chunk = b"%x\r\n%b\r\n" % (len(event), event)
+        found = stream.take_token(chunk, content_start(chunk)) if content_start(chunk) else b""
+        if not found:
+            stream.parts.append(event)
+            taken = stream.take()
+            found = b"%x\r\n%b\r\n" % (len(taken), taken) if taken else b""
+        shown += found
+    return unchunked(shown)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_an_event_cut_in_two_chunks_is_not_taken_for_a_whole_one(path: str, number: int) -> None:
+    body = json.dumps(body_of(path)).encode()
+
+    def shown(cut: int) -> bytes:
+        stream = arm(route_of(path.encode()), body, peek(body, b""))
+        assert stream is not None
+        events = FakeModel(PIECES, (1,)).events(path, json.loads(stream.body))
+        events[number : number + 1] = filter(None, (events[number][:cut], events[number][cut:]))
+        return relayed(stream, events)
+
+    whole = shown(0)
+    for cut in range(1, 500):
+        assert shown(cut) == whole
+
+
 @given(
     path=st.sampled_from([CHAT, COMPLETION]),
     per_event=st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple),
@@ -251,18 +282,9 @@ def test_an_event_by_itself_says_the_same_as_one_among_others(
     events = FakeModel([*PIECES, *PIECES], per_event).events(path, asked)
     for place in joins:  # two events in a chunk
         events[place : place + 2] = [b"".join(events[place : place + 2])]
-    shown = b""
-    for event in events:
-        chunk = b"%x\r\n%b\r\n" % (len(event), event)
-        found = alone.take_token(chunk, content_start(chunk)) if content_start(chunk) else b""
-        if not found:
-            alone.parts.append(event)
-            taken = alone.take()
-            found = b"%x\r\n%b\r\n" % (len(taken), taken) if taken else b""
-        shown += found
+    shown = relayed(alone, events)
     among.parts += events
-    expected = among.take()
-    assert unchunked(shown) == expected
+    assert shown == among.take()
     assert alone.is_done
     assert alone.num_tokens == among.num_tokens == 2 * len(PIECES)
     head = b"POST / HTTP/1.1\r\ncontent-length: 1\r\n\r\n"

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,7 +37,7 @@ REQUEST = Asked(
 
 
 def asked(**changes: Any) -> Asked:
-    return REQUEST._replace(**changes)
+    return msgspec.structs.replace(REQUEST, **changes)
 
 
 THERE = st.builds(

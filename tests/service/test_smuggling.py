@@ -306,36 +306,59 @@ def test_the_fuzz_would_see_a_request_in_another(runner: asyncio.Runner) -> None
             check_forwarded(good, [bad])
 
 
+ABC = POST + b"Content-Length: 3\r\n\r\nabc"
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
+UPGRADE = POST + (
+    b"Content-Length: %d\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+    b"HTTP2-Settings: x\r\n\r\n%b" % (len(SMUGGLED), SMUGGLED)
+)
+
+
 @given(
     parts=st.lists(requests(), min_size=1, max_size=3),
     order=st.lists(st.integers(0, 2), min_size=2, max_size=5),
     cuts=st.lists(st.integers(0, 600), max_size=2),
+    joins=st.lists(st.integers(0, 9), max_size=4),
 )
 @settings(
     max_examples=200,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@example(parts=[POST + b"Content-Length: 3\r\n\r\nabc"], order=[0, 0, 0], cuts=[])
-@example(parts=[POST + b"Content-Length: 3\r\n\r\nabc"], order=[0, 0, 0], cuts=[100])
+@example(parts=[ABC], order=[0, 0, 0], cuts=[], joins=[])
+@example(parts=[ABC], order=[0, 0, 0], cuts=[100], joins=[])
+@example(parts=[ABC], order=[0, 0, 0, 0], cuts=[], joins=[1, 1])
 @example(
     parts=[POST + b"Content-Length: %b\r\n\r\nabcde" % length for length in (b"3", b"5", b"+3")],
     order=[0, 1, 0, 2],
     cuts=[],
+    joins=[],
 )
+@example(parts=[ABC, UPGRADE], order=[0, 1, 0], cuts=[], joins=[0])
 def test_a_head_that_is_known_means_what_the_parser_says(
-    runner: asyncio.Runner, parts: list[bytes], order: list[int], cuts: list[int]
+    runner: asyncio.Runner, parts: list[bytes], order: list[int], cuts: list[int], joins: list[int]
 ) -> None:
-    """Clients that repeat their heads, a read or more for each: with and without the memory."""
+    """Clients that repeat their heads, in one read or several: with and without the memory."""
     pieces = []
     for number in order:
         part = parts[number % len(parts)]
         borders = [0, *sorted({cut for cut in cuts if 0 < cut < len(part)}), len(part)]
         pieces += [part[start:end] for start, end in pairwise(borders)]
+    for place in joins:
+        pieces[place : place + 2] = [b"".join(pieces[place : place + 2])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KnownHead, "of", lambda *_: None)
         expected = send(runner, pieces)
     assert send(runner, pieces) == expected
+
+
+def test_many_requests_with_one_head_in_a_read(
+    runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = send(runner, [ABC, ABC * 600])
+    monkeypatch.setattr(KnownHead, "of", lambda *_: None)
+    assert found == send(runner, [ABC, ABC * 600])
+    assert len(found) > 50, "as many as may be read ahead"
 
 
 def test_a_repeated_head_is_known(runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:

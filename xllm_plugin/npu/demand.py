@@ -98,10 +98,16 @@ def values_of_feed_forward(model: ModelConfig) -> int:
     """
     text = model.hf_text_config
     if model.get_num_experts():
-        width = getattr(text, "moe_intermediate_size", None) or 0
+        width = _widest(getattr(text, "moe_intermediate_size", None))
         return int(model.get_num_experts_per_tok() * (model.get_hidden_size() + 3 * width))
     is_gated = getattr(text, "hidden_act", None) == "silu"
-    return (3 if is_gated else 2) * int(getattr(text, "intermediate_size", None) or 0)
+    return (3 if is_gated else 2) * _widest(getattr(text, "intermediate_size", None))
+
+
+def _widest(sizes: object) -> int:
+    """Of all layers; some models say it for each.  0 if it is not said in numbers."""
+    each = sizes if isinstance(sizes, list | tuple) else (sizes,)
+    return max((size for size in each if isinstance(size, int)), default=0)
 
 
 def made_keys_bytes(vllm_config: VllmConfig) -> int:

@@ -8,7 +8,8 @@ replayed work waits for that alone: the host waits for nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -30,7 +31,7 @@ logger = logging.getLogger("vllm.xllm_plugin")
 LENGTHS = "actual_seq_kvlen"
 """The argument of attention that differs from step to step and is the host's."""
 
-STREAMS_RAN_OUT = ("207005", "207008")
+STREAMS_RAN_OUT = re.compile(r"\b20700[58]\b")
 """CANN's errors: no resource, no stream (acl/error_codes/rt_error_codes.h)."""
 
 num_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # noqa: SLF001
@@ -102,22 +103,33 @@ class NpuGraphBackend:
 
     def _finds_no_room(self, error: BaseException) -> bool:
         """Whether memory or streams ran out; of streams the log tells once."""
-        lacks_streams = any(code in str(error) for code in STREAMS_RAN_OUT)
+        errors = list(_with_causes(error))
+        lacks_streams = any(STREAMS_RAN_OUT.search(str(one)) for one in errors)
         if lacks_streams and not self._told_of_streams:
             self._told_of_streams = True
+            num_graphs = len(self._graphs)
+            setting = f"graph.max_graphs to {num_graphs}" if num_graphs else "graph.mode to off"
             logger.warning(
-                "xllm-plugin: the device has no streams for another graph beside the %d captured "
-                "ones; steps of other sizes run eagerly. Set graph.max_graphs to %d to keep to "
-                "these, or end other processes on the device.",
-                len(self._graphs),
-                max(1, len(self._graphs)),
+                "xllm-plugin: the device has no streams or events for another graph beside the %d "
+                "captured ones; steps of other sizes run eagerly. Set %s to keep to these, or end "
+                "other processes on the device.",
+                num_graphs,
+                setting,
             )
-        return lacks_streams or isinstance(error, torch.OutOfMemoryError)
+        return lacks_streams or any(isinstance(one, torch.OutOfMemoryError) for one in errors)
 
     def _get(self, graph: GraphHandle) -> Captured:
         if graph not in self._graphs:
             raise ValueError(f"graph {graph} is unknown or dropped")
         return self._graphs[graph]
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and those that it was raised over: ending a capture that failed fails too."""
+    one: BaseException | None = error
+    while one is not None:
+        yield one
+        one = one.__cause__ or one.__context__
 
 
 def within_spare_memory(config: GraphConfig, working_bytes: int) -> GraphConfig:

@@ -1,14 +1,15 @@
 """`xllm service`: one OpenAI endpoint over many instances.  Imports neither torch nor vLLM.
 
-The way of one request: `client.py` (bytes to a request) -> `exchange.py` (one request on its way:
-choose, send, retry, relay) -> `router.py`, `policies.py` and `cost.py` (which instance; of many:
-`roster.py`, `ranking.py`, `cost_ranking.py`) -> `upstream.py` (one connection to an instance, and
-the pool) -> `continuation.py` (what the client has of a stream, for
-another instance to go on).  Where they are set, `keys.py` (who asks, and how much) and `flow/` (who
-is next when not all fit) come before the router.  Beside it: `lifecycle.py` and `fleet.py` (which
-instances there are, in what state), `speed.py` (how fast they are), `kv_index/` (which prefixes
-they hold), `registry.py`, `etcd_registry.py` and `probes.py` (who says so), `telemetry.py` (what
-was measured), `admin.py`, `metrics.py`, `dashboard/`, `access_log.py` and `tracing.py` (see and
-steer), `tls.py` (HTTPS), `process.py` (logs and loop), `carrier.py` (what carries traffic),
-`app.py` (starts, reloads and drains all of it), `processes/` (the same with several processes).
+The way of one request: `client.py` (bytes to a request; `known_head.py`: one like the last) ->
+`exchange.py` (one request on its way: choose, send, retry, relay; `body.py`: what its body says) ->
+`router.py`, `policies.py` and `cost.py` (which instance; of many: `roster.py`, `ranking.py`,
+`cost_ranking.py`) -> `upstream.py` (one connection to an instance, and the pool; `chunks.py`: one
+event by itself) -> `continuation.py` (what the client has of a stream, for another instance to go
+on). Where they are set, `keys.py` (who asks, and how much) and `flow/` (who is next when not all
+fit) come before the router. Beside it: `lifecycle.py` and `fleet.py` (which instances there are, in
+what state), `speed.py` (how fast they are), `kv_index/` (which prefixes they hold), `registry.py`,
+`etcd_registry.py` and `probes.py` (who says so), `telemetry.py` (what was measured), `admin.py`,
+`metrics.py`, `dashboard/`, `access_log.py` and `tracing.py` (see and steer), `tls.py` (HTTPS),
+`process.py` (logs and loop), `carrier.py` (what carries traffic), `app.py` (starts, reloads and
+drains all of it), `processes/` (the same with several processes).
 """

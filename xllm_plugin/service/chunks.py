@@ -10,7 +10,7 @@ __all__ = ["chunk_of", "content_start"]
 
 _END = b"\r\n"
 _MAX_BYTES = 4096
-_NO_LINE = b"-"  # what no chunk begins with
+_NO_LINE = b""  # then the content would begin at 0
 
 
 def _size_line(num_bytes: int) -> bytes:

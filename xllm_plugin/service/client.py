@@ -140,7 +140,7 @@ class ClientConnection(asyncio.Protocol):
         self._known: KnownHead | None = None
         """What the last request's head was understood as."""
         self._learns_from: bytes | None = b""
-        """What was read from the first byte of a head on; None: this client's heads differ."""
+        """What was read from the first byte of a head on; None: they are compared no more."""
         self._body: list[bytes] = []
         self._body_bytes = 0
         self._overhead_bytes = 0
@@ -320,10 +320,16 @@ class ClientConnection(asyncio.Protocol):
         if self._head_bytes < 0 and self._learns_from is not None:
             if self._known is not None and not self._known.is_in_force(self.proxy):
                 self._known = None
-            if self._known is not None and self._recall(self._known, data):
+            if self._known is not None and (end := self._recall(self._known, data)):
+                if len(data) > end and not self._ignores_input:
+                    # However many requests these are, the parser reads them in one go.
+                    self._parse(data[end:])
                 return
             # Heads of a client that sends several kinds would be compared in vain.
             self._learns_from = data if self._known is None else None
+        self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -340,12 +346,15 @@ class ClientConnection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self._refuse(Refusal(400, f"Not a valid HTTP/1.1 request: {error}.", close=True))
 
-    def _recall(self, known: KnownHead, data: bytes) -> bool:
-        """Begin a request whose head is the last one's; False if it is another one."""
+    def _recall(self, known: KnownHead, data: bytes) -> int:
+        """Begin a request whose head is the last one's.
+
+        Returns how much of `data` is of it; 0 if it is another one's.
+        """
         length, begin = known.read(data)
         config = self.proxy.config
         if not 0 <= length <= config.limits.max_body_bytes:
-            return False
+            return 0
         self._incoming = known.again(self, length)
         part = data[begin : begin + length]
         self._head_bytes = 0
@@ -354,11 +363,9 @@ class ClientConnection(asyncio.Protocol):
         self._remaining_bytes = length - len(part)
         if self._remaining_bytes:
             self.deadline_s = self.proxy.loop.time() + config.timeouts.body_s
-            return True
-        self.on_message_complete()
-        if len(data) > begin + length and not self._ignores_input:
-            self._feed(data[begin + length :])
-        return True
+        else:
+            self.on_message_complete()
+        return begin + len(part)
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer in turn with an error, and take nothing more from this client."""
@@ -629,9 +636,11 @@ class ClientConnection(asyncio.Protocol):
             if name.lower() not in (b"connection", b"upgrade", b"http2-settings")
         ]
         head = b"%b %b HTTP/1.1\r\n%b\r\n"
-        self._feed(head % (self._method, self._target, b"".join(kept)))
+        # Nobody sent this head; a body is to follow in the parser that has read it.
+        self._learns_from = None
+        self._parse(head % (self._method, self._target, b"".join(kept)))
         if rest and not self._ignores_input:
-            self._feed(rest)
+            self._parse(rest)
 
     def _keep_early(self, exchange: Exchange, data: bytes) -> None:
         if exchange.is_done:

@@ -23,6 +23,8 @@ __all__ = ["ArmedStream", "arm", "with_body"]
 
 _MAX_EVENT_BYTES = 64 * 2**20
 _IDS = b'"token_ids":['
+_UNSEEN = b"\n"
+"""No chunk has this after its ids: it ends with more."""
 _NO_IDS = b'"token_ids":null'
 _PROMPT_IDS = b'"prompt_token_ids":['
 # What stands before the ids of a choice that goes on: in a chat, and in a completion.
@@ -156,7 +158,7 @@ class ArmedStream:
         """As its first event says; 0: not known."""
         self._path = path
         self._usual = _USUAL[path]
-        self._after = b""
+        self._after = _UNSEEN
         """What stood after the ids of an event, with the end of its chunk; it hardly changes."""
         self._rest = b""
         self._chunks: list[bytes] = []
@@ -248,6 +250,7 @@ class ArmedStream:
             self._chunks.clear()
             self._num_opening = 0
             self._is_known = False
+            self._after = _UNSEEN
 
     def next_request(self, head: bytes, target: bytes) -> tuple[bytes, bytes]:
         """Head and body of what to ask another instance for; `head` is the last one's.
