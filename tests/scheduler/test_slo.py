@@ -316,7 +316,7 @@ def test_the_overdue_have_their_turn_whatever_their_adapter(rig: Rig) -> None:
     assert (seen["waiting"][0], seen["joining"]) == ("old", 1)
     nothing = SimpleNamespace(num_scheduled_tokens={}, scheduled_encoder_inputs={})
     rig.policy.record_scheduled(nothing, 0)
-    rig.run(with_adapter(decoding("d"), 1), first_token_s=90.012)
+    rig.run(with_adapter(decoding("d"), 1), first_token_s=90.0)
     rig.plan()
     assert rig.policy._plan.admit == ("new0",)
     assert rig.policy._plan.turn is None, "it had no room, and its turn is still to come"
