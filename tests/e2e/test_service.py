@@ -92,7 +92,8 @@ def test_a_client_that_hangs_up_frees_the_engine(xllm_url: str, service_url: str
     with httpx.stream(
         "POST", f"{service_url}/v1/completions", json=body, timeout=120, trust_env=False
     ) as reply:
-        next(reply.iter_bytes())
+        chunks = reply.iter_bytes()  # held: httpx hangs up when the iterator is collected
+        assert b"text" in next(chunks)
         wait_for_metric(xllm_url, "vllm:num_requests_running", 1)
     wait_until_idle(xllm_url)
     assert read_metric(xllm_url, "vllm:generation_tokens_total") - before < 1500
