@@ -22,7 +22,8 @@ from xllm_plugin.bench.progress import Reporter
 from xllm_plugin.bench.promises import Promise, parse_promises
 from xllm_plugin.bench.schema import Figure, Peer, Row
 from xllm_plugin.bench.traces import Lengths, read_lengths
-from xllm_plugin.bench.traffic_options import SHORTEN
+from xllm_plugin.bench.traffic import GIVE_UP_MARGIN_S
+from xllm_plugin.bench.traffic_options import MAX_INPUT, MAX_OUTPUT, SHORTEN
 from xllm_plugin.scheduler.config import SchedulerConfig
 from xllm_plugin.scheduler.plan import Limits, make_plan
 from xllm_plugin.scheduler.predictor import (
@@ -47,8 +48,7 @@ QUESTION = (
     "under vLLM's own orders?"
 )
 DATA = Path(__file__).parents[1] / "serving" / "data"
-MAX_INPUT, MAX_OUTPUT = 1536, 256
-WINDOW_S, GIVE_UP_MARGIN_S = 16.0, 0.5
+WINDOW_S = 16.0
 SLOW_STEPS = 1 / 30
 WITH_PROMPTS = 0.5
 HIGHEST_RATE = 64.0
@@ -144,9 +144,7 @@ def requests(rate: float, seed: int, promise: Promise) -> Iterator[SimulatedRequ
     rng = random.Random(f"lengths:{seed}")
     for number, due_s in enumerate(Bursts().arrivals(rate, WINDOW_S, seed)):
         recorded = rng.choice(traces()[number % 2])
-        lengths = Lengths(
-            round(recorded.input_tokens / SHORTEN), round(recorded.output_tokens / SHORTEN)
-        ).clipped(MAX_INPUT, MAX_OUTPUT)
+        lengths = recorded.shortened(SHORTEN).clipped(MAX_INPUT, MAX_OUTPUT)
         yield SimulatedRequest(
             f"r{number}",
             due_s,

@@ -26,6 +26,10 @@ class Lengths:
     input_tokens: int
     output_tokens: int
 
+    def shortened(self, divisor: float) -> Lengths:
+        """Both divided alike."""
+        return Lengths(round(self.input_tokens / divisor), round(self.output_tokens / divisor))
+
     def clipped(self, max_input: int, max_output: int) -> Lengths:
         """No longer than given, and at least one token each."""
         return Lengths(

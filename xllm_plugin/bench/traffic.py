@@ -17,9 +17,10 @@ from xllm_plugin.bench.schedulers import Side
 from xllm_plugin.bench.traces import Lengths, Vocabulary
 from xllm_plugin.errors import ConfigError
 
-__all__ = ["Traffic"]
+__all__ = ["GIVE_UP_MARGIN_S", "Traffic"]
 
 GIVE_UP_MARGIN_S = 0.5
+"""A request is ended so long after it has broken its promise for certain."""
 WARM_UP_LIMIT_S = 120.0
 
 
@@ -131,11 +132,7 @@ class Traffic:
     def _lengths(self, rng: random.Random, number: int) -> tuple[str, Lengths]:
         trace = list(self.traces)[number % len(self.traces)]
         recorded = rng.choice(self.traces[trace])
-        shorter = Lengths(
-            round(recorded.input_tokens / self.shorten),
-            round(recorded.output_tokens / self.shorten),
-        )
-        return trace, shorter.clipped(self.max_input, self.max_output)
+        return trace, recorded.shortened(self.shorten).clipped(self.max_input, self.max_output)
 
     def _tokens(self, purpose: str, count: int) -> tuple[int, ...]:
         rng = self._rng(purpose)

@@ -16,10 +16,12 @@ from xllm_plugin.bench.options import keep_logs_option, model_option
 from xllm_plugin.bench.traces import Vocabulary, read_lengths
 from xllm_plugin.bench.traffic import Traffic
 
-__all__ = ["SHORTEN", "TrafficOptions", "traffic_options"]
+__all__ = ["MAX_INPUT", "MAX_OUTPUT", "SHORTEN", "TrafficOptions", "traffic_options"]
 
 SHORTEN = 12.0
 """Two cores can then read nearly every recorded prompt within the tightest promise, 500 ms."""
+MAX_INPUT, MAX_OUTPUT = 1536, 256
+"""Tokens of a prompt and of an output, after that."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -47,8 +49,8 @@ class TrafficOptions:
             traces={name: read_lengths(data_folder / f"{name}.jsonl") for name in names},
             vocabulary=Vocabulary.of_model(model_folder),
             shorten=self.shorten,
-            max_input=1536,
-            max_output=256,
+            max_input=MAX_INPUT,
+            max_output=MAX_OUTPUT,
             bursts=Bursts(factor=self.burst_factor),
             window_s=self.seconds or default_seconds,
             seed=self.seed,
