@@ -343,6 +343,21 @@ def _latent_attention_is_split_by_its_layer() -> None:
     )
 
 
+def _a_samplers_filter_can_be_replaced() -> None:
+    sampler = _attribute("vllm.v1.sample.sampler:Sampler")
+    _expect_names(sampler, {"__init__": ("topk_topp_sampler",), "sample": ("topk_topp_sampler",)})
+    inner = _attribute("vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler")
+    kept = ("logprobs_mode", "use_fp64_gumbel", "forward_native", "forward")
+    _expect_names(inner, {"__init__": kept, "forward_native": ("apply_top_k_top_p",)})
+    _expect_parameters(
+        "vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler.forward_native",
+        ("logits", "generators", "k", "p"),
+    )
+    batch = _attribute("vllm.v1.worker.gpu_input_batch:InputBatch")
+    _expect_names(batch, {"__init__": ("top_k_cpu",)})
+    _expect_names(batch, {"_make_sampling_metadata": ("num_reqs", "no_top_k")})
+
+
 def _experts_may_choose_themselves() -> None:
     layer = _attribute("vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts")
     _expect_names(layer, {"forward_monolithic": ("quant_method", "apply_monolithic")})
@@ -823,5 +838,17 @@ SEAMS: tuple[Seam, ...] = (
         leaves_when="a platform can bring its own router.",
         process=Process.NPU_WORKER,
         fits=_experts_may_choose_themselves,
+    ),
+    Seam(
+        name="npu-sampler",
+        target="vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler",
+        why="vLLM's sampler chooses its filter by platforms that it knows, and sorts the vocabulary "
+        "on others; ours is put into the sampler that the runner has made, and reads from its batch "
+        "how large a top-k is.",
+        versions="0.32",
+        upstream="vllm/v1/sample/ops/topk_topp_sampler.py, vllm/v1/worker/gpu_input_batch.py",
+        leaves_when="a platform can bring its own filter.",
+        process=Process.NPU_WORKER,
+        fits=_a_samplers_filter_can_be_replaced,
     ),
 )

@@ -240,6 +240,7 @@ def test_every_call_fits_the_wheels_schema(
         "npu_rms_norm",
         "npu_scatter_pa_kv_cache",
         "npu_swiglu",
+        "npu_top_k_top_p",
     }
     found = on_device(
         f"""
