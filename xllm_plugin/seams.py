@@ -286,6 +286,10 @@ def _a_worker_takes_another_device() -> None:
         "_init_workspace_and_model_runner": ("_make_model_runner",),
         "determine_available_memory": ("init_snapshot", "requested_memory"),
         "load_model": ("_maybe_get_memory_pool_context",),
+        "__init__": ("_sleep_mode_backend",),
+        "sleep": ("sleep_mode_backend", "_sleep_saved_buffers"),
+        "wake_up": ("sleep_mode_backend", "_sleep_saved_buffers"),
+        "discard": ("sleep_mode_backend",),
     }
     _expect_names(worker, expected)
     _expect_parameters(
@@ -785,8 +789,8 @@ SEAMS: tuple[Seam, ...] = (
         name="npu-worker-device",
         target="vllm.v1.worker.gpu_worker:Worker.init_device",
         why='it takes a device by the name "cuda" alone, so ours takes an NPU, measures its memory '
-        "and hands over to the methods after it; two of them, _make_model_runner and "
-        "_maybe_get_memory_pool_context, are ours.",
+        "and hands over to the methods after it; of these _make_model_runner, sleep_mode_backend and "
+        "_maybe_get_memory_pool_context are ours.",
         versions="0.32",
         upstream="vllm/v1/worker/gpu_worker.py",
         leaves_when="vLLM's worker takes the device that its platform names.",

@@ -98,6 +98,10 @@ class DecodeGraphs:
         self._backend.lengths = [*lengths, *[1] * (size - num_tokens)]
         return self._cache.replay(decision.key)[:num_tokens]
 
+    def drop_all(self) -> None:
+        """See `GraphCache`."""
+        self._cache.drop_all()
+
     def statistics(self) -> Any:
         """See `GraphCache`."""
         return self._cache.statistics()

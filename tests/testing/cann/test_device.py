@@ -174,7 +174,8 @@ def filtered(k, p):
     found = torch_npu.npu_top_k_top_p(
         logits.npu(), None if p is None else p.npu(), None if k is None else k.npu()).cpu()
     stay = found != -torch.inf
-    return bool((found[stay] == logits[stay]).all()), [set(r.nonzero()[:, 0].tolist()) for r in stay]
+    left = [set(row.nonzero()[:, 0].tolist()) for row in stay]
+    return bool((found[stay] == logits[stay]).all()), left
 everything, all_p = [vocabulary] * rows, [1.0] * rows
 result = {
     "both": filtered(k, p) == (True, kept(logits, k, p)),
