@@ -789,8 +789,8 @@ SEAMS: tuple[Seam, ...] = (
         name="npu-worker-device",
         target="vllm.v1.worker.gpu_worker:Worker.init_device",
         why='it takes a device by the name "cuda" alone, so ours takes an NPU, measures its memory '
-        "and hands over to the methods after it; of these _make_model_runner, sleep_mode_backend and "
-        "_maybe_get_memory_pool_context are ours.",
+        "and hands over to the methods after it; of these three are ours: _make_model_runner, "
+        "sleep_mode_backend and _maybe_get_memory_pool_context.",
         versions="0.32",
         upstream="vllm/v1/worker/gpu_worker.py",
         leaves_when="vLLM's worker takes the device that its platform names.",
@@ -846,9 +846,9 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         name="npu-sampler",
         target="vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler",
-        why="vLLM's sampler chooses its filter by platforms that it knows, and sorts the vocabulary "
-        "on others; ours is put into the sampler that the runner has made, and reads from its batch "
-        "how large a top-k is.",
+        why="vLLM's sampler chooses its filter by platforms that it knows, and sorts the "
+        "vocabulary on others; ours is put into the sampler that the runner has made, and reads "
+        "from its batch how large a top-k is.",
         versions="0.32",
         upstream="vllm/v1/sample/ops/topk_topp_sampler.py, vllm/v1/worker/gpu_input_batch.py",
         leaves_when="a platform can bring its own filter.",

@@ -66,6 +66,12 @@ def test_other_types_are_refused_with_the_option() -> None:
         XllmNpuPlatform.check_if_supports_dtype(torch.float32)
 
 
+def test_the_communicators_class_is_there() -> None:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    assert isinstance(resolve_obj_by_qualname(XllmNpuPlatform.get_device_communicator_cls()), type)
+
+
 def test_models_capture_nothing_of_vllms() -> None:
     from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 

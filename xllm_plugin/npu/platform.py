@@ -141,6 +141,12 @@ class XllmNpuPlatform(XllmPlatformMixin, Platform):
         return NpuLatentPrefill
 
     @classmethod
+    def get_device_communicator_cls(cls) -> str:
+        """vLLM's base: a group of one rank makes none, and more ranks are refused."""
+        communicators = "vllm.distributed.device_communicators"
+        return f"{communicators}.base_device_communicator.DeviceCommunicatorBase"
+
+    @classmethod
     def get_device_name(cls, device_id: int = 0) -> str:
         """The SoC's name, such as Ascend910B3."""
         return str(torch.npu.get_device_name(device_id))

@@ -67,7 +67,7 @@ class XllmNpuWorker(XllmWorkerMixin, Worker):
 
     @property
     def sleep_mode_backend(self) -> NpuSleep:
-        """What vLLM's `sleep` and `wake_up` call; a backend that is chosen by name has no runner."""
+        """What vLLM's `sleep` and `wake_up` call; one that is chosen by name is given no runner."""
         if self._sleep_mode_backend is None:
             self._sleep_mode_backend = NpuSleep(self.model_runner)
         return self._sleep_mode_backend
