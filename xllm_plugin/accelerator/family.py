@@ -81,4 +81,4 @@ class DeviceFamily:
     probe: Callable[[], Probe]
     capabilities: Capabilities = field(default_factory=Capabilities)
     prepare: Callable[[], None] = lambda: None
-    examine: Callable[[], tuple[Fact, ...]] = tuple
+    examine: Callable[[], tuple[Fact, ...]] = lambda: ()
