@@ -97,7 +97,7 @@ layer.register_buffer("table", torch.arange(9.0).npu())
 layer.tied = torch.nn.Parameter(layer.weight.data[:7])
 cache = torch.zeros(2**24, dtype=torch.int8, device="npu")
 view = cache[5:9]
-expected = [one.clone().cpu() for one in (layer.weight, layer.tied, layer.table)]
+expected = [one.detach().cpu() for one in (layer.weight, layer.tied, layer.table)]
 runner = SimpleNamespace(get_model=lambda: layer, graphs=None, kv_caches=[cache, view])
 sleep = NpuSleep(runner)
 sleep.suspend(1)
@@ -113,7 +113,7 @@ del taken
 torch.npu.empty_cache()
 sleep.resume()
 sleep.resume()
-found = [one.cpu() for one in (layer.weight, layer.tied, layer.table)]
+found = [one.detach().cpu() for one in (layer.weight, layer.tied, layer.table)]
 result["same"] = [torch.equal(a, b) for a, b in zip(found, expected)]
 cache.fill_(3)
 result["view"] = view.tolist()
