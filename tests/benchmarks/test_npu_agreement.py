@@ -112,9 +112,7 @@ def test_the_table_can_be_rendered(bench: ModuleType) -> None:
         checks=[bench.check(one, one.report) for one in found if one.report is not None],
     )
     assert result.passed
-    assert "| tiny-llama | dense | graphs | token-equal | 128 | 128 | 0 |" in readme.render(
-        result
-    )
+    assert "| tiny-llama | dense | graphs | token-equal | 128 | 128 | 0 |" in readme.render(result)
 
 
 @pytest.mark.npu

@@ -74,15 +74,11 @@ def test_a_vllm_of_another_version(run_python: Any, site: Any) -> None:
         ),
     ],
 )
-def test_a_vllm_that_cannot_be_imported(
-    run_python: Any, site: Any, raised: str, said: str
-) -> None:
+def test_a_vllm_that_cannot_be_imported(run_python: Any, site: Any, raised: str, said: str) -> None:
     add_vllm(site, "0.32.0", f"raise {raised}")
     done = run_python(*SERVE, "m")
     assert done.returncode == 2
-    assert done.stderr.startswith(
-        f"xllm: vLLM 0.32.0 is installed but cannot be imported: {said}"
-    )
+    assert done.stderr.startswith(f"xllm: vLLM 0.32.0 is installed but cannot be imported: {said}")
     assert "Traceback" not in done.stderr
 
 

@@ -134,12 +134,12 @@ LITERALS = {
 
 def is_misfit(value: ast.expr, wanted: str) -> bool:
     """Whether a literal is not of the type wanted; what is no literal shows when it is called."""
+    if isinstance(value, ast.IfExp):
+        return is_misfit(value.body, wanted) or is_misfit(value.orelse, wanted)
     if wanted.startswith("Optional["):
         wanted = wanted.removeprefix("Optional[").removesuffix("]")
         if isinstance(value, ast.Constant) and value.value is None:
             return False
-    if isinstance(value, ast.IfExp):
-        return is_misfit(value.body, wanted) or is_misfit(value.orelse, wanted)
     if isinstance(value, ast.List | ast.Tuple):
         element = wanted.removeprefix("List[").removesuffix("]")
         return element == wanted or any(is_misfit(one, element) for one in value.elts)
@@ -168,6 +168,7 @@ ONE = {
         ("torch_npu.npu_norm(x, gamma=g)", None),
         ("torch_npu.npu_norm(x, g, sizes=[1, n, -1])", None),
         ("torch_npu.npu_norm(x, g, sizes=None, mode=m if n else 'a')", None),
+        ("torch_npu.npu_norm(x, g, sizes=None if n else [1])", None),
         ("torch_npu.npu_norm(x, g, eps=1)", "unknown ['eps']"),
         ("torch_npu.npu_norm(x)", "missing ['gamma']"),
         ("torch_npu.npu_norm(x, g, 1, 2)", "takes 3 by position"),

@@ -63,7 +63,7 @@ def expect_in_doctor(done: Any, name: str, found: str, mend: str) -> None:
         (SUPPORTED_TORCH_NPU, "CANN", "none", "libascendcl.so: cannot open shared object file"),
     ],
 )
-def test_doctor_without_torch_npu_or_cann(
+def test_doctor_without_torch_npu_or_cann(  # noqa: PLR0917  a case and its means
     site: Any, run_python: RunPython, version: str | None, name: str, found: str, mend: str
 ) -> None:
     if version is not None:
@@ -138,7 +138,11 @@ def test_versions_by_their_leading_numbers(version: str, is_it: bool) -> None:
     assert is_older(version, (8, 5)) is is_it
 
 
-@pytest.mark.parametrize("arguments", [("doctor",), ("serve", "nothing")], ids=lambda one: one[0])
+@pytest.mark.parametrize(
+    "arguments",
+    [("doctor",), pytest.param(("serve", "nothing"), marks=pytest.mark.full)],
+    ids=lambda one: one[0],
+)
 def test_torch_npu_without_cann_breaks_torch_and_a_message_says_so(
     site: Any, run_python: RunPython, arguments: tuple[str, ...]
 ) -> None:
@@ -174,8 +178,18 @@ def test_the_self_test_of_a_machine_without_a_device(
     ("variables", "code", "said"),
     [
         ({"XLLM_CANN_BUSY": "1"}, 75, "device 0 cannot be taken: aclrtSetDevice"),
-        ({"XLLM_CANN_USED_BYTES": str(4 * 2**30)}, 75, "other processes hold the rest"),
-        ({"XLLM_CANN_MEMORY_BYTES": str(2**28)}, 2, "Take a device with more memory"),
+        pytest.param(
+            {"XLLM_CANN_USED_BYTES": str(4 * 2**30)},
+            75,
+            "other processes hold the rest",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            {"XLLM_CANN_MEMORY_BYTES": str(2**28)},
+            2,
+            "Take a device with more memory",
+            marks=pytest.mark.full,
+        ),
     ],
     ids=["busy", "shared", "small"],
 )

@@ -64,7 +64,7 @@ def test_it_leaves_the_tokens_that_vllm_leaves(on_device: Callable[..., Any]) ->
     assert found == {
         "class": "NpuTopKTopPSampler",
         "mode": "processed_logits",
-        "same": dict.fromkeys([*used, "one without top-k", "a large k"], [True, True]),
+        "same": {name: [True, True] for name in (*used, "one without top-k", "a large k")},
         "used": {**used, "one without top-k": False, "a large k": False},
         "trial": False,
     }

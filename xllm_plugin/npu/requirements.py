@@ -34,8 +34,8 @@ def examine() -> tuple[Fact, ...]:
 
 def requirements() -> Iterator[Fact]:
     """In the order in which one needs the other; the last one is the first that is not met."""
-    yield (torch_npu := torch_npu_fact())
-    if torch_npu.mend:
+    yield (wheel := torch_npu_fact())
+    if wheel.mend:
         return
     needed = f"{'.'.join(map(str, MIN_CANN))} or newer"
     try:

@@ -155,7 +155,6 @@ def test_dense_operators_against_plain_torch(on_device: Callable[..., Any]) -> N
         assert part in refused[name], (name, refused[name])
 
 
-
 SAMPLING = """
 rows, vocabulary = 4, 2000
 logits = torch.randn(rows, vocabulary)

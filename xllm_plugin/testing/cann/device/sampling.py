@@ -22,7 +22,7 @@ def top_k_top_p(
     require_dtype("logits", logits, FLOATS)
     require(logits.dim() == 2, f"logits have {logits.dim()} dimensions, not 2")
     require(p is not None or k is not None, "neither p nor k is given")
-    values, indices = logits.sort(-1, stable=True)
+    values, indices = logits.sort(dim=-1, stable=True)
     if k is not None:
         _check_rows("k", k, logits)
         require_dtype("k", k, (torch.int32,))
