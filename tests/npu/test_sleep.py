@@ -44,7 +44,7 @@ for level in (1, 2):
     at_work = free()
     llm.sleep(level)
     asleep = free()
-    result["given back"][level] = asleep - at_work >= KV_BYTES + 0.9 * weights
+    result["given back"][level] = (asleep - at_work) / (KV_BYTES + weights)
     state = [worker.sleep_mode_backend.state()]
     if level == 1:
         llm.wake_up(tags=["weights"])
@@ -76,8 +76,10 @@ def test_it_answers_as_before(on_device: Callable[..., Any]) -> None:
     )
     assert "MisuseError: level=3: give 1" in found.pop("level 3")
     assert "MisuseError: tags=['graphs']: give weights, kv_cache or both" in found.pop("tag")
+    given_back = found.pop("given back")  # as a part; a segment with anything else in it stays
+    assert given_back["1"] > 0.95
+    assert given_back["2"] > 0.85
     assert found == {
-        "given back": {"1": True, "2": True},
         "same": {"1": True, "2": True},
         "captured": True,
         "captured again": True,
