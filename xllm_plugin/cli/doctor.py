@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -30,7 +31,8 @@ def doctor(*, device: str | None, as_json: bool) -> None:
     """
     if device:
         os.environ[DEVICE_ENV] = device
-    report = examine()
+    with contextlib.redirect_stdout(sys.stderr):  # torch_npu, for one, prints when it is imported
+        report = examine()
     if as_json:
         record = dataclasses.asdict(report)
         record["problems"] = [dataclasses.asdict(problem) for problem in report.problems]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -39,11 +40,14 @@ def selftest(*, device: str | None, as_json: bool) -> None:
     test = find_test(name, choice.family.platform_class)
     os.environ[DEVICE_ENV] = name  # of what is started from here
     checks: list[Check] = []
+    ours = sys.stdout
     try:
-        for check in itertools.chain(test(), check_model(name)):
-            checks.append(check)
-            if as_json:
-                click.echo(json.dumps(dataclasses.asdict(check) | {"passed": check.passed}))
+        with contextlib.redirect_stdout(sys.stderr):  # what torch_npu prints is no result
+            for check in itertools.chain(test(), check_model(name)):
+                checks.append(check)
+                if as_json:
+                    record = dataclasses.asdict(check) | {"passed": check.passed}
+                    click.echo(json.dumps(record), file=ours)
     finally:  # what was found out before something that nobody expected
         if checks and not as_json:
             Console().print(table_of(choice.probe.found, checks))
