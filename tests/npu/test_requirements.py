@@ -163,6 +163,7 @@ def test_torch_npu_without_cann_breaks_torch_and_a_message_says_so(
 
 
 @pytest.mark.npu
+@pytest.mark.full  # doctor refuses by the same probe
 def test_the_self_test_of_a_machine_without_a_device(
     emulator: Emulator, run_python: RunPython
 ) -> None:
