@@ -286,6 +286,10 @@ def _a_worker_takes_another_device() -> None:
         "_init_workspace_and_model_runner": ("_make_model_runner",),
         "determine_available_memory": ("init_snapshot", "requested_memory"),
         "load_model": ("_maybe_get_memory_pool_context",),
+        "__init__": ("_sleep_mode_backend",),
+        "sleep": ("sleep_mode_backend", "_sleep_saved_buffers"),
+        "wake_up": ("sleep_mode_backend", "_sleep_saved_buffers"),
+        "discard": ("sleep_mode_backend",),
     }
     _expect_names(worker, expected)
     _expect_parameters(
@@ -341,6 +345,21 @@ def _latent_attention_is_split_by_its_layer() -> None:
         f"{impl}.do_kv_cache_update",
         ("kv_c_normed", "k_pe", "kv_cache", "slot_mapping", "kv_cache_dtype", "k_scale"),
     )
+
+
+def _a_samplers_filter_can_be_replaced() -> None:
+    sampler = _attribute("vllm.v1.sample.sampler:Sampler")
+    _expect_names(sampler, {"__init__": ("topk_topp_sampler",), "sample": ("topk_topp_sampler",)})
+    inner = _attribute("vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler")
+    kept = ("logprobs_mode", "use_fp64_gumbel", "forward_native", "forward")
+    _expect_names(inner, {"__init__": kept, "forward_native": ("apply_top_k_top_p",)})
+    _expect_parameters(
+        "vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler.forward_native",
+        ("logits", "generators", "k", "p"),
+    )
+    batch = _attribute("vllm.v1.worker.gpu_input_batch:InputBatch")
+    _expect_names(batch, {"__init__": ("top_k_cpu",)})
+    _expect_names(batch, {"_make_sampling_metadata": ("num_reqs", "no_top_k")})
 
 
 def _experts_may_choose_themselves() -> None:
@@ -770,8 +789,8 @@ SEAMS: tuple[Seam, ...] = (
         name="npu-worker-device",
         target="vllm.v1.worker.gpu_worker:Worker.init_device",
         why='it takes a device by the name "cuda" alone, so ours takes an NPU, measures its memory '
-        "and hands over to the methods after it; two of them, _make_model_runner and "
-        "_maybe_get_memory_pool_context, are ours.",
+        "and hands over to the methods after it; of these three are ours: _make_model_runner, "
+        "sleep_mode_backend and _maybe_get_memory_pool_context.",
         versions="0.32",
         upstream="vllm/v1/worker/gpu_worker.py",
         leaves_when="vLLM's worker takes the device that its platform names.",
@@ -823,5 +842,17 @@ SEAMS: tuple[Seam, ...] = (
         leaves_when="a platform can bring its own router.",
         process=Process.NPU_WORKER,
         fits=_experts_may_choose_themselves,
+    ),
+    Seam(
+        name="npu-sampler",
+        target="vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler",
+        why="vLLM's sampler chooses its filter by platforms that it knows, and sorts the "
+        "vocabulary on others; ours is put into the sampler that the runner has made, and reads "
+        "from its batch how large a top-k is.",
+        versions="0.32",
+        upstream="vllm/v1/sample/ops/topk_topp_sampler.py, vllm/v1/worker/gpu_input_batch.py",
+        leaves_when="a platform can bring its own filter.",
+        process=Process.NPU_WORKER,
+        fits=_a_samplers_filter_can_be_replaced,
     ),
 )

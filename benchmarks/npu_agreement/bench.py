@@ -57,9 +57,9 @@ NOTES = (
         "CPU': the same against the CPU family in bfloat16."
     ),
     (
-        "'offline, eager': an offline engine without graphs. 'served, graphs': `xllm serve`, steps "
-        "of one-token requests as captured graphs. 'served, cached': the same server asked again, "
-        "with prompts that its prefix cache knows. In all, prompts are computed in chunks."
+        "'eager': `xllm serve` with XLLM_GRAPH__MODE=off. 'graphs': a server whose steps of "
+        "one-token requests run as captured graphs. 'cached': the same server asked again, with "
+        "prompts that its prefix cache knows. In all, prompts are computed in chunks."
     ),
     (
         "Judged as near-ties (`xllm_plugin/testing/equality.py`) of float32, with 'CPU, bfloat16' "
@@ -125,11 +125,8 @@ class Sides(Protocol):
     def on_cpu(self, case: Case) -> Answers:
         """The CPU family."""
 
-    def offline(self, case: Case) -> Answers:
-        """An engine of the NPU family, without graphs."""
-
-    def served(self, case: Case) -> tuple[Answers, Answers]:
-        """A server of the NPU family with graphs, asked twice."""
+    def served(self, case: Case, *, graphs: bool) -> tuple[Answers, Answers]:
+        """A server of the NPU family, with graphs or without, asked twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,15 +153,13 @@ class Outcome:
 def run_case(case: Case, sides: Sides) -> list[Outcome]:
     """Ask all sides in turn, and judge those of the NPU family."""
     truth, cpu = sides.in_float32(case), sides.on_cpu(case)
-    served, cached = sides.served(case)
+    runs: dict[str, Answers] = {}
+    for name, graphs in (("eager", False), ("graphs", True)):
+        first, again = sides.served(case, graphs=graphs)
+        runs |= {name: first, f"{name}, cached": again}
     expected, found, num_ties = without_expert_ties(truth, cpu)
     noise = measure(expected, found)
     outcomes = [Outcome(case, "CPU, bfloat16", noise, num_ties)]
-    runs = {
-        "offline, eager": sides.offline(case),
-        "served, graphs": served,
-        "served, cached": cached,
-    }
     for run, answers in runs.items():
         expected, found, num_ties = without_expert_ties(truth, answers)
         report = check_near_ties(expected, found, noise)
@@ -199,22 +194,19 @@ class RealSides:
         """See `Sides`."""
         return self._collect(case.settings_on_cpu(), {"XLLM_DEVICE": "cpu"})
 
-    def offline(self, case: Case) -> Answers:
-        """See `Sides`."""
-        return self._collect(case.settings(), self._device)
-
-    def served(self, case: Case) -> tuple[Answers, Answers]:
-        """See `Sides`; also sees that prefixes were cached and graphs captured.
+    def served(self, case: Case, *, graphs: bool) -> tuple[Answers, Answers]:
+        """See `Sides`; also sees that prefixes were cached, and graphs captured where asked for.
 
         Raises:
-            AssertionError: they were not.
+            AssertionError: they were not, or graphs were where none was asked for.
         """
-        log = self._folder / f"{case.name}.log"
-        with serving(case, log, self._device) as url:
+        mode = "auto" if graphs else "off"
+        log = self._folder / f"{case.name}-{mode}.log"
+        with serving(case, log, {**self._device, "XLLM_GRAPH__MODE": mode}) as url:
             first, again = (ask_server(url, case.name) for _ in range(2))
             num_hits = read_metric(url, "vllm:prefix_cache_hits_total")
         assert num_hits > 0, "no prompt had a cached prefix"
-        assert "run as one graph" in log.read_text(), "no graph was captured"
+        assert ("run as one graph" in log.read_text()) is graphs, f"graphs were asked for: {graphs}"
         return first, again
 
     def _collect(self, settings: Settings, environment: Mapping[str, str]) -> Answers:
@@ -355,14 +347,14 @@ PEERS = (
         environment={"XLLM_DEVICE": "cpu"},
     ),
     Peer(
-        name="offline, eager",
-        what="the same with the NPU family",
-        command=("python", "-m", "xllm_plugin.testing.collect"),
-        environment={"XLLM_DEVICE": "npu"},
+        name="eager",
+        what="a server of the NPU family without graphs, over HTTP",
+        command=("xllm", "serve"),
+        environment={"XLLM_DEVICE": "npu", "XLLM_GRAPH__MODE": "off"},
     ),
     Peer(
-        name="served",
-        what="a server of the NPU family, over HTTP",
+        name="graphs",
+        what="the same with graphs, each captured at its first use",
         command=("xllm", "serve"),
         environment={"XLLM_DEVICE": "npu", "XLLM_GRAPH__MIN_USES": "1"},
     ),

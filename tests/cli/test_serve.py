@@ -64,13 +64,21 @@ def test_a_vllm_of_another_version(run_python: Any, site: Any) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_a_vllm_that_cannot_be_imported(run_python: Any, site: Any) -> None:
-    add_vllm(site, "0.32.0", "raise ImportError('libnuma.so.1: cannot open')")
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ("ImportError('libnuma.so.1: cannot open')", "libnuma.so.1: cannot open."),
+        (
+            "RuntimeError('torch_npu failed.') from ImportError('libhccl.so: cannot open')",
+            "torch_npu failed. (libhccl.so: cannot open).",
+        ),
+    ],
+)
+def test_a_vllm_that_cannot_be_imported(run_python: Any, site: Any, raised: str, said: str) -> None:
+    add_vllm(site, "0.32.0", f"raise {raised}")
     done = run_python(*SERVE, "m")
     assert done.returncode == 2
-    assert done.stderr.startswith(
-        "xllm: vLLM 0.32.0 is installed but cannot be imported: libnuma.so.1: cannot open."
-    )
+    assert done.stderr.startswith(f"xllm: vLLM 0.32.0 is installed but cannot be imported: {said}")
     assert "Traceback" not in done.stderr
 
 

@@ -18,10 +18,12 @@ SOUND = Machine(
         "torchvision": "0.28.0+cpu",
         "torchaudio": None,
         "torchcodec": None,
+        "torch_npu": None,
     },
     open_files_limit=65_535,
     shm_free_bytes=2**30,
     has_cpp_compiler=True,
+    has_cann=False,
     num_usable_cpus=8.0,
     num_cpus=8,
 )
@@ -131,3 +133,13 @@ def test_this_machine_can_be_read() -> None:
     assert machine.num_cpus >= 1
     assert 0 < machine.num_usable_cpus <= machine.num_cpus
     assert all(isinstance(finding, Finding) for finding in find(machine))
+
+
+def test_torch_npu_without_cann_breaks_every_import_of_torch() -> None:
+    here = versions(torch_npu="2.13.0")
+    finding = found(versions=here)["torch-npu-without-cann"]
+    assert finding.severity == "problem"
+    assert "torch_npu 2.13.0 is installed and CANN is not found" in finding.found
+    assert "pip uninstall torch_npu" in finding.mend
+    assert found(versions=here, has_cann=True) == {}
+    assert found(versions=here, environ={"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}) == {}

@@ -1,10 +1,8 @@
-"""What the NPU family says where something is missing, one message each."""
+"""The NPU family's record, its chips, and what it does not serve: one message each."""
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,64 +10,9 @@ from typing import Any
 import pytest
 
 from xllm_plugin.models import prepare
-from xllm_plugin.npu.accelerator import FAMILY, SUPPORTED_TORCH_NPU
+from xllm_plugin.npu.accelerator import FAMILY
 from xllm_plugin.npu.socs import soc_named
 from xllm_plugin.testing.cann import Emulator
-
-PROBE = "import json; from xllm_plugin.npu.accelerator import probe; p = probe()\n"
-PROBE += "print(json.dumps([p.usable, p.found]))"
-
-
-def probed(folder: Path, **variables: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": f"{folder}:{Path(__file__).parents[2]}", **variables}
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=True
-    )
-    return done.stdout
-
-
-def add_torch_npu(site: Any, version: str) -> None:
-    site.add_module("torch_npu", "raise ImportError('the probe imports nothing')")
-    site.add_distribution("torch_npu", version)
-
-
-def test_no_torch_npu(site: Any) -> None:
-    assert "no torch_npu (only beside CANN" in probed(site.folder)
-
-
-def test_another_torch_npu(site: Any) -> None:
-    add_torch_npu(site, "2.10.0.post4")
-    assert "torch_npu 2.10.0.post4 (pip install torch_npu==" in probed(site.folder)
-
-
-def test_no_cann(site: Any) -> None:
-    add_torch_npu(site, SUPPORTED_TORCH_NPU)
-    found = probed(site.folder, LD_LIBRARY_PATH="")
-    assert "libascendcl.so" in found
-    assert "set_env.sh" in found
-
-
-@pytest.mark.npu
-def test_no_device_and_a_device(site: Any, emulator: Emulator) -> None:
-    add_torch_npu(site, SUPPORTED_TORCH_NPU)
-    libraries = str(emulator.libraries)
-    found = probed(site.folder, LD_LIBRARY_PATH=libraries, XLLM_CANN_DEVICES="0")
-    assert "CANN 8.5.0, but no device; look at `npu-smi info`" in found
-    found = probed(site.folder, LD_LIBRARY_PATH=libraries)
-    assert found.startswith("[true")
-    assert "CANN 8.5.0, 1 device(s) Ascend910B3" in found
-
-
-@pytest.mark.npu
-def test_another_chip_and_an_older_cann(site: Any, emulator: Emulator) -> None:
-    add_torch_npu(site, SUPPORTED_TORCH_NPU)
-    libraries = str(emulator.libraries)
-    found = probed(site.folder, LD_LIBRARY_PATH=libraries, XLLM_CANN_SOC="Ascend310P3")
-    assert found.startswith("[false")
-    assert "Ascend310P3; supported are Atlas A2 and Atlas A3" in found
-    found = probed(site.folder, LD_LIBRARY_PATH=libraries, XLLM_CANN_VERSION="8.3.RC1")
-    assert found.startswith("[false")
-    assert "CANN 8.3.RC1, which is older than 8.5; install that one" in found
 
 
 @pytest.mark.parametrize(
@@ -109,7 +52,7 @@ def test_without_a_device_a_command_ends_with_one_message(
     )
     assert done.returncode == 2
     assert "XLLM_DEVICE=npu: not usable here" in done.stderr
-    assert "but no device" in done.stderr
+    assert "devices 0: look at `npu-smi info`" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -31,8 +31,8 @@ int main(void)
            ACL_RT_MEM_ALLOC_GRANULARITY_RECOMMENDED, ACL_MEMCPY_HOST_TO_DEVICE,
            ACL_MEMCPY_DEVICE_TO_HOST, ACL_ERROR_RT_MEMORY_ALLOCATION, ACL_ERROR_RT_DEVICE_OOM,
            ACL_ERROR_BAD_ALLOC);
-    printf("%zu %zu %d\\n", sizeof(aclCANNPackageVersion),
-           offsetof(aclCANNPackageVersion, majorVersion), ACL_PKG_NAME_CANN);
+    printf("%zu %zu %d %d\\n", sizeof(aclCANNPackageVersion),
+           offsetof(aclCANNPackageVersion, majorVersion), ACL_PKG_NAME_CANN, ACL_PKG_NAME_DRIVER);
     return 0;
 }
 """
@@ -51,7 +51,12 @@ def test_layouts_and_numbers_are_those_of_the_headers(emulator: Emulator, tmp_pa
         [int(word) for word in line.split()] for line in done.stdout.splitlines()
     )
     version: Any = acl.PackageVersion
-    assert package == [ctypes.sizeof(version), version.parts.offset, acl.PACKAGE_CANN]
+    assert package == [
+        ctypes.sizeof(version),
+        version.parts.offset,
+        acl.PACKAGE_CANN,
+        acl.PACKAGE_DRIVER,
+    ]
     prop: Any = acl.PhysicalMemProp
     location: Any = acl.MemLocation
     assert layout == [

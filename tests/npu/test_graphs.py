@@ -13,7 +13,8 @@ SOURCE = """
 import torch, torch_npu
 from xllm_plugin.npu.attention import causal_mask
 from xllm_plugin.graph.config import GraphConfig
-from xllm_plugin.npu.graphs import NpuGraphBackend, within_spare_memory
+from xllm_plugin.npu.graph_backend import NpuGraphBackend
+from xllm_plugin.npu.graphs import within_spare_memory
 from xllm_plugin.npu.testkit import probe_graphs
 from xllm_plugin.testing.conformance import check_graph_backend
 torch.manual_seed(0)

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.mla import MLAModules, MultiHeadLatentAttentionWrapper
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from xllm_plugin.npu import mla_layer, operators  # register
-from xllm_plugin.npu.graphs import NpuGraphBackend
+from xllm_plugin.npu.graph_backend import NpuGraphBackend
 from xllm_plugin.npu.mla import NpuLatentMetadataBuilder, regions_of
 torch.manual_seed(0)
 hidden, heads, nope, size, latent, rank, blocks, dtype = 128, 4, 64, 96, 512, 96, 7, torch.bfloat16

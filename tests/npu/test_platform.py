@@ -13,7 +13,11 @@ from xllm_plugin.npu.platform import XllmNpuPlatform, capture_nothing_of_vllms, 
 
 
 def config(**model: Any) -> Any:
-    settings = {"enable_sleep_mode": False, "quantization": None}
+    settings = {
+        "quantization": None,
+        "sleep_mode_backend": "cumem",
+        "sleep_mode_offload_cudagraph": False,
+    }
     return SimpleNamespace(
         parallel_config=SimpleNamespace(world_size=1, data_parallel_size=1),
         model_config=SimpleNamespace(**{**settings, **model}),
@@ -40,8 +44,9 @@ def test_each_thing_that_is_not_there_is_named() -> None:
             drafts,
             lora,
             elastic,
-            config(enable_sleep_mode=True),
             config(quantization="awq"),
+            config(sleep_mode_backend="criu"),
+            config(sleep_mode_offload_cudagraph=True),
         )
     ]
     assert found == [
@@ -49,8 +54,9 @@ def test_each_thing_that_is_not_there_is_named() -> None:
         "speculative decoding",
         "LoRA",
         "xtensor.enabled",
-        "sleep mode",
         "quantization (awq)",
+        "--sleep-mode-backend criu",
+        "--sleep-mode-offload-cudagraph",
     ]
 
 
@@ -58,6 +64,12 @@ def test_other_types_are_refused_with_the_option() -> None:
     XllmNpuPlatform.check_if_supports_dtype(torch.bfloat16)
     with pytest.raises(PlatformError, match=r"--dtype float32: .*Leave --dtype out"):
         XllmNpuPlatform.check_if_supports_dtype(torch.float32)
+
+
+def test_the_communicators_class_is_there() -> None:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    assert isinstance(resolve_obj_by_qualname(XllmNpuPlatform.get_device_communicator_cls()), type)
 
 
 def test_models_capture_nothing_of_vllms() -> None:

@@ -32,7 +32,7 @@ result["refused"] = [c.problem for c in selftest.check_operators([case])]
 
 def test_it_passes_what_is_right_and_fails_what_is_wrong(on_device: Callable[..., Any]) -> None:
     found = on_device(SOURCE, operators=True, XLLM_DEVICE="npu", XLLM_PLATFORM="xllm")
-    assert len(found["right"]) == 15
+    assert len(found["right"]) == 16
     for name, passed, error, problem, timed in found["right"]:
         assert (passed, error, problem, timed) == (True, 0.0, "", True), name
     for name in ("npu_rms_norm", "npu_swiglu"):

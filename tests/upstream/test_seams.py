@@ -381,6 +381,16 @@ def test_no_platform_brings_a_router_of_experts() -> None:
     assert "self.router.select_experts(" in choice
 
 
+def test_no_platform_brings_a_filter_of_logits() -> None:
+    """The sampler asks for platforms by name; on any other it sorts the vocabulary."""
+    assert "top_k" not in vllm_source("platforms", "interface.py")
+    source = vllm_source("v1", "sample", "ops", "topk_topp_sampler.py")
+    made = source.partition("class TopKTopPSampler(nn.Module):")[2]
+    made = made.partition("    def forward_native(")[0]
+    asked = set(re.findall(r"current_platform\.(\w+)\(", made))
+    assert asked == {"is_cuda", "is_cpu", "get_cpu_architecture", "is_xpu"}
+
+
 def test_every_row_has_a_test_here() -> None:
     """Every row of the table names tests of this file that are there, and no other row is named."""
     assert set(TESTS) == {seam.name for seam in SEAMS}
@@ -425,4 +435,5 @@ TESTS = {
     "npu-graph-step": "test_vllms_graphs_are_captured_by_a_list_of_sizes",
     "npu-latent-attention": "test_no_base_class_promises_a_latent_backends_metadata",
     "npu-experts": "test_no_platform_brings_a_router_of_experts",
+    "npu-sampler": "test_no_platform_brings_a_filter_of_logits",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-__all__ = ["Capabilities", "DeviceFamily", "Probe"]
+__all__ = ["Capabilities", "DeviceFamily", "Fact", "Probe"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,23 @@ class Probe:
     usable: bool
     looked_for: str
     found: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One thing that a family needs of a machine, or that helps to judge its device.
+
+    Attributes:
+        name: in a word or two, such as "driver".
+        found: the value seen, or "none".
+        needed: what is accepted; empty where anything is.
+        mend: the next step; empty where what was found will do.
+    """
+
+    name: str
+    found: str
+    needed: str = ""
+    mend: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +71,8 @@ class DeviceFamily:
         capabilities: the parts that exist.
         prepare: called in a server's process, early in its imports and perhaps again, for what
             can be done beside them; returns at once, raises nothing.
+        examine: what `xllm doctor` shows of the device and of what it needs, in the order in which
+            to mend it.  It may take the device for a moment, in a process of its own.
     """
 
     name: str
@@ -62,3 +81,4 @@ class DeviceFamily:
     probe: Callable[[], Probe]
     capabilities: Capabilities = field(default_factory=Capabilities)
     prepare: Callable[[], None] = lambda: None
+    examine: Callable[[], tuple[Fact, ...]] = lambda: ()

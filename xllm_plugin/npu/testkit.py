@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from xllm_plugin.errors import NotNowError, PlatformError
+from xllm_plugin.npu import availability
+from xllm_plugin.npu.accelerator import FAMILY
 from xllm_plugin.npu.acl import HBM_MEM, MEMCPY_DEVICE_TO_HOST, MEMCPY_HOST_TO_DEVICE, Acl
+from xllm_plugin.npu.availability import DeviceMemory, gib
 from xllm_plugin.npu.memory import NpuMemoryDriver
 from xllm_plugin.testing.conformance import (
     GraphKit,
     GraphProbe,
     MemoryKit,
     MemoryProbe,
+    Unchecked,
+    check_device_family,
+    check_graph_backend,
     check_memory_driver,
 )
 from xllm_plugin.testing.conformance.graphs import GraphWork
 from xllm_plugin.testing.selftest import Check
 
 if TYPE_CHECKING:
-    from xllm_plugin.npu.graphs import NpuGraphBackend
+    from xllm_plugin.npu.graph_backend import NpuGraphBackend
 
 __all__ = ["GRAPH_KIT", "MEMORY_KIT", "SELFTEST", "probe_memory", "selftest"]
 
 MAX_PAGES = 1000
 """A device with room for more is not filled to see how it refuses."""
+
+NEEDED_BYTES = 2**30
+"""For the operators' cases, and for the small model beside them."""
+
+DEVICE_ERRORS = (AssertionError, AttributeError, MemoryError, OSError, RuntimeError)
+"""A broken clause; and what torch, CANN and a library that lacks a function raise."""
 
 
 def probe_memory(driver: NpuMemoryDriver) -> MemoryProbe:
@@ -81,19 +94,54 @@ MEMORY_KIT = MemoryKit(NpuMemoryDriver, probe_memory)
 
 
 def selftest() -> Iterator[Check]:
-    """Operators first, then the memory driver; see `xllm_plugin.npu.selftest`."""
+    """Each operator, then the contracts of the family's parts.
+
+    Raises:
+        NotNowError: the device cannot be taken, or others hold its memory.
+        PlatformError: it has too little.
+    """
+    check_room(availability.ask(0))
     from xllm_plugin.npu.selftest import check_operators
 
     yield from check_operators()
-    try:
-        unchecked = check_memory_driver(NpuMemoryDriver, probe_memory)
-    except AssertionError as broken:
-        yield Check("memory driver", "contract", problem=str(broken))
-        return
-    yield Check("memory driver", f"contract but for {len(unchecked)} clauses", 0.0)
+    for name, contract in {
+        "device family": lambda: check_device_family(FAMILY),
+        "memory driver": lambda: check_memory_driver(NpuMemoryDriver, probe_memory),
+        "graph backend": lambda: check_graph_backend(make_graph_backend, probe_graphs),
+    }.items():
+        yield check_contract(name, contract)
 
 
 SELFTEST = selftest
+
+
+def check_room(memory: DeviceMemory) -> None:
+    """See that there is memory for the checks.
+
+    Raises:
+        NotNowError: others hold it.
+        PlatformError: the device has too little.
+    """
+    if memory.free_bytes >= NEEDED_BYTES:
+        return
+    free, total, needed = map(gib, (memory.free_bytes, memory.total_bytes, NEEDED_BYTES))
+    found = f"device 0 has {free} of its {total} GiB free, and the self-test needs {needed}"
+    if memory.total_bytes < NEEDED_BYTES:
+        raise PlatformError(f"{found}. Take a device with more memory.")
+    raise NotNowError(
+        f"{found}: other processes hold the rest, and `npu-smi info` names them. End them, or name "
+        "another device in ASCEND_RT_VISIBLE_DEVICES."
+    )
+
+
+def check_contract(name: str, check: Callable[[], tuple[Unchecked, ...]]) -> Check:
+    """The conformance checks of a part as one row: what no device should do ends no self-test."""
+    try:
+        unchecked = check()
+    except DEVICE_ERRORS as broken:
+        return Check(name, "contract", problem=str(broken) or type(broken).__name__)
+    left_out = f" but for {len(unchecked)} clauses" if unchecked else ""
+    return Check(name, f"contract{left_out}", 0.0)
 
 
 def probe_graphs(backend: NpuGraphBackend) -> GraphProbe:
@@ -118,7 +166,7 @@ def probe_graphs(backend: NpuGraphBackend) -> GraphProbe:
 
 def make_graph_backend() -> NpuGraphBackend:
     """One without graphs; its module is imported only here, as it imports torch_npu."""
-    from xllm_plugin.npu.graphs import NpuGraphBackend
+    from xllm_plugin.npu.graph_backend import NpuGraphBackend
 
     return NpuGraphBackend()
 

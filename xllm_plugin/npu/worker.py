@@ -16,6 +16,7 @@ from vllm.v1.worker.utils import request_memory
 
 from xllm_plugin.npu import experts, mla_layer, operators  # noqa: F401  register our layers
 from xllm_plugin.npu.model_runner import XllmNpuModelRunner
+from xllm_plugin.npu.sleep import NpuSleep
 from xllm_plugin.seams import Process, check_all
 from xllm_plugin.worker.worker import XllmWorkerMixin
 
@@ -24,6 +25,8 @@ __all__ = ["XllmNpuWorker"]
 
 class XllmNpuWorker(XllmWorkerMixin, Worker):
     """vLLM's GPU worker on a device of torch_npu."""
+
+    _sleep_mode_backend: NpuSleep | None = None
 
     def init_device(self) -> None:
         """Take the device, join the group of one, measure memory, build the runner.
@@ -62,7 +65,14 @@ class XllmNpuWorker(XllmWorkerMixin, Worker):
         runner.setup_xllm()
         return runner
 
+    @property
+    def sleep_mode_backend(self) -> NpuSleep:
+        """What vLLM's `sleep` and `wake_up` call; one that is chosen by name is given no runner."""
+        if self._sleep_mode_backend is None:
+            self._sleep_mode_backend = NpuSleep(self.model_runner)
+        return self._sleep_mode_backend
+
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[Any]:
-        """No pool: sleep mode, which needs one, is refused."""
+        """No pool: sleep takes the memory of tensors, wherever it is (`npu/sleep.py`)."""
         del tag
         return nullcontext()

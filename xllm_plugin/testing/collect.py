@@ -250,7 +250,7 @@ def generate(settings: Settings, prompts: Sequence[Prompt]) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "num_replaced_modules": engine.apply_model(_num_replaced_modules)[0],
         "start_s": round(ready - start, 1),
-        "generate_s": round(done - ready, 1),
+        "generate_s": round(done - ready, 3),
         "completions": completions,
         "alone": alone,
     }

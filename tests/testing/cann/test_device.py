@@ -155,6 +155,59 @@ def test_dense_operators_against_plain_torch(on_device: Callable[..., Any]) -> N
         assert part in refused[name], (name, refused[name])
 
 
+SAMPLING = """
+rows, vocabulary = 4, 2000
+logits = torch.randn(rows, vocabulary)
+k = torch.tensor([1, 7, 1024, 300], dtype=torch.int32)
+p = torch.tensor([0.5, 1.0, 0.9, 0.01])
+def kept(logits, k, p):
+    "The formula of the documentation, a row at a time."
+    left = []
+    for row, k_, p_ in zip(logits, k, p):
+        order = row.argsort(descending=True)[:k_]
+        probs = row[order].double().softmax(-1)
+        before = probs.cumsum(-1) - probs
+        left.append(set(order[before < p_ - 1e-12].tolist()))
+    return left
+def filtered(k, p):
+    found = torch_npu.npu_top_k_top_p(
+        logits.npu(), None if p is None else p.npu(), None if k is None else k.npu()).cpu()
+    stay = found != -torch.inf
+    left = [set(row.nonzero()[:, 0].tolist()) for row in stay]
+    return bool((found[stay] == logits[stay]).all()), left
+everything, all_p = [vocabulary] * rows, [1.0] * rows
+result = {
+    "both": filtered(k, p) == (True, kept(logits, k, p)),
+    "k": filtered(k, None) == (True, kept(logits, k, all_p)),
+    "p": filtered(None, p) == (True, kept(logits, everything, p)),
+    "one stays": [len(one) for one in filtered(None, p * 0)[1]],
+}
+result["refused"] = {
+    "neither": refused(lambda: torch_npu.npu_top_k_top_p(logits.npu())),
+    "large k": refused(lambda: torch_npu.npu_top_k_top_p(logits.npu(), None, k.npu() + 1)),
+    "int64": refused(lambda: torch_npu.npu_top_k_top_p(logits.npu(), None, k.long().npu())),
+    "dtype of p": refused(lambda: torch_npu.npu_top_k_top_p(logits.npu(), p.half().npu())),
+    "rows": refused(lambda: torch_npu.npu_top_k_top_p(logits.npu(), p[:2].npu())),
+    "keyword": refused(lambda: torch_npu.npu_top_k_top_p(logits.npu(), top_k=k.npu())),
+}
+"""
+
+
+def test_top_k_and_top_p_against_their_formula(on_device: Callable[..., Any]) -> None:
+    found = on_device(PREAMBLE + SAMPLING, operators=True)
+    refused = found.pop("refused")
+    assert found == {"both": True, "k": True, "p": True, "one stays": [1] * 4}
+    for name, part in {
+        "neither": "neither p nor k",
+        "large k": "k is outside 1 to 1024",
+        "int64": "k is torch.int64",
+        "dtype of p": "p is torch.float16",
+        "rows": "p is (2,)",
+        "keyword": "top_k",
+    }.items():
+        assert part in refused[name], (name, refused[name])
+
+
 ATTENTION = """
 from math import ceil
 block, heads, kv_heads, dim, dtype = 128, 8, 2, 128, torch.bfloat16

@@ -127,10 +127,12 @@ const char *aclrtGetSocName(void)
 /* Declared deprecated in the header, and the only one that every CANN has. */
 aclError aclsysGetCANNVersion(aclCANNPackageName name, aclCANNPackageVersion *version)
 {
-    const char *text = getenv("XLLM_CANN_VERSION");
+    const char *cann = getenv("XLLM_CANN_VERSION");
+    const char *text = name == ACL_PKG_NAME_DRIVER ? "25.2.0" : cann && *cann ? cann : "8.5.0";
     memset(version, 0, sizeof *version);
-    if (name != ACL_PKG_NAME_CANN) return fail(ACL_ERROR_INVALID_FILE, "package %d", (int)name);
-    snprintf(version->version, sizeof version->version, "%s", text && *text ? text : "8.5.0");
+    if (name != ACL_PKG_NAME_CANN && name != ACL_PKG_NAME_DRIVER)
+        return fail(ACL_ERROR_INVALID_FILE, "package %d", (int)name);
+    snprintf(version->version, sizeof version->version, "%s", text);
     return ACL_SUCCESS;
 }
 void aclAppLog(aclLogLevel level, const char *function, const char *file, uint32_t line,

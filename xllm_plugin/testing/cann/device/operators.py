@@ -9,7 +9,13 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 # Each enters its operators when it is imported.
-from xllm_plugin.testing.cann.device import attention, dense, experts, latent  # noqa: F401
+from xllm_plugin.testing.cann.device import (  # noqa: F401
+    attention,
+    dense,
+    experts,
+    latent,
+    sampling,
+)
 from xllm_plugin.testing.cann.device.contract import EMULATED
 from xllm_plugin.testing.cann.device.fallback import refuse_host_tensors
 from xllm_plugin.testing.cann.device.host import host_view, to_device
