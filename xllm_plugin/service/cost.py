@@ -27,6 +27,7 @@ __all__ = [
     "Cost",
     "CostReason",
     "cause_of",
+    "cost_from",
     "cost_in_seconds",
     "cost_of",
     "crowding_of",
@@ -97,10 +98,26 @@ def cost_of(request: RequestView, instance: InstanceView, crowding: float | None
     tpot_s = speed.tpot_base_s + speed.tpot_s_per_request * (num_others + 1)
     queue_s = speed.prefill_s_per_token * instance.prefill_tokens
     prefill_s = speed.ttft_base_s + speed.prefill_s_per_token * uncached
-    delay_s = 0.0
-    if crowding is not None:
-        delay_s = prefill_s * (STALL_WEIGHT * num_others + crowding * (queue_s + prefill_s / 2))
-    return Cost(queue_s, prefill_s, tpot_s * request.output_tokens, delay_s)
+    decode_s = tpot_s * request.output_tokens
+    if crowding is None:
+        return Cost(queue_s, prefill_s, decode_s)
+    return cost_from(queue_s, prefill_s, decode_s, STALL_WEIGHT * num_others, crowding)
+
+
+def cost_from(
+    queue_s: float, prefill_s: float, decode_s: float, stall: float, crowding: float
+) -> Cost:
+    """Add to what a request loses itself what others lose by its prefill.
+
+    Args:
+        queue_s: as in `Cost`.
+        prefill_s: likewise.
+        decode_s: likewise.
+        stall: requests there that get no token meanwhile, times `STALL_WEIGHT`.
+        crowding: of `crowding_of`.
+    """
+    delay_s = prefill_s * (stall + crowding * (queue_s + prefill_s / 2))
+    return Cost(queue_s, prefill_s, decode_s, delay_s)
 
 
 def crowding_of(num_others: int, stay_s: float) -> float:
@@ -124,7 +141,7 @@ def cost_in_seconds(request: RequestView, candidates: Sequence[InstanceView]) ->
     threshold switches: a hot prefix moves as soon as its queue costs more than computing it
     elsewhere, and what computing costs grows with those whom it delays.  Equals take turns.
     """
-    # As `cost_of`, without its record for each: this runs for every request.
+    # As `cost_of`, with a record for the chosen one alone: this runs for every request.
     prompt, output, cached = request.prompt_tokens, request.output_tokens, request.cached_tokens
     parts = []
     all_others, stay_s = 0, 0.0
@@ -155,9 +172,7 @@ def cost_in_seconds(request: RequestView, candidates: Sequence[InstanceView]) ->
     chosen = candidates[best]
     del totals[best]
     held = cached.get(chosen.name, 0.0) if cached else 0.0
-    queue_s, prefill_s, decode_s, stall = parts[best]
-    delay_s = prefill_s * (stall + crowding * (queue_s + prefill_s / 2))
-    cost = Cost(queue_s, prefill_s, decode_s, delay_s)
+    cost = cost_from(*parts[best], crowding)
     reason = CostReason(cost, held, prompt, min(totals, default=_INFINITE))
     return Choice(best, reason, cause_of(held, cached))
 
