@@ -42,6 +42,7 @@ _END = b"\n\n"
 _DONE = b"data: [DONE]\n\n"
 _FAULTS = frozenset({"abort", "error"})
 _SERVER_ERROR = 500
+_DOUBTFUL = ("seed", "thinking_token_budget", "watermarking", "vllm_xargs")
 _PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 
 
@@ -188,6 +189,15 @@ class ArmedStream:
         except msgspec.DecodeError:  # most are kept unread, and an instance may send anything
             return False
         return True
+
+    @property
+    def may_be_refused(self) -> bool:
+        """Whether an instance may find that it cannot go on exactly (`instance/replay.py`).
+
+        It reads the body as a whole: for moments when there is a choice, not for each request.
+        """
+        found = msgspec.json.decode(self.body)
+        return any(found.get(name) is not None for name in _DOUBTFUL)
 
     def take(self) -> bytes:
         """The whole events in `parts`, as the client is to get them; sets `failure`."""
