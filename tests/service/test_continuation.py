@@ -402,6 +402,18 @@ def test_a_drain_deadline_moves_what_still_runs(run: Any, end: lifecycle.Event) 
 
 
 @pytest.mark.parametrize(
+    ("body", "is_doubtful"),
+    [
+        (b'{"prompt":"\xff","seed":null}', False),  # no UTF-8: the instance's to judge
+        (b'{"prompt":"x","seed":0}', True),
+        (b'{"prompt":"x","vllm_xargs":{"a":1}}', True),
+    ],
+)
+def test_what_an_instance_may_refuse_is_told_by_the_body(body: bytes, is_doubtful: bool) -> None:
+    assert ArmedStream(COMPLETION, body, hides_ids=True).may_be_refused is is_doubtful
+
+
+@pytest.mark.parametrize(
     ("resumes", "changes"), [(True, {}), (False, {}), (True, {"vllm_xargs": {"other": 1}})]
 )
 def test_a_drain_by_hand_gives_streams_to_who_can_take_them(
