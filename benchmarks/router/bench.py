@@ -24,6 +24,7 @@ from rich.console import Console
 from xllm_plugin.bench import schema
 from xllm_plugin.bench.commands import conclude, log_folder, names_in
 from xllm_plugin.bench.options import command_line, common_options
+from xllm_plugin.bench.provenance import home_relative
 from xllm_plugin.bench.schema import Check, Figure, Peer, Row
 from xllm_plugin.bench.servers import Server, clean_environment, find_free_port
 from xllm_plugin.errors import ConfigError, NotNowError
@@ -33,7 +34,8 @@ FOLDER = Path(__file__).resolve().parent
 NAME = "router"
 QUESTION = "How much CPU time does the router take for a request and for a streamed event?"
 NUM_BACKENDS = 2
-DIRECT, OURS, FULL = "direct", "xllm service", "xllm service, all on"
+DIRECT, FLOOR = "direct", "bare relay"
+OURS, FULL = "xllm service", "xllm service, all on"
 KV, UNARMED = "xllm service, KV routing", "xllm service, no continuation"
 NUM_STREAMS = 40
 KILL_AFTER_S = 0.3
@@ -172,9 +174,20 @@ def our_routers() -> list[Router]:
     ]
 
 
+def floor() -> Router:
+    """What no router on this event loop can be below: it carries bytes and reads none."""
+    program = (sys.executable, str(FOLDER / "relay.py"))
+    return Router(
+        FLOOR,
+        "reads nothing: a connection of its own for each client's, and the same event loop as ours",
+        (*program, "--port", "{PORT}", "{URLS}"),
+        is_killed=False,
+    )
+
+
 def known_routers(peers_bin: Path | None) -> dict[str, Router]:
-    """Ours, and each peer that is installed."""
-    found = our_routers()
+    """The floor, ours, and each peer that is installed."""
+    found = [floor(), *our_routers()]
     common = ("--worker-urls", "{URLS}", "--host", "127.0.0.1", "--port", "{PORT}")
     rest = ("--prometheus-port", "{SPARE}", "--log-level", "error")
     quick = ("--worker-startup-check-interval", "1")
@@ -453,6 +466,13 @@ def rows(bench: Bench, routers: Sequence[Router]) -> list[Row]:
             else:
                 if name != DIRECT:
                     figures.append(Figure.of("CPU", "us", [run["cpu_us"] for run in runs]))
+                least = bench.found.get((FLOOR, case.name))
+                if least and name not in (DIRECT, FLOOR):
+                    above = [
+                        run["cpu_us"] - base["cpu_us"]
+                        for run, base in zip(runs, least, strict=True)
+                    ]
+                    figures.append(Figure.of("above the relay", "us", above))
                 rates = [run[case.counts] / run["seconds"] for run in runs]
                 figures.append(Figure.of("rate", f"{case.counts}/s", rates))
             title = case.name[0].upper() + case.name[1:]
@@ -504,6 +524,11 @@ NOTES = (
     (
         "xllm service routes by its default policy, cost in seconds, and reads the body for it; "
         "the others by round robin, the least that they can do, or as their row says."
+    ),
+    (
+        "The bare relay is no router: it parses nothing, keeps no metrics and chooses once a "
+        "connection. Its CPU time is that of the kernel's sockets and of our event loop; what ours "
+        "has above it is our own code. A peer in another language has another event loop."
     ),
     "A stream counts as broken unless its client has every token once, in order, and [DONE].",
 )
@@ -602,4 +627,5 @@ def measure(bench: Bench, routers: Sequence[Router], repeats: int, console: Cons
 
 def _record(router: Router) -> Peer:
     program = Path(router.command[0]).name
-    return Peer(name=router.name, what=router.what, command=(program, *router.command[1:]))
+    rest = (home_relative(part) for part in router.command[1:])
+    return Peer(name=router.name, what=router.what, command=(program, *rest))

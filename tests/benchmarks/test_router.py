@@ -33,7 +33,8 @@ def mock() -> Any:
 @pytest.mark.full
 def test_a_quick_run_of_ours_passes_its_checks(bench: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    arguments = ["--quick", "--seconds", "0.3", "--routers", bench.OURS, "--json", str(path)]
+    routers = f"{bench.OURS},{bench.FLOOR}"
+    arguments = ["--quick", "--seconds", "0.3", "--routers", routers, "--json", str(path)]
     done = CliRunner().invoke(bench.command, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     result = schema.load(path)
@@ -43,12 +44,15 @@ def test_a_quick_run_of_ours_passes_its_checks(bench: ModuleType, tmp_path: Path
     used = [row.figure("CPU") for row in result.rows if row.labels["router"] == bench.OURS]
     assert all(figure.median > 0 for figure in used if figure is not None)
     assert any(used)
+    above = [row.labels["router"] for row in result.rows if row.figure("above the relay")]
+    assert above.count(bench.OURS) == 3
+    assert bench.FLOOR not in above
 
 
 def test_routers_that_are_not_here(bench: ModuleType, tmp_path: Path) -> None:
     done = CliRunner().invoke(bench.command, ["--routers", "envoy", "--peers-bin", str(tmp_path)])
     assert isinstance(done.exception, ConfigError)
-    assert "installed are xllm service" in str(done.exception)
+    assert "installed are bare relay; xllm service" in str(done.exception)
 
 
 def test_the_readme_has_the_markers() -> None:
@@ -69,10 +73,39 @@ def test_commands_are_filled_with_ports_and_files(bench: ModuleType, tmp_path: P
 def test_what_is_not_installed_is_said(bench: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     known = bench.known_routers(tmp_path)
-    assert list(known) == [router.name for router in bench.our_routers()]
+    ours = [router.name for router in bench.our_routers()]
+    assert list(known) == [bench.FLOOR, *ours]
     (said,) = bench.not_here(known)
     assert said.startswith("vllm-router, sglang-router, smg, haproxy: neither on PATH")
-    assert bench._names("xllm service", known) == list(known)
+    assert bench._names("xllm service", known) == ours
+
+
+def test_the_relay_carries_bytes_both_ways_and_ends_with_either_end() -> None:
+    relay = beside(FOLDER, "relay")
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(2**16):
+            if data == b"end":
+                break
+            writer.write(data)
+        writer.close()
+
+    async def check() -> None:
+        loop = asyncio.get_running_loop()
+        backend = await asyncio.start_server(echo, "127.0.0.1", 0)
+        port = backend.sockets[0].getsockname()[1]
+        server = await loop.create_server(lambda: relay.ClientLeg(loop, port), "127.0.0.1", 0)
+        async with asyncio.timeout(30), backend, server:
+            for sent in (b"x", b"y" * 2**20):
+                address = server.sockets[0].getsockname()
+                reader, writer = await asyncio.open_connection(*address)
+                writer.write(sent)
+                assert await reader.readexactly(len(sent)) == sent
+                writer.write(b"end")
+                assert await reader.read() == b""
+                writer.close()
+
+    asyncio.run(check())
 
 
 def unchunked(chunks: list[bytes]) -> bytes:

@@ -24,6 +24,7 @@ SERVE = ["vllm", "serve", "m"]
 def config(**changes: Any) -> SimpleNamespace:
     values = {
         "_api_process_count": 1,
+        "multimodal_config": None,
         "numa_bind": False,
         "otlp_traces_endpoint": None,
         "worker_cls": fork.WORKER,
@@ -31,6 +32,7 @@ def config(**changes: Any) -> SimpleNamespace:
     }
     return SimpleNamespace(
         additional_config=values.pop("additional_config", {}),
+        model_config=SimpleNamespace(multimodal_config=values["multimodal_config"]),
         observability_config=SimpleNamespace(otlp_traces_endpoint=values["otlp_traces_endpoint"]),
         parallel_config=SimpleNamespace(**values),
     )
@@ -59,6 +61,7 @@ def test_a_server_s_engine_is_forked() -> None:
         ({"_api_process_count": 2}, "several API servers"),
         ({"numa_bind": True}, "--numa-bind"),
         ({"worker_cls": "my.Worker"}, "--worker-cls"),
+        ({"multimodal_config": object()}, "a multimodal model"),
         ({"otlp_traces_endpoint": "http://localhost:4317"}, "gRPC"),
     ],
 )

@@ -51,6 +51,8 @@ def test_promises_can_be_continued_and_other_extra_arguments_not(replay: Any) ->
         ({"temperature": 1.0}, False, None),
         ({"n": 2}, True, "n > 1"),
         ({"thinking_token_budget": 5}, True, "a thinking token budget"),
+        ({"watermarking": True}, True, "watermarking"),
+        ({"prompt_logprobs": 1}, True, "prompt log probabilities"),
         ({"frequency_penalty": 0.5, "presence_penalty": 0.5, "bad_words": ["x"]}, False, None),
     ],
 )

@@ -108,12 +108,14 @@ def test_a_restarted_server_is_a_new_incarnation(run: Any) -> None:
                 (instance,) = it.service.fleet
                 assert instance.life.incarnation == "17.50"
                 assert instance.foreign_requests == 7
-                one.metrics = "process_start_time_seconds 99\n"
+                assert not instance.resumes, "a plain server"
+                one.metrics = 'process_start_time_seconds 99\nxllm:engine_up{engine="0"} 1.0\n'
                 async with asyncio.timeout(PATIENCE_S):
                     while instance.life.incarnation != "99.00":
                         await asyncio.sleep(0.005)
                 await it.until(**{p(one): State.READY})
                 assert instance.foreign_requests == 0
+                assert instance.resumes, "one with this plugin, which says so"
 
     run(check())
 

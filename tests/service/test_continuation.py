@@ -381,7 +381,7 @@ def test_a_drain_deadline_moves_what_still_runs(run: Any, end: lifecycle.Event) 
     async def check() -> None:
         model = FakeModel(PIECES)
         slow, good = stream_instance(model, Death(600, "silence")), stream_instance(model)
-        limits = {"drain_s": 0.1}
+        limits = {"drain_s": 0.1, "lease_s": 0.1}
         async with serving(slow, good, policy=first, instances=limits) as harness:
             fleet = harness.proxy.fleet
             (draining, _) = fleet
@@ -401,6 +401,54 @@ def test_a_drain_deadline_moves_what_still_runs(run: Any, end: lifecycle.Event) 
     run(check())
 
 
+@pytest.mark.parametrize(
+    ("body", "is_doubtful"),
+    [
+        (b'{"prompt":"\xff","seed":null}', False),  # no UTF-8: the instance's to judge
+        (b'{"prompt":"x","seed":0}', True),
+        (b'{"prompt":"x","vllm_xargs":{"a":1}}', True),
+    ],
+)
+def test_what_an_instance_may_refuse_is_told_by_the_body(body: bytes, is_doubtful: bool) -> None:
+    assert ArmedStream(COMPLETION, body, hides_ids=True).may_be_refused is is_doubtful
+
+
+@pytest.mark.parametrize(
+    ("resumes", "changes"), [(True, {}), (False, {}), (True, {"vllm_xargs": {"other": 1}})]
+)
+def test_a_drain_by_hand_gives_streams_to_who_can_take_them(
+    run: Any, resumes: bool, changes: dict[str, Any]
+) -> None:
+    """At its deadline, though the instance lives; else they stay where they are."""
+
+    async def check() -> None:
+        model = FakeModel(PIECES)
+        slow, good = stream_instance(model, Death(600, "silence")), stream_instance(model)
+        async with serving(slow, good, policy=first, instances={"drain_s": 0.1}) as harness:
+            fleet = harness.proxy.fleet
+            draining, other = fleet
+            other.resumes = resumes
+            client = await harness.connect()
+            body = body_of(COMPLETION, **changes)
+            client.send(request(json.dumps(body).encode()))
+            await client.reader.readuntil(b"data: ")
+            fleet.report(draining, lifecycle.Drain())
+            if not resumes or changes:
+                await asyncio.sleep(0.3)
+                assert (draining.in_flight, draining.stats.errors) == (1, {})
+                assert not good.requests
+                return
+            last = await client.reader.readuntil(b"0\r\n\r\n")
+            wanted = expected(model, COMPLETION, body)
+            assert json.dumps(wanted[-2]["choices"][0]["text"]).encode() in last
+            assert b"[DONE]" in last
+            assert b"error" not in last
+            assert draining.life.state is lifecycle.State.DRAINING
+            await harness.settle()
+
+    run(check())
+
+
 def test_a_drain_deadline_moves_what_has_not_begun(run: Any) -> None:
     async def never(received: Received, _: asyncio.StreamWriter) -> None:
         await received.gone.wait()
@@ -408,7 +456,8 @@ def test_a_drain_deadline_moves_what_has_not_begun(run: Any) -> None:
     async def check() -> None:
         model = FakeModel(PIECES)
         busy, good = FakeInstance(script=never), stream_instance(model)
-        async with serving(busy, good, policy=first, instances={"drain_s": 0.1}) as harness:
+        limits = {"drain_s": 0.1, "lease_s": 0.1}
+        async with serving(busy, good, policy=first, instances=limits) as harness:
             fleet = harness.proxy.fleet
             (draining, _) = fleet
             fleet.report(draining, lifecycle.Registered("", leased=True))
@@ -506,6 +555,22 @@ def test_what_cannot_be_continued_ends_in_an_error_event(
             _, answered = await harness.ask(request(json.dumps(body).encode(), path.encode()))
             assert b'"error"' in answered
             assert dying.requests[0].body == json.dumps(body).encode()  # as it came
+            assert not good.requests
+            await harness.settle()
+
+    run(check())
+
+
+def test_a_stream_of_an_http_1_0_client_ends_in_an_error_event(run: Any) -> None:
+    async def check() -> None:
+        model = FakeModel(PIECES)
+        raw = json.dumps(body_of(COMPLETION)).encode()
+        dying, good = stream_instance(model, Death(600)), stream_instance(model)
+        async with serving(dying, good, policy=first) as harness:
+            client = await harness.connect()
+            client.send(request(raw).replace(b"HTTP/1.1", b"HTTP/1.0"))
+            assert b'"error"' in await client.read_all()
+            assert dying.requests[0].body == raw  # as it came
             assert not good.requests
             await harness.settle()
 

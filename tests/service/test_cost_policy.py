@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm_plugin.service.cost import Cost, cost_in_seconds, cost_of, crowding_of
+from xllm_plugin.service.cost import Cost, cost_from, cost_in_seconds, crowding_of, parts_of
 from xllm_plugin.service.policies import least_loaded, round_robin
 from xllm_plugin.service.policy import Choice
 from xllm_plugin.service.router import Asked
@@ -36,16 +36,16 @@ def asked(prompt: int = 1000, output: int = 100, sequence: int = 0, **cached: fl
 
 
 def costs_of(request: Asked, views: Sequence[FakeView]) -> list[Cost]:
-    own = [cost_of(request, view) for view in views]
+    own = [parts_of(request, view) for view in views]
     num_others = sum(view.in_flight + view.foreign_requests for view in views)
-    crowding = crowding_of(num_others, sum(cost.total_s for cost in own))
-    return [cost_of(request, view, crowding) for view in views]
+    crowding = crowding_of(num_others, sum(sum(parts[:3]) for parts in own))
+    return [cost_from(parts, crowding) for parts in own]
 
 
 def test_the_cost_is_seconds_of_each_part() -> None:
     one = FakeView("a", in_flight=4, prefill_tokens=500)
     own = Cost(0.1, 0.01 + 400 * PREFILL_S, 100 * (TPOT_S + 5 * TPOT_MORE_S))
-    assert cost_of(asked(a=600), one) == pytest.approx(own)
+    assert Cost(*parts_of(asked(a=600), one)[:3]) == pytest.approx(own)
     # Four streams stand still, at 0.3; four arrivals in its stay wait, five times over.
     delay_s = 0.3 * 4 * 0.09 + 5 * 4 / own.total_s * (0.1 * 0.09 + 0.09**2 / 2)
     (cost,) = costs_of(asked(a=600), [one])

@@ -44,6 +44,11 @@ async def eventually(true: Any) -> None:
             await asyncio.sleep(0.002)
 
 
+async def never(received: Received, _: asyncio.StreamWriter) -> None:
+    """A script that takes a request and does nothing."""
+    await received.gone.wait()
+
+
 def known(harness: Harness) -> list[Instance]:
     return list(harness.proxy.fleet)
 
@@ -85,6 +90,48 @@ def test_the_last_503_of_an_instance_is_passed_on(run: Any) -> None:
         async with serving(FakeInstance(script=BUSY), FakeInstance(script=BUSY)) as harness:
             head, body = await harness.ask(request())
             assert (head[:12], body) == (b"HTTP/1.1 503", b'{"busy":1}')
+            await harness.settle()
+
+    run(check())
+
+
+def test_an_instance_that_refuses_whatever_comes_is_no_black_hole(run: Any) -> None:
+    """It is idle, as it does nothing; between two probes it gets as much as tells that."""
+
+    async def check() -> None:
+        bad, good = FakeInstance(script=BUSY), FakeInstance(script=answer(b"good"))
+        async with serving(bad, good, policy=first) as harness:
+            for _ in range(9):
+                assert (await harness.ask(request()))[1] == b"good"
+            assert len(bad.requests) == harness.proxy.fleet.timings.num_failures
+            assert known(harness)[0].life.state is State.SUSPECT
+            fleet = harness.proxy.fleet
+            fleet.report(known(harness)[0], lifecycle.Alive(""))
+            await harness.ask(request())
+            assert len(bad.requests) == harness.proxy.fleet.timings.num_failures + 1
+            await harness.settle()
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    ("fault", "timeouts", "status"),
+    [(BUSY, {}, b"503"), (never, {"first_byte_s": 0.05}, b"504")],
+)
+def test_retries_of_what_others_may_be_too_busy_for_are_a_share_of_requests(
+    run: Any, fault: Any, timeouts: dict[str, float], status: bytes
+) -> None:
+    async def check() -> None:
+        bad, good = FakeInstance(script=fault), FakeInstance(script=answer(b"good"))
+        sections: Any = {"routing": {"retry_share": 0.0}, "timeouts": timeouts}
+        async with serving(bad, good, policy=first, **sections) as harness:
+            head, _ = await harness.ask(request())
+            assert head.startswith(b"HTTP/1.1 " + status)
+            assert not good.requests
+            await harness.settle()
+        dead = FakeInstance(script=BEFORE_AN_ANSWER["closes the connection"])
+        async with serving(dead, good, policy=first, **sections) as harness:
+            assert (await harness.ask(request()))[1] == b"good"  # its work was lost
             await harness.settle()
 
     run(check())
@@ -269,11 +316,6 @@ def test_an_answer_that_nobody_asked_for_closes_its_connection(run: Any) -> None
             assert (await harness.ask(request()))[1] == b"right"
 
     run(check())
-
-
-async def never(received: Received, _: asyncio.StreamWriter) -> None:
-    """A script that takes a request and does nothing."""
-    await received.gone.wait()
 
 
 def test_an_instance_that_never_answers_is_given_up(run: Any) -> None:

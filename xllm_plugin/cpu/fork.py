@@ -59,6 +59,8 @@ def refusal(vllm_config: Any, argv: Sequence[str], environ: Mapping[str, str]) -
             str(Path(name).resolve()) in loaded for name in preloads if "/" in name
         ),
         "threads are running": threading.active_count() > 1,
+        # vLLM makes its processor in the server, on OMP_NUM_THREADS threads (`BaseRenderer`).
+        "a multimodal model": vllm_config.model_config.multimodal_config is not None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

@@ -1,7 +1,8 @@
 """`xllm service`: one OpenAI endpoint over many instances.  Imports neither torch nor vLLM.
 
 The way of one request: `client.py` (bytes to a request; `known_head.py`: one like the last) ->
-`exchange.py` (one request on its way: choose, send, retry, relay; `body.py`: what its body says) ->
+`exchange.py` (one request on its way: choose, send, retry, relay; `body.py`: what its body says;
+`retry_budget.py`: how much may be sent again) ->
 `router.py`, `policies.py` and `cost.py` (which instance; of many: `roster.py`, `ranking.py`,
 `cost_ranking.py`) -> `upstream.py` (one connection to an instance, and the pool; `chunks.py`: one
 event by itself) -> `continuation.py` (what the client has of a stream, for another instance to go

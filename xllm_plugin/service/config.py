@@ -143,6 +143,9 @@ class RoutingConfig(_Section):
     policy: str = Field(default="cost", description="a name that a plugin registers")
     session_header: str = Field(default="x-session-id", description="names a request's session")
     num_retries: int = Field(default=2, ge=0, description="other instances tried before an answer")
+    retry_share: float = Field(
+        default=0.2, ge=0, le=1, description="retries of what is refused or silent, of all requests"
+    )
     retry_after_s: float = Field(default=1.0, gt=0, description="told to clients with a 503")
 
 

@@ -43,6 +43,7 @@ _DONE = b"data: [DONE]\n\n"
 _FAULTS = frozenset({"abort", "error"})
 _SERVER_ERROR = 500
 _PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+_NULL = b"null"
 
 
 class _Choice(msgspec.Struct):
@@ -65,7 +66,17 @@ class _Event(msgspec.Struct):
     error: _Fault | None = None
 
 
+class _Doubtful(msgspec.Struct):
+    """Fields of a body for which an instance may refuse to go on, as they are written."""
+
+    seed: msgspec.Raw = msgspec.Raw(_NULL)
+    thinking_token_budget: msgspec.Raw = msgspec.Raw(_NULL)
+    watermarking: msgspec.Raw = msgspec.Raw(_NULL)
+    vllm_xargs: msgspec.Raw = msgspec.Raw(_NULL)
+
+
 _decode = msgspec.json.Decoder(_Event).decode
+_decode_doubtful = msgspec.json.Decoder(_Doubtful).decode
 _decode_chunks = msgspec.json.Decoder(list[list[int]]).decode
 
 
@@ -188,6 +199,15 @@ class ArmedStream:
         except msgspec.DecodeError:  # most are kept unread, and an instance may send anything
             return False
         return True
+
+    @property
+    def may_be_refused(self) -> bool:
+        """Whether an instance may find that it cannot go on exactly (`instance/replay.py`).
+
+        It reads the body again: for moments when there is a choice, not for each request.
+        """
+        found = msgspec.structs.astuple(_decode_doubtful(self.body))
+        return any(bytes(value) != _NULL for value in found)
 
     def take(self) -> bytes:
         """The whole events in `parts`, as the client is to get them; sets `failure`."""

@@ -27,9 +27,10 @@ __all__ = [
     "Cost",
     "CostReason",
     "cause_of",
+    "cost_from",
     "cost_in_seconds",
-    "cost_of",
     "crowding_of",
+    "parts_of",
 ]
 
 _BUSY_PERIOD = 5.0
@@ -42,6 +43,10 @@ prompts gather where few streams run, and wait there (Azure's conversations, sim
 
 _STEPS = 2**20
 _INFINITE = float("inf")
+
+Parts = tuple[float, float, float, float]
+"""Seconds of the queue, of prefill and of decoding (`Cost`); and the requests that run there and
+get no token meanwhile, times `STALL_WEIGHT`."""
 
 
 class Cost(NamedTuple):
@@ -65,13 +70,19 @@ class Cost(NamedTuple):
 
 
 class CostReason(msgspec.Struct, frozen=True, gc=False):
-    """Why an instance was chosen; text only if somebody reads it, which few do."""
+    """Why an instance was chosen; a cost and text only if somebody reads it, which few do."""
 
-    cost: Cost
+    parts: Parts
+    crowding: float
     cached: float
     prompt_tokens: int
     next_s: float
     """Cost of the next best candidate; inf if there is none."""
+
+    @property
+    def cost(self) -> Cost:
+        """Of the one that was chosen."""
+        return cost_from(self.parts, self.crowding)
 
     def __str__(self) -> str:
         cost = self.cost
@@ -83,24 +94,27 @@ class CostReason(msgspec.Struct, frozen=True, gc=False):
         )
 
 
-def cost_of(request: RequestView, instance: InstanceView, crowding: float | None = None) -> Cost:
-    """Predict what `instance` would cost the request itself.
-
-    Args:
-        request: to be placed.
-        instance: where.
-        crowding: of `crowding_of`, to count what it costs others; None: that is left at 0.
-    """
+def parts_of(request: RequestView, instance: InstanceView) -> Parts:
+    """What `instance` would cost a request, but for the crowding among all candidates."""
     speed = instance.speed
     uncached = max(1.0, request.prompt_tokens - request.cached_tokens.get(instance.name, 0.0))
     num_others = instance.in_flight + instance.foreign_requests
     tpot_s = speed.tpot_base_s + speed.tpot_s_per_request * (num_others + 1)
     queue_s = speed.prefill_s_per_token * instance.prefill_tokens
     prefill_s = speed.ttft_base_s + speed.prefill_s_per_token * uncached
-    delay_s = 0.0
-    if crowding is not None:
-        delay_s = prefill_s * (STALL_WEIGHT * num_others + crowding * (queue_s + prefill_s / 2))
-    return Cost(queue_s, prefill_s, tpot_s * request.output_tokens, delay_s)
+    return queue_s, prefill_s, tpot_s * request.output_tokens, STALL_WEIGHT * num_others
+
+
+def cost_from(parts: Parts, crowding: float) -> Cost:
+    """Add to what a request loses itself what others lose by its prefill.
+
+    Args:
+        parts: of `parts_of`.
+        crowding: of `crowding_of`.
+    """
+    queue_s, prefill_s, decode_s, stall = parts
+    delay_s = prefill_s * (stall + crowding * (queue_s + prefill_s / 2))
+    return Cost(queue_s, prefill_s, decode_s, delay_s)
 
 
 def crowding_of(num_others: int, stay_s: float) -> float:
@@ -124,7 +138,7 @@ def cost_in_seconds(request: RequestView, candidates: Sequence[InstanceView]) ->
     threshold switches: a hot prefix moves as soon as its queue costs more than computing it
     elsewhere, and what computing costs grows with those whom it delays.  Equals take turns.
     """
-    # As `cost_of`, without its record for each: this runs for every request.
+    # As `parts_of` and `cost_from`, in line: this runs for every request.
     prompt, output, cached = request.prompt_tokens, request.output_tokens, request.cached_tokens
     parts = []
     all_others, stay_s = 0, 0.0
@@ -155,10 +169,7 @@ def cost_in_seconds(request: RequestView, candidates: Sequence[InstanceView]) ->
     chosen = candidates[best]
     del totals[best]
     held = cached.get(chosen.name, 0.0) if cached else 0.0
-    queue_s, prefill_s, decode_s, stall = parts[best]
-    delay_s = prefill_s * (stall + crowding * (queue_s + prefill_s / 2))
-    cost = Cost(queue_s, prefill_s, decode_s, delay_s)
-    reason = CostReason(cost, held, prompt, min(totals, default=_INFINITE))
+    reason = CostReason(parts[best], crowding, held, prompt, min(totals, default=_INFINITE))
     return Choice(best, reason, cause_of(held, cached))
 
 

@@ -17,7 +17,7 @@ from bisect import bisect_left, insort
 from collections.abc import Container, Mapping, Sequence
 
 from xllm_plugin.service.cached import usual_and_others
-from xllm_plugin.service.cost import STALL_WEIGHT, CostReason, cause_of, cost_of, crowding_of
+from xllm_plugin.service.cost import STALL_WEIGHT, CostReason, cause_of, crowding_of, parts_of
 from xllm_plugin.service.policy import Choice, InstanceView, RequestView
 from xllm_plugin.service.speed import Speed
 
@@ -219,8 +219,8 @@ class CostRanking:
         chosen = self.candidates[best]
         held = cached.get(chosen.name, 0.0)
         next_s = search.least_s if len(ties) > 1 else search.next_s
-        cost = cost_of(request, chosen, crowding)
-        reason = CostReason(cost, held, request.prompt_tokens, next_s)
+        parts = parts_of(request, chosen)
+        reason = CostReason(parts, crowding, held, request.prompt_tokens, next_s)
         return Choice(best, reason, cause_of(held, cached))
 
     # -- parts ----------------------------------------------------------------------------------

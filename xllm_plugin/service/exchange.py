@@ -341,12 +341,7 @@ class Exchange:
                 return self._begin_continuation(status, is_stream=is_stream)
             if not is_stream:
                 self.stream = None
-        if (
-            status == _RETRYABLE_STATUS
-            and self._may_repeat()
-            and self._may_retry()
-            and self._has_alternative()
-        ):
+        if status == _RETRYABLE_STATUS and self._is_sent_again():
             self.instance.stats.count_error("unavailable")
             self.stream = stream
             self._retry()
@@ -460,7 +455,11 @@ class Exchange:
         if self.stream is not None and self.stream.is_begun:
             self._try_next(f"Instance {instance.name} {detail}.")
             return
-        if (not is_sent or self._may_repeat()) and self._may_retry():
+        if (
+            (not is_sent or self._may_repeat())
+            and self._may_retry()
+            and (reason != "timeout" or self._is_earned())
+        ):
             self._retry()
             return
         self._leave()
@@ -571,7 +570,7 @@ class Exchange:
         connection = self._connection
         if connection is None or self.is_done or self.status == _SWITCHED:
             return
-        if self.stream is not None and self._drain_is_over():
+        if self.stream is not None and self._has_to_move(self.stream):
             if self.stream.is_begun:
                 self.broken(connection, "its time to drain is over")
                 return
@@ -640,9 +639,26 @@ class Exchange:
         self.is_answering = True
         return b""
 
-    def _drain_is_over(self) -> bool:
-        life = self.instance.life if self.instance is not None else None
-        return life is not None and life.state is State.GONE and life.reason in (DRAINED, LEFT)
+    def _has_to_move(self, stream: ArmedStream) -> bool:
+        """Whether its instance's time to drain is over.
+
+        Who is gone has stopped, or does so.  Who lives finishes what nobody else can.
+        """
+        if self.instance is None:
+            return False
+        life, proxy = self.instance.life, self.proxy
+        if life.state is State.GONE:
+            return life.reason in (DRAINED, LEFT)
+        if (
+            life.state is not State.DRAINING
+            or proxy.fleet.clock() - life.since_s <= proxy.config.instances.drain_s
+            or not any(one.resumes for one in proxy.fleet.candidates(self.model))
+        ):
+            return False
+        if not stream.is_begun:
+            return self._may_retry()
+        is_left = stream.num_resumes < proxy.config.continuation.max_resumes
+        return is_left and stream.can_resume and not stream.may_be_refused
 
     def _end_in_error(self, message: str) -> None:
         """Nobody can continue the stream: its last event says so."""
@@ -679,6 +695,19 @@ class Exchange:
     def _may_repeat(self) -> bool:
         """Whether a request that an instance may have seen can be sent again."""
         return self.route.kind is not Kind.OTHER or self.method in _IDEMPOTENT
+
+    def _is_sent_again(self) -> bool:
+        """Whether another instance is asked after this one has answered 503."""
+        assert self.instance is not None
+        if self.route.kind is Kind.INFERENCE:
+            # It may refuse whatever comes, at once, and so look idle: none is chosen that does.
+            self.proxy.fleet.report(self.instance, lifecycle.Failed("answers 503"))
+        may_be = self._may_repeat() and self._may_retry() and self._has_alternative()
+        return may_be and self._is_earned()
+
+    def _is_earned(self) -> bool:
+        """Whether there is a retry left for what others may be too busy for, too."""
+        return self.proxy.retry_budget.take(self.proxy.router.num_routed)
 
     def _has_alternative(self) -> bool:
         return any(

@@ -142,6 +142,8 @@ class Instance:
         """For how long its lease at a coordinator was renewed last; None: the settings say it."""
         self.load: Load | None = None
         """What its heartbeat said last; plain servers send none."""
+        self.resumes = self.has_incarnation
+        """It can continue the streams of others: it has this plugin, as far as it has been told."""
         self.kv_events: tuple[KvEventSource, ...] = ()
         """Where it says that it publishes its prefix cache, if its entry does not."""
         self.prefill_tokens = 0
@@ -393,6 +395,7 @@ class Fleet:
         instance.models = {}
         instance.reported = {}
         instance.load = None
+        instance.resumes = instance.has_incarnation
         instance.kv_events = ()
         instance.paces = Paces()
         self._reckon(instance)

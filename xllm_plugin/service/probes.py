@@ -23,11 +23,13 @@ __all__ = ["Prober", "read_metrics"]
 _MODELS_EVERY = 10
 _METRICS_EVERY = 3
 _USAGE = "vllm:kv_cache_usage_perc"
+_OURS = "xllm:engine_up"
+"""Only servers with this plugin have it."""
 _LOAD_EVERY = 2
 _MAX_ANSWER_BYTES = 16 * 2**20
 _METRIC = re.compile(
     r"^(vllm:num_requests_running|vllm:num_requests_waiting|vllm:kv_cache_usage_perc"
-    r"|vllm:inter_token_latency_seconds_(?:sum|count)|process_start_time_seconds)"
+    r"|vllm:inter_token_latency_seconds_(?:sum|count)|process_start_time_seconds|xllm:engine_up)"
     r"(?:\{[^\n]*\})? ([0-9.eE+-]+)$",
     re.MULTILINE,
 )
@@ -184,6 +186,7 @@ class Prober:
         if started is not None and not instance.has_incarnation:
             # A plain server says no incarnation; the start of its process is one.
             self._fleet.report(instance, lifecycle.Registered(f"{started:.2f}"))
+        instance.resumes = instance.has_incarnation or _OURS in found
         before, instance.reported = instance.reported, found
         self._fleet.set_load(
             instance,

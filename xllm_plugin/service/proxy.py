@@ -16,6 +16,7 @@ from xllm_plugin.service.flow.control import FlowControl
 from xllm_plugin.service.keys import KeyRing
 from xllm_plugin.service.kv_index.tokens import Unread
 from xllm_plugin.service.replies import Refusal
+from xllm_plugin.service.retry_budget import RetryBudget
 from xllm_plugin.service.router import Router, Sent
 from xllm_plugin.service.routes import Kind
 from xllm_plugin.service.telemetry import Ending, Telemetry
@@ -147,6 +148,7 @@ class Proxy:
         self.telemetry.slo = config.slo
         self._logs_access = config.log.access
         self.headers_of_note = headers_of_note(config, traces=self.tracing is not None)
+        self.retry_budget = RetryBudget(config.routing.retry_share)
         self._reconfigure_flow(config)
         self.router.forget_rosters()
         self._reconfigure_keys(config)

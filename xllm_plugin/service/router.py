@@ -192,6 +192,11 @@ class Router:
         if len(self._owners) > _MAX_OWNERS:
             self._owners.popitem(last=False)
 
+    @property
+    def num_routed(self) -> int:
+        """Requests that were given an instance, each attempt counted."""
+        return self._sequence
+
     def forget_rosters(self) -> None:
         """Who has room is to be found out anew: limits have changed."""
         for model in tuple(self._rosters):

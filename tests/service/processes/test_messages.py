@@ -77,7 +77,7 @@ def test_a_start_arrives_whole() -> None:
     life = lifecycle.begin(lifecycle.Registered("7", leased=True), 3.0)
     news = FleetNews(
         5,
-        [InstanceNews(entry, "etcd", 2, life, {"m": {"id": "m", "n": [1]}}, ())],
+        [InstanceNews(entry, "etcd", 2, life, {"m": {"id": "m", "n": [1]}}, (), resumes=True)],
         [Figures("one", 1, 2, Speed(0.5))],
         {"two": life},
     )

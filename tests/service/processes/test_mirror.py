@@ -115,6 +115,16 @@ def test_a_worker_chooses_by_what_others_have_booked() -> None:
     post.fleet.check_integrity()
 
 
+def test_workers_know_who_can_continue_the_streams_of_others() -> None:
+    post = Post()
+    post.join("a", "b")
+    found = post.fleet.get_without_load("b")
+    assert found is not None
+    found.resumes = True
+    post.tell_all()
+    assert [[one.name for one in worker if one.resumes] for worker in post.workers] == [["b"]] * 2
+
+
 def test_a_ranking_is_told_of_it_too() -> None:
     """It does not look at all of them for each request, as a list of candidates is looked at."""
     post = Post()

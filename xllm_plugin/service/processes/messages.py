@@ -66,6 +66,7 @@ class InstanceNews(msgspec.Struct):
     life: Life
     models: dict[str, dict[str, Any]]
     kv_events: tuple[KvEventSource, ...]
+    resumes: bool
 
 
 class Figures(msgspec.Struct, array_like=True):

@@ -135,6 +135,7 @@ class MirrorFleet(Fleet):
         instance.slot = news.slot
         instance.models = news.models
         instance.kv_events = news.kv_events
+        instance.resumes = news.resumes
         self._num_slots = max(self._num_slots, news.slot + 1)
         self._become(instance, news.life)
 

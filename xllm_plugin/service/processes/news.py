@@ -169,5 +169,11 @@ def _described(instance: Instance) -> InstanceNews:
     # Workers judge nothing by signs of life, which come every second.
     life = replace(instance.life, seen_s=0.0, failures=0)
     return InstanceNews(
-        instance.entry, instance.source, instance.slot, life, instance.models, instance.kv_events
+        instance.entry,
+        instance.source,
+        instance.slot,
+        life,
+        instance.models,
+        instance.kv_events,
+        instance.resumes,
     )
