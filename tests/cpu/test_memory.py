@@ -57,7 +57,7 @@ def calls_of(driver: CpuMemoryDriver) -> FaultyVmCalls:
     return driver._calls
 
 
-@pytest.mark.parametrize("page_bytes", [mmap.PAGESIZE, SIZE])
+@pytest.mark.parametrize("page_bytes", [mmap.PAGESIZE, 3 * mmap.PAGESIZE, SIZE])
 @pytest.mark.parametrize("can_move", [True, False])
 def test_it_keeps_the_contract(page_bytes: int, can_move: bool) -> None:
     made: MemoryDriver = make_memory_driver()
@@ -83,10 +83,11 @@ def test_pages_as_large_as_huge_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page_bytes", "capacity_bytes"), [(1024, 2**20), (3 * 4096, 2**20), (2**21, 2**20)]
+    ("page_bytes", "capacity_bytes"),
+    [(0, 2**20), (1024, 2**20), (3 * 4096 + 1, 2**20), (2**21, 2**20)],
 )
 def test_sizes_that_cannot_be_are_refused(page_bytes: int, capacity_bytes: int) -> None:
-    with pytest.raises(ValueError, match=r"bytes|power of two"):
+    with pytest.raises(ValueError, match=r"bytes|above one"):
         CpuMemoryDriver(page_bytes=page_bytes, capacity_bytes=capacity_bytes)
 
 

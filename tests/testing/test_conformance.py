@@ -49,10 +49,10 @@ class WithoutFence(FakeMemoryDriver):
     fence = None  # type: ignore[assignment]  # the breach
 
 
-class OddGranularity(FakeMemoryDriver):
+class NoGranularity(FakeMemoryDriver):
     @property
     def granularity_bytes(self) -> int:
-        return 48
+        return 1
 
 
 class GrowingGranularity(FakeMemoryDriver):
@@ -392,8 +392,8 @@ def with_fence(fence: type[FakeFence]) -> type[FakeMemoryDriver]:
 
 BROKEN_DRIVERS: list[tuple[str, type[FakeMemoryDriver]]] = [
     ("has_every_method", WithoutFence),
-    ("granularity_is_a_power_of_two", OddGranularity),
-    ("granularity_is_a_power_of_two", GrowingGranularity),
+    ("granularity_stays_the_same", NoGranularity),
+    ("granularity_stays_the_same", GrowingGranularity),
     ("ranges_are_aligned_and_disjoint", MisalignedRanges),
     ("ranges_are_aligned_and_disjoint", OverlappingRanges),
     ("neighbouring_pages_form_one_range", OneStoreForAllPages),

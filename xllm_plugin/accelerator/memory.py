@@ -49,7 +49,7 @@ class MemoryDriver(Protocol):
 
     @property
     def granularity_bytes(self) -> int:
-        """The size of a physical page; a power of two above one, the same at every call."""
+        """The size of a physical page; above one, the same at every call."""
         ...
 
     def reserve(self, num_bytes: int) -> int:

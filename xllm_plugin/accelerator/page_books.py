@@ -48,12 +48,12 @@ class BookedMemoryDriver(ABC, Generic[PhysicalT]):
     then has changed nothing.
 
     Args:
-        granularity_bytes: the size of a page; a power of two above one.
+        granularity_bytes: the size of a page; above one.
     """
 
     def __init__(self, granularity_bytes: int) -> None:
-        if granularity_bytes < 2 or granularity_bytes & (granularity_bytes - 1):  # noqa: PLR2004
-            raise ValueError(f"granularity {granularity_bytes} is no power of two above one")
+        if granularity_bytes < 2:  # noqa: PLR2004
+            raise ValueError(f"granularity {granularity_bytes} is not above one")
         self._granularity_bytes = granularity_bytes
         self._handles = count(1)
         self._pages: dict[PageHandle, _Page[PhysicalT]] = {}

@@ -57,7 +57,7 @@ class CpuMemoryDriver(BookedMemoryDriver[int]):
     in other threads wait for it.
 
     Args:
-        page_bytes: the size of a page; a power of two, at least the system's page.
+        page_bytes: the size of a page; a multiple of the system's.
         capacity_bytes: how much may be created at once; the machine's memory by default.  Linux
             kills rather than refuses when its memory runs out, so whoever shares the machine gives
             this.
@@ -72,8 +72,8 @@ class CpuMemoryDriver(BookedMemoryDriver[int]):
         calls: VmCalls | None = None,
     ) -> None:
         super().__init__(page_bytes)
-        if page_bytes < mmap.PAGESIZE:
-            raise ValueError(f"page of {page_bytes} bytes; give {mmap.PAGESIZE} or more")
+        if page_bytes % mmap.PAGESIZE:
+            raise ValueError(f"page of {page_bytes} bytes; give a multiple of {mmap.PAGESIZE}")
         if capacity_bytes is None:
             capacity_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self.capacity_pages = capacity_bytes // page_bytes

@@ -209,11 +209,11 @@ def has_every_method(kit: MemoryKit[Any]) -> None:
 
 
 @MEMORY.clause
-def granularity_is_a_power_of_two(kit: MemoryKit[Any]) -> None:
-    """`granularity_bytes` is a power of two above one, the same at every call."""
+def granularity_stays_the_same(kit: MemoryKit[Any]) -> None:
+    """`granularity_bytes` is above one, the same at every call."""
     driver = kit.make_driver()
     size = driver.granularity_bytes
-    require(size > 1 and size & (size - 1) == 0, f"it is {size}.")
+    require(size > 1, f"it is {size}.")
     start, page = driver.reserve(size), driver.create(1)[0]
     again = driver.granularity_bytes
     driver.release([page])
@@ -338,8 +338,9 @@ def reserve_refuses_odd_sizes(kit: MemoryKit[Any]) -> None:
 def reserve_without_room_raises_memory_error(kit: MemoryKit[Any]) -> None:
     """`reserve` raises MemoryError when the address space has no such range left."""
     with unchanged_scene(kit) as scene:
-        what = f"reserve of {TOO_LARGE_BYTES} bytes"
-        scene.refuses(MemoryError, what, scene.driver.reserve, TOO_LARGE_BYTES)
+        num_bytes = TOO_LARGE_BYTES - TOO_LARGE_BYTES % scene.page_bytes
+        what = f"reserve of {num_bytes} bytes"
+        scene.refuses(MemoryError, what, scene.driver.reserve, num_bytes)
 
 
 @MEMORY.clause
