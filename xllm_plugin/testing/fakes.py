@@ -246,8 +246,8 @@ class FakeMemoryDriver(PagedBytes):
                 self._undo_map(address)
             raise
 
-    def unmap(self, addresses: Collection[int]) -> None:
-        """Take the pages at addresses away.
+    def unmap(self, addresses: Collection[int], *, keep: bool = True) -> None:
+        """Take the pages at addresses away; those that are not kept are filled with 0xDB.
 
         Raises:
             DeviceFaultError: unfinished work uses a page at one of them.
@@ -262,6 +262,9 @@ class FakeMemoryDriver(PagedBytes):
         except (ValueError, DeviceFaultError):
             self._mapped = before
             raise
+        if not keep:
+            for page in {before[address] for address in addresses} - set(self._mapped.values()):
+                self._pages[page][:] = b"\xdb" * self._granularity_bytes
 
     def release(self, pages: Collection[PageHandle]) -> None:
         """Give pages back."""

@@ -287,6 +287,25 @@ def an_unmapped_page_lives_on(kit: MemoryKit[Any]) -> None:
 
 
 @MEMORY.clause
+def a_page_that_is_not_kept_shows_elsewhere_or_can_be_used_again(kit: MemoryKit[Any]) -> None:
+    """`unmap` with `keep=False` leaves other addresses as they are, and the page to be mapped."""
+    with unchanged_scene(kit) as scene:
+        driver, size = scene.driver, scene.page_bytes
+        driver.unmap([scene.address(0)], keep=False)
+        refuses(ValueError, "unmap once more", driver.unmap, [scene.address(0)])
+        require(
+            scene.probe.read(scene.address(1), size) == pattern(size, 1),
+            "its other address shows other bytes.",
+        )
+        driver.map({scene.address(0): scene.page_a})
+        driver.unmap([scene.address(2), scene.address(1), scene.address(0)], keep=False)
+        driver.map({scene.address(slot): scene.page_a for slot in (0, 1)})
+        driver.map({scene.address(2): scene.page_b})
+        for slot, seed in ((0, 1), (2, 2)):
+            scene.probe.write(scene.address(slot), pattern(size, seed))
+
+
+@MEMORY.clause
 def handles_are_given_out_once(kit: MemoryKit[Any]) -> None:
     """A driver gives each handle out only once, so that a stale one is always found out."""
     driver: MemoryDriver = kit.make_driver()
