@@ -283,7 +283,7 @@ def command(
     """What does elastic KV memory cost a server?
 
     Two servers of the same model, one with xtensor.enabled, in turn under the requests of the
-    serving benchmark; about 4 GiB.  Takes about twelve minutes on two cores; with --quick two.
+    serving benchmark; about 4 GiB.  Takes about ten minutes on two cores; with --quick two.
     """
     folder = model_folder(model)
     plan = Plan(
