@@ -38,9 +38,9 @@ FOLDER = Path(__file__).resolve().parent
 TRACE = FOLDER.parent / "serving" / "data" / "azure-conv.jsonl"
 
 if TYPE_CHECKING:
-    from benchmarks.xtensor_memory import sleeping
+    from benchmarks.xtensor_memory import set_up, sleeping
 else:
-    sleeping = beside(FOLDER, "sleeping")
+    set_up, sleeping = (beside(FOLDER, name) for name in ("set_up", "sleeping"))
 
 NAME = "xtensor_memory"
 QUESTION = (
@@ -58,6 +58,7 @@ REQUESTS_PER_S = 0.7
 MAX_INPUT, MAX_OUTPUT = 1024, 128
 WARM_UP_REQUESTS = 8
 SLEEPS, QUICK_SLEEPS = 5, 2
+SET_UPS, QUICK_SET_UPS = 5, 2
 KV_BYTES = 2**30
 GIVE_UP_S = 600.0
 SAMPLE_EVERY_S = 0.25
@@ -333,6 +334,11 @@ def notes(plan: Plan) -> tuple[str, ...]:
             "cache. Times are those of the engine's log. The memory of blocks comes back with the "
             "first steps afterwards, which compute the kept requests' prompts again."
         ),
+        (
+            "KV set-up: the buffer of this model in this process, set up and given back in turn, "
+            "by `torch.zeros` as stock vLLM does and by the code of this plugin's workers. The "
+            "kernel zeroes each page later, when it is first used or committed."
+        ),
     )
 
 
@@ -346,13 +352,17 @@ NOT_SHOWN = (
 )
 
 
-def draw(hour: Hour, path: Path) -> None:
-    """Live KV and resident pages over time."""
+def draw(hour: Hour, path: Path) -> bool:
+    """Live KV and resident pages over time; False without matplotlib."""
     lines = {
         "live KV, by the engine": [(s.at_s, s.live_bytes / 2**20) for s in hour.samples],
         "resident KV pages, by the kernel": [(s.at_s, s.kv_bytes / 2**20) for s in hour.samples],
     }
-    plot_over_time(lines, y="MiB", title="KV memory under bursts", path=path)
+    try:
+        plot_over_time(lines, y="MiB", title="KV memory under bursts", path=path)
+    except ImportError:
+        return False
+    return True
 
 
 @click.command(NAME)
@@ -362,7 +372,8 @@ def draw(hour: Hour, path: Path) -> None:
 def command(*, quick: bool, json_path: Path, model: str, keep_logs: Path | None) -> None:
     """Does an elastic server's memory follow what it keeps?  And sleep and waking.
 
-    One server, about 2 GiB.  Takes about six minutes on two cores; with --quick two.
+    One server, and a KV buffer before it: about 3 GiB.  Takes about six minutes on two cores; with
+    --quick two.
     """
     folder = model_folder(model)
     run = schema.begin(NAME, question=QUESTION, command=command_line())
@@ -378,26 +389,34 @@ def command(*, quick: bool, json_path: Path, model: str, keep_logs: Path | None)
     sleep_folder = ModelCache.at().root / "sleep"
     with (
         log_folder(keep_logs) as logs,
-        Reporter(console, 3, first="starting the server") as reporter,
-        served.server(logs / "server.log", on_wait=reporter.waiting) as server,
+        Reporter(console, 4, first="setting KV caches up") as reporter,
     ):
-        hour = measure(server, plan, reporter)
-        reporter.doing("sleep and waking")
-        sleeps, slept = sleeping.measure(
-            server, SERVED, plan.vocabulary, sleep_folder, plan.num_sleeps
-        )
+        layout = set_up.layout_of(folder)
+        set_ups = set_up.measure(layout, QUICK_SET_UPS if quick else SET_UPS)
         reporter.done()
+        with served.server(logs / "server.log", on_wait=reporter.waiting) as server:
+            hour = measure(server, plan, reporter)
+            reporter.doing("sleep and waking")
+            sleeps, slept = sleeping.measure(
+                server, SERVED, plan.vocabulary, sleep_folder, plan.num_sleeps
+            )
+            reporter.done()
     picture = json_path.with_suffix(".png")
-    draw(hour, picture)
+    shown = [f"![KV memory under bursts]({picture.name})"] if draw(hour, picture) else []
     result = run.finish(
         peers=[served.record(str(folder))],
-        rows=[*rows(hour), *sleeping.figures(sleeps)],
-        checks=[*checks(hour), *sleeping.checks(sleeps, slept)],
-        notes=[*notes(plan), f"![KV memory under bursts]({picture.name})"],
+        rows=[*rows(hour), *sleeping.figures(sleeps), *set_up.figures(set_ups, layout)],
+        checks=[
+            *checks(hour),
+            *sleeping.checks(sleeps, slept),
+            *set_up.checks(set_ups, layout),
+        ],
+        notes=[*notes(plan), *shown],
         not_shown=NOT_SHOWN,
         details={
             "samples": [asdict(sample) for sample in hour.samples],
             "sleeps": [asdict(sleep) for sleep in sleeps],
+            "set_ups": {form: asdict(one) for form, one in set_ups.items()},
         },
     )
     conclude(result, json_path, console)

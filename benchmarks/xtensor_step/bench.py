@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from xllm_plugin.bench.options import (
     keep_logs_option,
     model_option,
 )
+from xllm_plugin.bench.pairs import MIN_PAIRS, interval
 from xllm_plugin.bench.progress import Reporter
 from xllm_plugin.bench.schema import Check, Figure, Row
 from xllm_plugin.bench.traces import Vocabulary
@@ -47,7 +47,6 @@ MAX_TOKENS_PER_STEP = 2048
 MAX_MODEL_LEN = 512
 WITHIN: Final = (0.98, 1.02)
 """Where the interval of the ratio has to lie."""
-CONFIDENCE: Final = 0.95
 
 
 @dataclass(slots=True)
@@ -69,27 +68,6 @@ class Times:
 def ratios(times: Mapping[Memory, Sequence[float]]) -> list[float]:
     """Elastic over fixed, pair by pair."""
     return [b / a for a, b in zip(times["fixed"], times["elastic"], strict=True)]
-
-
-def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Where the median of the values' distribution lies, whatever that distribution is.
-
-    The k-th smallest and the k-th largest value, with the largest k for which fewer than k of n
-    values fall on one side of the median so seldom (a coin's n throws) that both ends together are
-    within the rest of the confidence.
-
-    Raises:
-        ValueError: there are too few values for that confidence (six for 95 %).
-    """
-    n = len(values)
-    tail, k = 0.0, 0
-    while 2 * (tail + math.comb(n, k) / 2**n) <= 1 - confidence:
-        tail += math.comb(n, k) / 2**n
-        k += 1
-    if not k:
-        raise ValueError(f"{n} values are too few for an interval of {confidence:.0%}")
-    ordered = sorted(values)
-    return ordered[k - 1], ordered[n - k]
 
 
 def rows(found: Mapping[int, Times]) -> list[Row]:
@@ -208,7 +186,7 @@ NOT_SHOWN = (
 @click.command(NAME)
 @common_options(NAME)
 @model_option
-@click.option("--pairs", type=click.IntRange(min=6), help=f"[default: {PAIRS}]")
+@click.option("--pairs", type=click.IntRange(min=MIN_PAIRS), help=f"[default: {PAIRS}]")
 @keep_logs_option
 def command(
     *, quick: bool, json_path: Path, model: str, pairs: int | None, keep_logs: Path | None

@@ -32,6 +32,7 @@ def test_figures_of_a_load_point() -> None:
     assert result.ttft_p50_ms == pytest.approx(200)
     assert result.ttft_p90_ms == pytest.approx(280)
     assert result.tpot_p90_ms == pytest.approx(200)  # (500 - 100) / 2; a single token has none
+    assert result.tpot_p95_ms == pytest.approx(200)
     assert result.itl_p99_ms == pytest.approx(298)
     assert result.first_error == "OSError: gone"
     assert LoadResult.model_validate_json(result.model_dump_json()) == result

@@ -32,6 +32,7 @@ def point(load: Load, tpot_ms: float, ttft_ms: float, *, failed: int = 0) -> Loa
         ttft_p99_ms=ttft_ms,
         tpot_p50_ms=tpot_ms,
         tpot_p90_ms=tpot_ms,
+        tpot_p95_ms=tpot_ms,
         tpot_p99_ms=tpot_ms,
         itl_p99_ms=tpot_ms,
         client_cpu_s=0.1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -14,10 +15,12 @@ from xllm_plugin.bench.open_loop import BacklogTally, Sent
 from xllm_plugin.bench.promises import Outcome
 from xllm_plugin.bench.traces import Lengths, Vocabulary
 from xllm_plugin.errors import NotNowError
+from xllm_plugin.xtensor.layout import Column, KVLayout
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "xtensor_memory"
 SLAB = 10
 MIB = 2**20
+LAYOUT = KVLayout(96, (Column(0, MIB),))
 LOG = """\
 (Engine) xllm-plugin: asleep at level 1: KV cache away in 31 ms, 256.5 MiB of weights in 400 ms.
 (APIServer) wake up the engine with tags: ['weights']
@@ -162,7 +165,11 @@ def test_the_tables_and_the_picture(bench: ModuleType, tmp_path: Path) -> None:
     run = schema.begin(bench.NAME, question=bench.QUESTION, command="xllm bench xtensor_memory")
     result = run.finish(
         peers=[bench.peer("/m").record("/m")],
-        rows=[*bench.rows(found), *bench.sleeping.figures(sleeps)],
+        rows=[
+            *bench.rows(found),
+            *bench.sleeping.figures(sleeps),
+            *bench.set_up.figures(set_ups(bench), LAYOUT),
+        ],
         checks=[*bench.checks(found), *bench.sleeping.checks(sleeps, sent())],
         notes=bench.notes(plan),
         not_shown=bench.NOT_SHOWN,
@@ -171,8 +178,54 @@ def test_the_tables_and_the_picture(bench: ModuleType, tmp_path: Path) -> None:
     assert "| KV cache away | 100 | 40 | 410 |" in text
     assert "| as much, read from the page cache | 200 | 100 | 512 |" in text
     assert "XLLM_XTENSOR__CACHE_IDLE_S=3 " in text
-    bench.draw(found, tmp_path / "x.png")
+    assert "**KV set-up at start, 0.1 GiB**" in text
+    assert "| elastic | 5 | 1 |" in text
+    assert bench.draw(found, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_result(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(*_: object, **__: object) -> None:
+        raise ImportError("no matplotlib")
+
+    monkeypatch.setattr(bench, "plot_over_time", absent)
+    assert not bench.draw(hour(bench), tmp_path / "x.png")
+
+
+def set_ups(bench: ModuleType, ours_ms: float = 5.0, ours_bytes: int = MIB) -> Any:
+    stock = bench.set_up.SetUp([100.0, 120.0, 90.0], [LAYOUT.num_bytes] * 3)
+    ours = bench.set_up.SetUp([ours_ms] * 3, [ours_bytes] * 3)
+    return {form: stock if form == bench.set_up.STOCK else ours for form in bench.set_up.FORMS}
+
+
+@pytest.mark.parametrize(
+    ("changes", "passed"),
+    [
+        ({}, [True, True]),
+        ({"ours_ms": 5.1}, [False, True]),
+        ({"ours_bytes": 5 * MIB}, [True, False]),
+    ],
+)
+def test_a_kv_cache_that_is_written_at_start_fails_the_run(
+    bench: ModuleType, changes: dict[str, Any], passed: list[bool]
+) -> None:
+    found = bench.set_up.checks(set_ups(bench, **changes), LAYOUT)
+    assert [check.passed for check in found] == passed
+
+
+def test_kv_caches_are_set_up_as_workers_do(bench: ModuleType, tmp_path: Path) -> None:
+    """As large as the smallest buffer that is not torch's."""
+    config = {"num_key_value_heads": 2, "num_hidden_layers": 4, "head_dim": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    layout = bench.set_up.layout_of(tmp_path, 64 * MIB)
+    assert layout.columns[1].start_bytes == layout.num_bytes / 4 == 16 * MIB
+    found = bench.set_up.measure(layout, 1)
+    resident = {form: one.resident_bytes[0] / layout.num_bytes for form, one in found.items()}
+    assert resident.pop(bench.set_up.STOCK) > 0.75
+    assert max(resident.values()) < 0.25
+    assert all(len(one.times_ms) == 1 for one in found.values())
 
 
 def test_the_readme_has_a_place_for_the_table() -> None:

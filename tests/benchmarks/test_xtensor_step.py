@@ -50,15 +50,6 @@ def test_both_of_a_pair_get_the_same_prompts_and_no_two_pairs_do(bench: ModuleTy
     assert names[:8] == ["fixed", "elastic"] * 2 + ["elastic", "fixed"] * 2
 
 
-def test_the_interval_is_that_of_the_ordered_values(bench: ModuleType) -> None:
-    values = [float(n) for n in range(1, 25)]
-    assert bench.interval(values) == (7.0, 18.0)  # tables of the sign test: 24, 5 %
-    assert bench.interval(list(reversed(values))) == (7.0, 18.0)
-    assert bench.interval(values[:6]) == (1.0, 6.0)
-    with pytest.raises(ValueError, match="5 values are too few"):
-        bench.interval(values[:5])
-
-
 @pytest.mark.parametrize(("elastic_ms", "passed"), [(10.1, True), (10.3, False), (9.7, False)])
 def test_a_step_that_costs_more_fails_the_run(
     bench: ModuleType, elastic_ms: float, passed: bool

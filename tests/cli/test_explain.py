@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from xllm_plugin.cli.explain import explain, install
-from xllm_plugin.errors import ConfigError, ModelError, XllmError
+from xllm_plugin.errors import ConfigError, MisuseError, ModelError, NotNowError, XllmError
 
 SERVE = ["vllm", "serve", "some/model"]
 
@@ -150,10 +150,29 @@ def test_a_port_of_another_command_is_not_the_server_s() -> None:
     assert explain(bind_twice(), ["vllm", "bench", "latency"]) is None
 
 
+# vLLM's words.
+ENDED = "Engine core initialization failed. See root cause above. Failed core proc(s): {}"
+
+
+@pytest.mark.parametrize(
+    ("codes", "kind"), [({"EngineCore": 2}, MisuseError), ({"EngineCore_DP0": 75}, NotNowError)]
+)
+def test_an_engine_that_has_said_what_was_wrong_is_not_said_to_be_a_bug(
+    codes: dict[str, int], kind: type[XllmError]
+) -> None:
+    known = explain(RuntimeError(ENDED.format(codes)), SERVE)
+    assert type(known) is kind
+    assert "its own message is above" in str(known)
+
+
 @pytest.mark.parametrize(
     "error",
     [
         ValueError("a bug"),
+        RuntimeError(ENDED.format({"EngineCore": 1})),
+        RuntimeError(ENDED.format({"EngineCore_DP0": 2, "EngineCore_DP1": -9})),
+        RuntimeError(ENDED.format({})),
+        ValueError(ENDED.format({"EngineCore": 2})),
         OSError(errno.ENOSPC, "No space left on device"),
         KeyError("is not what it was"),
         chained(RuntimeError("outer"), ZeroDivisionError("inner")),

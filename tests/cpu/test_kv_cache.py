@@ -21,7 +21,7 @@ from xllm_plugin.xtensor.config import XTensorConfig  # noqa: E402
 from xllm_plugin.xtensor.layout import Column, KVLayout  # noqa: E402
 from xllm_plugin.xtensor.messages import MemoryChange  # noqa: E402
 
-BLOCK = 3 * 2**14  # of which the largest power of two is 16 KiB, and of two blocks 32 KiB
+BLOCK = 3 * 2**14  # no power of two, nor are two blocks
 NUM_BLOCKS = 20_000  # 1.8 GiB of addresses
 LAYOUT = KVLayout(NUM_BLOCKS, (Column(0, BLOCK), Column(NUM_BLOCKS * BLOCK, BLOCK)))
 
@@ -70,7 +70,7 @@ def test_an_elastic_buffer_has_the_memory_of_its_committed_slabs() -> None:
     before = rss_of_pages()
     config = XTensorConfig(slab_blocks=2, keep_idle_s=0.0)
     memory, driver = elastic_memory(LAYOUT, config)
-    assert driver.granularity_bytes == 2**15, "of a slab of two blocks"
+    assert driver.granularity_bytes == 2 * BLOCK, "a slab of two blocks is one page in a column"
     with ElasticBuffer(memory, driver):
         cache = torch.zeros(LAYOUT.num_bytes, dtype=torch.int8, device=torch.device("cpu"))
         assert torch.zeros(3, dtype=torch.int8).tolist() == [0, 0, 0]
@@ -111,7 +111,7 @@ def test_blocks_that_are_no_whole_pages_come_and_go_together() -> None:
         torch.as_strided(cache, (num_blocks, block), (block, 1), column.start_bytes)
         for column in placed.columns
     ]
-    assert (memory.range.num_slabs, memory.range.pages_per_slab) == (32, 18)
+    assert (memory.range.num_slabs, memory.range.pages_per_slab) == (32, 2)
     memory.apply(MemoryChange(budget_slabs=2, committed=(0, 31)))
     for layer in layers:
         layer[62:64] = 3

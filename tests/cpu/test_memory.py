@@ -57,7 +57,7 @@ def calls_of(driver: CpuMemoryDriver) -> FaultyVmCalls:
     return driver._calls
 
 
-@pytest.mark.parametrize("page_bytes", [mmap.PAGESIZE, SIZE])
+@pytest.mark.parametrize("page_bytes", [mmap.PAGESIZE, 3 * mmap.PAGESIZE, SIZE])
 @pytest.mark.parametrize("can_move", [True, False])
 def test_it_keeps_the_contract(page_bytes: int, can_move: bool) -> None:
     made: MemoryDriver = make_memory_driver()
@@ -83,10 +83,11 @@ def test_pages_as_large_as_huge_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page_bytes", "capacity_bytes"), [(1024, 2**20), (3 * 4096, 2**20), (2**21, 2**20)]
+    ("page_bytes", "capacity_bytes"),
+    [(0, 2**20), (1024, 2**20), (3 * 4096 + 1, 2**20), (2**21, 2**20)],
 )
 def test_sizes_that_cannot_be_are_refused(page_bytes: int, capacity_bytes: int) -> None:
-    with pytest.raises(ValueError, match=r"bytes|power of two"):
+    with pytest.raises(ValueError, match=r"bytes|above one"):
         CpuMemoryDriver(page_bytes=page_bytes, capacity_bytes=capacity_bytes)
 
 
@@ -210,6 +211,26 @@ def test_a_batch_is_few_calls(driver: CpuMemoryDriver, monkeypatch: pytest.Monke
     assert moved == [3, 4, 3, 4]
 
 
+def test_pages_that_go_back_are_taken_away_in_one_call(
+    driver: CpuMemoryDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever they are in the file, and without their page tables."""
+    start, pages = driver.reserve(8 * SIZE), driver.create(8)
+    placed = {start + at * SIZE: page for at, page in enumerate(reversed(pages))}
+    driver.map(placed)
+    calls: list[int] = []
+    hold = driver._calls.hold
+    with monkeypatch.context() as patch:
+        patch.setattr(driver._calls, "hold", lambda s, n: (calls.append(n // SIZE), hold(s, n)))
+        patch.setattr(driver._calls, "move", lambda s, n, t: calls.append(-n))
+        driver.unmap(list(placed), keep=False)
+    assert calls == [8]
+    driver.release(pages[1:])
+    assert file_bytes(driver) == SIZE
+    driver.map({start + SIZE: pages[0]})
+    fill(start + SIZE, b"a")
+
+
 def test_page_tables_move_with_the_page(driver: CpuMemoryDriver) -> None:
     """A page mapped anew needs no page faults: they are what costs."""
     start, pages = driver.reserve(2 * SIZE), driver.create(1)
@@ -243,8 +264,9 @@ def test_a_page_that_is_shared_keeps_its_bytes_whichever_address_goes_first(
         driver.unmap([start + 2 * SIZE])
 
 
+@pytest.mark.parametrize("keep", [True, False])
 def test_an_unmap_that_the_kernel_refuses_changes_nothing(
-    driver: CpuMemoryDriver, monkeypatch: pytest.MonkeyPatch
+    driver: CpuMemoryDriver, monkeypatch: pytest.MonkeyPatch, keep: bool
 ) -> None:
     start, pages = driver.reserve(4 * SIZE), driver.create(2)
     placed = {start: pages[0], start + 2 * SIZE: pages[1]}
@@ -260,7 +282,7 @@ def test_an_unmap_that_the_kernel_refuses_changes_nothing(
 
     monkeypatch.setattr(driver._calls, "hold", refuse_the_second)
     with pytest.raises(MemoryError, match=r"vm\.max_map_count"):
-        driver.unmap(list(placed))
+        driver.unmap(list(placed), keep=keep)
     monkeypatch.undo()
     assert ctypes.string_at(start, SIZE) == b"a" * SIZE
     assert ctypes.string_at(start + 2 * SIZE, SIZE) == b"b" * SIZE

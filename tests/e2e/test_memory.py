@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -15,8 +16,12 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from click.testing import CliRunner
 
 from xllm_plugin.bench.peers import xllm_server
+from xllm_plugin.channel.paths import socket_path
+from xllm_plugin.cli.memory import memory
+from xllm_plugin.errors import MisuseError, NotNowError
 from xllm_plugin.models import prepare
 from xllm_plugin.xtensor.leases import pool_path
 
@@ -149,6 +154,23 @@ def test_requests_under_way_are_aborted_or_kept_as_asked(url: str, mode: str, re
     assert text == alone["text"] if mode == "keep" else alone["text"].startswith(text)
 
 
+def test_the_budget_of_a_server_can_be_changed(url: str) -> None:
+    answer = complete(url)
+    engine = get(url, "/xllm/snapshot")["engines"][0]["snapshot"]["engine"]
+    path = socket_path(engine["instance_id"], engine["dp_rank"])
+    done = CliRunner().invoke(memory, ["--socket", str(path), "--budget", "64MiB"])
+    assert done.exit_code == 0, done.output
+
+    def budget_bytes() -> int:
+        found: int = get(url, "/xllm/memory")["engines"][0]["budget_bytes"]
+        return found
+
+    wait_until(lambda: 60 * MIB < budget_bytes() <= 64 * MIB)
+    assert complete(url) == answer
+    refused = CliRunner().invoke(memory, ["--socket", str(path), "--budget", "1MiB"])
+    assert isinstance(refused.exception, MisuseError)
+
+
 def test_an_engine_that_was_not_told_so_does_not_sleep(tmp_path: Path) -> None:
     with serving(tmp_path / "log", "--kv-cache-memory-bytes", str(128 * MIB)) as url:
         with client(url) as http:
@@ -157,6 +179,19 @@ def test_an_engine_that_was_not_told_so_does_not_sleep(tmp_path: Path) -> None:
         post(url, "/wake_up")
         assert complete(url)["finish_reason"] == "length"
     assert "--enable-sleep-mode" in (tmp_path / "log").read_text()
+
+
+def test_a_budget_for_no_full_request_ends_the_start_with_one_message(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    flags = ("--kv-cache-memory-bytes", str(128 * MIB))
+    with (
+        pytest.raises(NotNowError, match="exit code 2"),
+        serving(log, *flags, XLLM_XTENSOR__BUDGET_BYTES="1000"),
+    ):
+        pytest.fail("it must not start")
+    said = log.read_text()
+    assert re.search(r"xllm: xtensor\.budget_bytes=1000: .*Give \d+ or more", said)
+    assert "Traceback" not in said
 
 
 def test_two_servers_share_a_pool_and_a_killed_one_leaves_it(tmp_path: Path) -> None:

@@ -1,17 +1,25 @@
 """One tiny engine in this process, its KV cache elastic or not; what it answered, as JSON.
 
-``python elastic_driver.py MODEL [DTYPE BLOCK_TOKENS]`` with XLLM_XTENSOR__ENABLED;
-`test_elastic_memory` compares.
+``python elastic_driver.py MODEL [OPTIONS]`` with XLLM_XTENSOR__ENABLED; OPTIONS are those of vLLM's
+`LLM`, as JSON.  `test_elastic_memory` compares.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import psutil
 from driving import greedy, report, scenarios, tiny_engine
+from vllm.config.kv_events import KVEventsConfig
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+from vllm.v1.core.kv_cache_utils import (
+    get_block_hash,
+    get_group_id,
+    maybe_convert_block_hash,
+)
 
 BLOCK_TOKENS = 32
 NUM_BLOCKS = 65  # of so many tokens; an odd number
@@ -28,23 +36,43 @@ def rss_of_pages() -> int:
     return sum(m.rss for m in psutil.Process().memory_maps() if "memfd:xllm-pages" in m.path)
 
 
+class Mirror:
+    """What a listener to KV events takes the prefix cache to hold: (group, hash)."""
+
+    def __init__(self) -> None:
+        self.held: set[tuple[int, Any]] = set()
+        self.num_removed = 0
+
+    def hear(self, events: Sequence[Any]) -> None:
+        for event in events:
+            if isinstance(event, AllBlocksCleared):
+                self.held.clear()
+                continue
+            named = {(event.group_idx, block_hash) for block_hash in event.block_hashes}
+            if isinstance(event, BlockStored):
+                self.held |= named
+            elif isinstance(event, BlockRemoved):
+                self.held -= named
+                self.num_removed += len(named)
+
+
 class Driver:
     """The scenarios; every method that does not start with an underscore is one."""
 
-    def __init__(self, model: str, dtype: str = "float32", block_tokens: str = "32") -> None:
-        self._scale = BLOCK_TOKENS // int(block_tokens)
-        self._llm = tiny_engine(
-            model,
-            dtype=dtype,
-            block_size=int(block_tokens),
-            num_gpu_blocks_override=NUM_BLOCKS * self._scale
-            | 1,  # odd, so that a column may begin inside a page
-        )
+    def __init__(self, model: str, options: str = "{}") -> None:
+        chosen = {"dtype": "float32", "block_size": BLOCK_TOKENS, **json.loads(options)}
+        self._scale = BLOCK_TOKENS // chosen["block_size"]
+        # Odd, so that a column may begin inside a page.
+        chosen.setdefault("num_gpu_blocks_override", NUM_BLOCKS * self._scale | 1)
+        events = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+        self._llm = tiny_engine(model, kv_events_config=events, **chosen)
         core: Any = self._llm.llm_engine.engine_core
         self._core = core.engine_core
         self._scheduler = self._core.scheduler
         self._cache = self._scheduler._memory._cache
         self.found_memory: dict[str, Any] = {}
+        self._mirror = Mirror()
+        self._scheduler.kv_event_publisher.publish = lambda batch: self._mirror.hear(batch.events)
 
     def _generate(self, prompts: Sequence[str], params: Any) -> list[list[int]]:
         outputs = self._llm.generate(list(prompts), params, use_tqdm=False)
@@ -55,12 +83,13 @@ class Driver:
             self._cache._pool.check_integrity()
 
     def _set_budget(self, num_blocks: int | None = None) -> None:
-        """So many blocks of `BLOCK_TOKENS`; None is all."""
+        """So many blocks of `BLOCK_TOKENS`, or the fewest there may be; None is all."""
         if self._cache is not None:
             section = self._cache.section()
             num_bytes = section.num_slabs * section.slab_bytes
             if num_blocks is not None:
-                num_bytes = num_blocks * self._scale * section.block_bytes
+                least = section.min_budget_slabs * section.slab_bytes
+                num_bytes = max(least, num_blocks * self._scale * section.block_bytes)
             self._scheduler._memory.set_memory_budget(num_bytes)
 
     def _settle(self) -> Any:
@@ -108,6 +137,24 @@ class Driver:
         self._set_budget()
         return [list(finished[str(i)].outputs[0].token_ids) for i in range(8)]
 
+    def _compare_events(self) -> None:
+        """What a listener takes to be cached, and what is."""
+        manager = self._scheduler.kv_cache_manager
+        self._mirror.hear(manager.take_events())
+        hashes = [block.block_hash for block in manager.block_pool.blocks if block.block_hash]
+        cached = {(get_group_id(h), maybe_convert_block_hash(get_block_hash(h))) for h in hashes}
+        self.found_memory |= {
+            "num_cached": len(cached),
+            "num_removed": self._mirror.num_removed,
+            "num_wrongly_held": len(self._mirror.held - cached),
+            "num_not_told": len(cached - self._mirror.held),
+        }
+
+    def _drafts(self) -> int:
+        """Tokens of drafts that were taken."""
+        name = "vllm:spec_decode_num_accepted_tokens"
+        return sum(int(m.value) for m in self._llm.get_metrics() if m.name == name)
+
     def _follow_memory(self) -> None:
         """Memory in this process is that of the blocks which requests use."""
         slab_bytes = self._cache.section().slab_bytes
@@ -142,10 +189,14 @@ class Driver:
 def main() -> None:
     driver = Driver(*sys.argv[1:])
     found: dict[str, Any] = {name: getattr(driver, name)() for name in scenarios(driver)}
+    driver._compare_events()
     if driver._cache is not None:
         driver._follow_memory()
     found["memory"] = driver.found_memory
     found["pool"] = type(driver._scheduler.kv_cache_manager.block_pool).__name__
+    groups = driver._scheduler.kv_cache_config.kv_cache_groups
+    found["groups"] = sorted({type(group.kv_cache_spec).__name__ for group in groups})
+    found["num_drafted"] = driver._drafts()
     report(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -39,31 +40,96 @@ def test_the_scenarios_were_what_they_are_called(
     assert elastic["memory"]["preemptions"] > fixed["memory"]["preemptions"] == 0
 
 
-def test_resident_memory_is_that_of_live_blocks(elastic: dict[str, Any]) -> None:
-    """The null block's slab stays."""
+def test_whoever_listens_to_kv_events_takes_nothing_to_be_cached_that_is_gone(
+    elastic: dict[str, Any],
+) -> None:
+    """Blocks that a smaller budget takes away are evicted by no request."""
     memory = elastic["memory"]
+    assert memory["num_wrongly_held"] == 0
+    assert memory["num_removed"] > 0
+    assert memory["num_cached"] > 0
+
+
+def check_resident_memory(memory: dict[str, Any]) -> None:
+    """It is that of live blocks; the null block's slab stays."""
     assert memory["is_rss_of_live_blocks"]
     assert memory["most_bytes"] > 8 * memory["slab_bytes"]
     assert memory["idle_bytes"] == memory["after_bytes"] == memory["slab_bytes"]
     assert memory["num_resident_slabs"] == 1
 
 
-LATENT = ("elastic_driver", "bfloat16", "16")
+def test_resident_memory_is_that_of_live_blocks(elastic: dict[str, Any]) -> None:
+    check_resident_memory(elastic["memory"])
+
+
+HYBRID = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 64,
+}
 
 
 @pytest.mark.full
-def test_latent_attention_answers_the_same_from_blocks_that_are_no_whole_pages(
-    drive: Callable[..., dict[str, Any]],
+def test_a_hybrid_model_answers_the_same(
+    drive: Callable[..., dict[str, Any]], fixed: dict[str, Any]
+) -> None:
+    """Layers with a sliding window give blocks back while their request runs."""
+    # A request has blocks for either kind of layer.
+    options = json.dumps({"hf_overrides": HYBRID, "num_gpu_blocks_override": 129})
+    hybrid = drive("elastic_driver", options)
+    elastic = drive("elastic_driver", options, XLLM_XTENSOR__ENABLED="1")
+    assert elastic["groups"] == ["FullAttentionSpec", "SlidingWindowSpec"]
+    assert hybrid["chunked_prefill"] != fixed["chunked_prefill"], "the window would not be seen"
+    for scenario in SCENARIOS:
+        assert elastic[scenario] == hybrid[scenario]
+    assert all(elastic["prefix_caching"]["cached"])
+    assert elastic["memory"]["preemptions"] > hybrid["memory"]["preemptions"] == 0
+    check_resident_memory(elastic["memory"])
+
+
+SPECULATION = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
+}
+
+
+@pytest.mark.full
+def test_speculative_decoding_answers_what_a_fixed_cache_answers_without_it(
+    drive: Callable[..., dict[str, Any]], fixed: dict[str, Any]
+) -> None:
+    options = json.dumps({"speculative_config": SPECULATION})
+    elastic = drive("elastic_driver", options, XLLM_XTENSOR__ENABLED="1")
+    assert elastic["num_drafted"] > 0
+    for scenario in SCENARIOS:
+        assert elastic[scenario] == fixed[scenario]
+    assert elastic["memory"]["preemptions"] > 0
+    assert elastic["memory"]["num_wrongly_held"] == 0
+    check_resident_memory(elastic["memory"])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("model", "block_tokens"),
+    [
+        pytest.param("tiny-deepseek-v3", 16, id="latent-attention"),  # no whole page a block
+        pytest.param("tiny-qwen3-moe", 32, id="experts"),
+    ],
+)
+def test_models_with_experts_answer_the_same_from_as_many_blocks(
+    drive: Callable[..., dict[str, Any]], model: str, block_tokens: int
 ) -> None:
     """Experts have no float32 on a CPU: only what forms the same batches has to be equal.
 
-    vLLM caches no prefixes of such models there.
+    So the fixed cache has as many blocks as the elastic one's budget in the scenario with
+    preemption, and no prefix is found (vLLM caches none with latent attention on a CPU).
     """
-    fixed = drive(*LATENT, model="tiny-deepseek-v3")
-    elastic = drive(*LATENT, model="tiny-deepseek-v3", XLLM_XTENSOR__ENABLED="1")
+    options = {"dtype": "bfloat16", "block_size": block_tokens, "enable_prefix_caching": False}
+    few = {"num_gpu_blocks_override": 20 * 32 // block_tokens}
+    fixed = drive("elastic_driver", json.dumps(options | few), model=model)
+    elastic = drive("elastic_driver", json.dumps(options), model=model, XLLM_XTENSOR__ENABLED="1")
     assert elastic["pool"] == "ElasticBlockPool"
-    for scenario in ("chunked_prefill", "prefix_caching"):
+    for scenario in ("chunked_prefill", "prefix_caching", "preemption"):
         assert elastic[scenario] == fixed[scenario]
-    assert elastic["memory"]["preemptions"] > 0
-    assert elastic["memory"]["is_rss_of_live_blocks"]
-    assert elastic["memory"]["after_bytes"] == elastic["memory"]["slab_bytes"]
+    assert elastic["memory"]["preemptions"] == fixed["memory"]["preemptions"] > 0
+    check_resident_memory(elastic["memory"])

@@ -49,10 +49,10 @@ class WithoutFence(FakeMemoryDriver):
     fence = None  # type: ignore[assignment]  # the breach
 
 
-class OddGranularity(FakeMemoryDriver):
+class NoGranularity(FakeMemoryDriver):
     @property
     def granularity_bytes(self) -> int:
-        return 48
+        return 1
 
 
 class GrowingGranularity(FakeMemoryDriver):
@@ -327,6 +327,15 @@ class CreatesWhatIsLeft(FakeMemoryDriver):
         return super().create(num_pages)
 
 
+class ForgetsWhatItDoesNotKeep(FakeMemoryDriver):
+    def unmap(self, addresses: Collection[int], *, keep: bool = True) -> None:
+        pages = {self._mapped.get(address) for address in addresses}
+        super().unmap(addresses, keep=keep)
+        for page in pages if not keep else ():
+            if page not in self._mapped.values():
+                del self._pages[page]  # type: ignore[arg-type]
+
+
 class MapsUpToTheWrongItem(FakeMemoryDriver):
     def map(self, pages: Mapping[int, PageHandle]) -> None:
         for address, page in pages.items():
@@ -334,9 +343,9 @@ class MapsUpToTheWrongItem(FakeMemoryDriver):
 
 
 class UnmapsUpToTheWrongItem(FakeMemoryDriver):
-    def unmap(self, addresses: Collection[int]) -> None:
+    def unmap(self, addresses: Collection[int], *, keep: bool = True) -> None:
         for address in addresses:
-            super().unmap([address])
+            super().unmap([address], keep=keep)
 
 
 class ReleasesUpToTheWrongItem(FakeMemoryDriver):
@@ -392,8 +401,9 @@ def with_fence(fence: type[FakeFence]) -> type[FakeMemoryDriver]:
 
 BROKEN_DRIVERS: list[tuple[str, type[FakeMemoryDriver]]] = [
     ("has_every_method", WithoutFence),
-    ("granularity_is_a_power_of_two", OddGranularity),
-    ("granularity_is_a_power_of_two", GrowingGranularity),
+    ("granularity_stays_the_same", NoGranularity),
+    ("a_page_that_is_not_kept_shows_elsewhere_or_can_be_used_again", ForgetsWhatItDoesNotKeep),
+    ("granularity_stays_the_same", GrowingGranularity),
     ("ranges_are_aligned_and_disjoint", MisalignedRanges),
     ("ranges_are_aligned_and_disjoint", OverlappingRanges),
     ("neighbouring_pages_form_one_range", OneStoreForAllPages),

@@ -146,7 +146,7 @@ def test_slabs_are_whole_pages_of_their_own(
     """Whatever a block's size and however many blocks there are."""
     layout = cache.layout()
     slab_blocks = slab_blocks_of(XTensorConfig(slab_blocks=wanted_blocks), layout, page_bytes)
-    page = layout.page_bytes(slab_blocks, 32)
+    page = layout.page_bytes(slab_blocks, 32, page_bytes)
     assert page % page_bytes == 0
     aligned = layout.aligned(page)
     pieces = [
@@ -178,7 +178,7 @@ def test_latent_attention_has_two_blocks_a_slab_and_columns_apart() -> None:
     cache = layers_outermost(3, 65, 18 * 1024)
     layout = cache.layout()
     slab_blocks = slab_blocks_of(XTensorConfig(), layout, 4096)
-    assert (slab_blocks, layout.page_bytes(slab_blocks, 2**21)) == (2, 4096)
+    assert (slab_blocks, layout.page_bytes(slab_blocks, 2**21)) == (2, 36 * 1024)
     aligned = layout.aligned(4096)
     assert [column.start_bytes % 4096 for column in layout.columns] == [0, 2048, 0]
     assert [column.start_bytes % 4096 for column in aligned.columns] == [0, 0, 0]
@@ -191,12 +191,9 @@ def test_latent_attention_has_two_blocks_a_slab_and_columns_apart() -> None:
 
 def test_a_larger_slab_has_larger_pages() -> None:
     layout = layers_outermost(2, 64, 3 * 2**14).layout()
-    assert [layout.page_bytes(blocks, 2**21) for blocks in (1, 2, 3, 64)] == [
-        2**14,
-        2**15,
-        2**14,
-        2**20,
-    ]
+    block = 3 * 2**14
+    found = [layout.page_bytes(blocks, 2**21) for blocks in (1, 2, 3, 43, 64)]
+    assert found == [block, 2 * block, 3 * block, 43 * block // 2, 32 * block]
 
 
 def test_slabs_are_rounded_up_to_whole_pages_and_down_to_the_blocks_there_are() -> None:

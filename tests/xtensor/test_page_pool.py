@@ -572,9 +572,9 @@ class OneAtATime(FakeMemoryDriver):
         with self.alone():
             super().map(pages)
 
-    def unmap(self, addresses: Collection[int]) -> None:
+    def unmap(self, addresses: Collection[int], *, keep: bool = True) -> None:
         with self.alone():
-            super().unmap(addresses)
+            super().unmap(addresses, keep=keep)
 
     def release(self, pages: Collection[PageHandle]) -> None:
         with self.alone():

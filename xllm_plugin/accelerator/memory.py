@@ -49,7 +49,7 @@ class MemoryDriver(Protocol):
 
     @property
     def granularity_bytes(self) -> int:
-        """The size of a physical page; a power of two above one, the same at every call."""
+        """The size of a physical page; above one, the same at every call."""
         ...
 
     def reserve(self, num_bytes: int) -> int:
@@ -85,8 +85,13 @@ class MemoryDriver(Protocol):
         """
         ...
 
-    def unmap(self, addresses: Collection[int]) -> None:
+    def unmap(self, addresses: Collection[int], *, keep: bool = True) -> None:
         """Take the pages at `addresses` away; they, their contents and other addresses live on.
+
+        Args:
+            addresses: where.
+            keep: False says that the pages go back next.  Those that show nowhere else live on
+                with undefined contents then, and their next mapping may be dear.
 
         Raises:
             ValueError: nothing is mapped at one of them, or one is named twice.

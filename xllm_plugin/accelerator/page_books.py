@@ -48,12 +48,12 @@ class BookedMemoryDriver(ABC, Generic[PhysicalT]):
     then has changed nothing.
 
     Args:
-        granularity_bytes: the size of a page; a power of two above one.
+        granularity_bytes: the size of a page; above one.
     """
 
     def __init__(self, granularity_bytes: int) -> None:
-        if granularity_bytes < 2 or granularity_bytes & (granularity_bytes - 1):  # noqa: PLR2004
-            raise ValueError(f"granularity {granularity_bytes} is no power of two above one")
+        if granularity_bytes < 2:  # noqa: PLR2004
+            raise ValueError(f"granularity {granularity_bytes} is not above one")
         self._granularity_bytes = granularity_bytes
         self._handles = count(1)
         self._pages: dict[PageHandle, _Page[PhysicalT]] = {}
@@ -104,7 +104,7 @@ class BookedMemoryDriver(ABC, Generic[PhysicalT]):
             raise
         self._mapped.update(pages)
 
-    def unmap(self, addresses: Collection[int]) -> None:
+    def unmap(self, addresses: Collection[int], *, keep: bool = True) -> None:
         """Take pages away, neighbours together."""
         wanted = sorted(addresses)
         handles = [self._mapped_at(address) for address in wanted]
@@ -116,7 +116,10 @@ class BookedMemoryDriver(ABC, Generic[PhysicalT]):
             page.num_mappings -= 1
             placements.append(Placement(address, page.physical, page.num_mappings == 0))
         try:
-            self._in_runs(placements, self._unmap_run, self._map_run)
+            if keep:
+                self._in_runs(placements, self._unmap_run, self._map_run)
+            elif placements:
+                self._drop(placements)
         except BaseException:  # as in `map`
             for handle in handles:
                 self._pages[handle].num_mappings += 1
@@ -175,6 +178,10 @@ class BookedMemoryDriver(ABC, Generic[PhysicalT]):
     @abstractmethod
     def _unmap_run(self, run: Sequence[Placement]) -> None:
         """Unmap neighbouring addresses, in order; also takes a `_map_run` back."""
+
+    def _drop(self, placements: Sequence[Placement]) -> None:
+        """Unmap pages that go back next, in order of addresses."""
+        self._in_runs(placements, self._unmap_run, self._map_run)
 
     def _joins(self, before: Placement, after: Placement) -> bool:
         """Say whether two pages at neighbouring addresses may be in one run."""

@@ -64,6 +64,7 @@ class LoadResult(BaseModel):
     ttft_p99_ms: float
     tpot_p50_ms: float
     tpot_p90_ms: float
+    tpot_p95_ms: float
     tpot_p99_ms: float
     itl_p99_ms: float
     client_cpu_s: float
@@ -100,6 +101,7 @@ class LoadResult(BaseModel):
             ttft_p99_ms=percentile(ttfts, 99),
             tpot_p50_ms=percentile(tpots, 50),
             tpot_p90_ms=percentile(tpots, 90),
+            tpot_p95_ms=percentile(tpots, 95),
             tpot_p99_ms=percentile(tpots, 99),
             itl_p99_ms=percentile(gaps, 99),
             client_cpu_s=raw["client_cpu_s"],

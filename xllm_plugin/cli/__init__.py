@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "model": ("xllm_plugin.cli.model:model", "Prepare a model without a model hub."),
     "top": ("xllm_plugin.cli.top:top", "Watch running engines."),
+    "memory": ("xllm_plugin.cli.memory:memory", "Show or change how much memory KV caches take."),
     "bench": ("xllm_plugin.cli.bench:bench", "Run a benchmark and write its result."),
 }
 

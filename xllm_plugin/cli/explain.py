@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from xllm_plugin.errors import ModelError, XllmError
+from xllm_plugin.errors import InternalError, MisuseError, ModelError, NotNowError, XllmError
 
 __all__ = ["explain", "install"]
 
@@ -46,6 +46,8 @@ def explain(error: BaseException, argv: list[str]) -> XllmError | None:
     for cause in _chain(error):
         if isinstance(cause, XllmError):
             return cause
+        if (ended := _engine_ended(cause)) is not None:
+            return ended
         if _is_server(argv) and isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE:
             return _port_in_use(argv)
     model = _model_argument(argv)
@@ -77,6 +79,22 @@ def _option(argv: list[str], name: str) -> str | None:
         if key == name:
             found = value if equals else next(iter(argv[index + 1 :]), None)
     return found
+
+
+_ENGINE_ENDED = re.compile(
+    r"Engine core initialization failed\..*Failed core proc\(s\): (\{[^}]*\})", re.DOTALL
+)
+_KINDS = {kind.exit_code: kind for kind in (MisuseError, NotNowError, InternalError)}
+
+
+def _engine_ended(error: BaseException) -> XllmError | None:
+    """An engine's process that has said what was wrong and ended with the exit code of ours."""
+    found = _ENGINE_ENDED.search(str(error)) if isinstance(error, RuntimeError) else None
+    codes = {int(code) for code in re.findall(r": (-?\d+)", found[1])} if found else set()
+    kinds = [_KINDS.get(code) for code in codes]
+    if len(kinds) != 1 or kinds[0] is None:
+        return None
+    return kinds[0]("the engine could not start; its own message is above.")
 
 
 def _port_in_use(argv: list[str]) -> XllmError:

@@ -25,7 +25,7 @@ from xllm_plugin.channel.paths import EngineSocket, channel_directory, find_engi
 from xllm_plugin.cli.top_view import Rates, frame
 from xllm_plugin.errors import ChannelError
 
-__all__ = ["top"]
+__all__ = ["sockets_at", "top"]
 
 _TIMEOUT_S = 1.0
 
@@ -73,10 +73,11 @@ def _source(socket: Path | None, url: str | None) -> Source:
     if url is not None:
         address = url
         return lambda: _read_url(address)
-    return lambda: _read_sockets(_sockets(socket))
+    return lambda: _read_sockets(sockets_at(socket))
 
 
-def _sockets(socket: Path | None) -> list[EngineSocket]:
+def sockets_at(socket: Path | None) -> list[EngineSocket]:
+    """The sockets of a directory (this user's by default), or the one socket."""
     if socket is None or socket.is_dir():
         return find_engines(socket)
     return [EngineSocket("", 0, socket)]

@@ -19,7 +19,7 @@ from xllm_plugin.errors import ChannelError
 from xllm_plugin.scheduler.report import REPORT_SECTION, SchedulerReport
 from xllm_plugin.xtensor.messages import MEMORY_SECTION, MemorySection
 
-__all__ = ["Rates", "frame"]
+__all__ = ["Rates", "frame", "memory_text"]
 
 # A busy engine publishes every 100 ms; this long without one is worth a look.
 _STALE_S = 5.0
@@ -214,8 +214,13 @@ def _memory_line(reading: Reading) -> str | None:
     memory = None if snapshot is None else snapshot.section(MEMORY_SECTION, MemorySection)
     if memory is None:
         return None
+    return f"dp{reading.dp_rank}: {memory_text(memory)}"
+
+
+def memory_text(memory: MemorySection) -> str:
+    """What an elastic KV cache has taken, and what is left in its pool, if it shares one."""
     line = (
-        f"dp{reading.dp_rank}: KV memory {memory.resident_bytes / 2**20:.0f} of "
+        f"KV memory {memory.resident_bytes / 2**20:.0f} of "
         f"{memory.budget_bytes / 2**20:.0f} MiB, {100 * memory.fragmentation:.0f} % of it unused"
     )
     pool = memory.pool

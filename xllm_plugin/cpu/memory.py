@@ -57,7 +57,7 @@ class CpuMemoryDriver(BookedMemoryDriver[int]):
     in other threads wait for it.
 
     Args:
-        page_bytes: the size of a page; a power of two, at least the system's page.
+        page_bytes: the size of a page; a multiple of the system's.
         capacity_bytes: how much may be created at once; the machine's memory by default.  Linux
             kills rather than refuses when its memory runs out, so whoever shares the machine gives
             this.
@@ -72,8 +72,8 @@ class CpuMemoryDriver(BookedMemoryDriver[int]):
         calls: VmCalls | None = None,
     ) -> None:
         super().__init__(page_bytes)
-        if page_bytes < mmap.PAGESIZE:
-            raise ValueError(f"page of {page_bytes} bytes; give {mmap.PAGESIZE} or more")
+        if page_bytes % mmap.PAGESIZE:
+            raise ValueError(f"page of {page_bytes} bytes; give a multiple of {mmap.PAGESIZE}")
         if capacity_bytes is None:
             capacity_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self.capacity_pages = capacity_bytes // page_bytes
@@ -222,6 +222,18 @@ class CpuMemoryDriver(BookedMemoryDriver[int]):
         except OSError as error:
             raise _refused("unmap", len(run), error) from error
 
+    def _drop(self, placements: Sequence[Placement]) -> None:
+        """Neighbours in one call, wherever their pages are; page tables are not kept."""
+        size = self._granularity_bytes
+        places = [placement.address // size for placement in placements]
+        try:
+            for start, count in _neighbours(places):
+                self._calls.hold(start * size, count * size)
+        except OSError as error:
+            for run in self._runs(placements):
+                self._map_run(run)
+            raise _refused("unmap", len(placements), error) from error
+
     def _moved(self, source: int, num_bytes: int, target: int) -> bool:
         """Move page tables where the kernel can; where not, only time is lost."""
         try:
@@ -239,7 +251,7 @@ class CpuMemoryDriver(BookedMemoryDriver[int]):
 
 
 def _neighbours(slots: Sequence[int]) -> list[tuple[int, int]]:
-    """First slot and length of each run of consecutive ones, of `slots` in order."""
+    """First and length of each run of consecutive numbers, of `slots` in order."""
     runs: list[tuple[int, int]] = []
     for slot in slots:
         if runs and sum(runs[-1]) == slot:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import current_process
+from typing import TYPE_CHECKING, Any, Final
 
 from xllm_plugin.config import load_config
+from xllm_plugin.errors import XllmError
 from xllm_plugin.scheduler.wake import EngineAlarm, EngineWaker
 from xllm_plugin.xtensor.messages import MEMORY_SECTION, MemoryChange, MemorySection
 
@@ -13,7 +18,10 @@ if TYPE_CHECKING:
     from xllm_plugin.worker.messages import StepStamp
     from xllm_plugin.xtensor.kv_cache import ElasticKvCache
 
-__all__ = ["MemoryControl"]
+__all__ = ["MemoryControl", "ending_the_engine"]
+
+ENGINE_PROCESS: Final = "EngineCore"
+"""How vLLM names the process of an engine that is a server's (vllm/v1/engine/utils.py)."""
 
 
 class MemoryControl:
@@ -38,9 +46,13 @@ class MemoryControl:
         from xllm_plugin.xtensor.kv_cache import ElasticKvCache
 
         waker.find(EngineCoreProc, scheduler)
-        self._cache = ElasticKvCache.adopt(
-            scheduler.kv_cache_manager, scheduler.kv_cache_config, scheduler.vllm_config, config
-        )
+        with ending_the_engine():
+            self._cache = ElasticKvCache.adopt(
+                scheduler.kv_cache_manager,
+                scheduler.kv_cache_config,
+                scheduler.vllm_config,
+                config,
+            )
         channel.add_section(MEMORY_SECTION, self._cache.section)
         channel.register_call("set_memory_budget", self.set_memory_budget, on_engine_thread=True)
 
@@ -77,3 +89,19 @@ class MemoryControl:
         self._alarm.close()
         if self._cache is not None:
             self._cache.close()
+
+
+@contextmanager
+def ending_the_engine() -> Iterator[None]:
+    """End a server's engine with the message and the exit code of what is raised inside.
+
+    vLLM would print a traceback of it, and so would the server, to which only the exit code goes
+    (`cli/explain.py` reads it).  A program that is its own engine gets the exception.
+    """
+    try:
+        yield
+    except XllmError as error:
+        is_alone = current_process().name.startswith(ENGINE_PROCESS)
+        if is_alone and not os.environ.get("XLLM_TRACEBACK"):
+            error.stop()
+        raise

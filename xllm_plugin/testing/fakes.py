@@ -185,13 +185,13 @@ class FakeMemoryDriver(PagedBytes):
         capacity_pages: int = 16,
         finish_on_wait: bool = False,
     ) -> None:
-        if granularity_bytes < 2 or granularity_bytes & (granularity_bytes - 1):  # noqa: PLR2004
-            raise ValueError(f"granularity {granularity_bytes} is no power of two above one")
+        if granularity_bytes < 2:  # noqa: PLR2004
+            raise ValueError(f"granularity {granularity_bytes} is not above one")
         self._granularity_bytes = granularity_bytes
         self.capacity_pages = capacity_pages
         self._finish_on_wait = finish_on_wait
         self._handles = count(1)
-        self._next_address = FIRST_ADDRESS
+        self._next_address = -(-FIRST_ADDRESS // granularity_bytes) * granularity_bytes
         self._ranges: dict[int, int] = {}  # first address -> bytes
         self._pages: dict[PageHandle, bytearray] = {}
         self._mapped: dict[int, PageHandle] = {}  # address -> page
@@ -246,8 +246,8 @@ class FakeMemoryDriver(PagedBytes):
                 self._undo_map(address)
             raise
 
-    def unmap(self, addresses: Collection[int]) -> None:
-        """Take the pages at addresses away.
+    def unmap(self, addresses: Collection[int], *, keep: bool = True) -> None:
+        """Take the pages at addresses away; those that are not kept are filled with 0xDB.
 
         Raises:
             DeviceFaultError: unfinished work uses a page at one of them.
@@ -262,6 +262,9 @@ class FakeMemoryDriver(PagedBytes):
         except (ValueError, DeviceFaultError):
             self._mapped = before
             raise
+        if not keep:
+            for page in {before[address] for address in addresses} - set(self._mapped.values()):
+                self._pages[page][:] = b"\xdb" * self._granularity_bytes
 
     def release(self, pages: Collection[PageHandle]) -> None:
         """Give pages back."""

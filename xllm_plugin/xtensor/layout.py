@@ -23,10 +23,11 @@ slab has several, and the columns are moved apart so that each begins with a pag
 from __future__ import annotations
 
 import math
+import mmap
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from xllm_plugin.errors import ConfigError
@@ -130,9 +131,26 @@ class KVLayout:
             *(page_bytes // math.gcd(page_bytes, column.stride_bytes) for column in self.columns)
         )
 
-    def page_bytes(self, slab_blocks: int, most_bytes: int) -> int:
-        """The largest page, a power of two up to `most_bytes`, of which slabs are whole numbers."""
-        return math.gcd(most_bytes, *(slab_blocks * column.stride_bytes for column in self.columns))
+    def page_bytes(
+        self, slab_blocks: int, most_bytes: int, system_bytes: int = mmap.PAGESIZE
+    ) -> int:
+        """The largest page of up to `most_bytes` of which slabs are whole numbers.
+
+        Not only powers of two: with SmolLM2's three heads of keys a block is one page of 96 KiB in
+        each layer and not three of 32 KiB, and what a page costs does not depend on its size.
+
+        Args:
+            slab_blocks: by `slab_blocks_of`.
+            most_bytes: a multiple of `system_bytes`.
+            system_bytes: the page is a multiple of this.
+        """
+        piece = math.gcd(*(slab_blocks * column.stride_bytes for column in self.columns))
+        num_pages = piece // system_bytes
+        return next(
+            piece // number
+            for number in count(1)
+            if num_pages % number == 0 and piece // number <= most_bytes
+        )
 
     def aligned(self, page_bytes: int) -> KVLayout:
         """The same columns, moved apart so that each begins with a page.

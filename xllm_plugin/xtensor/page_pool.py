@@ -222,7 +222,8 @@ class PagePool:
             with self._lock:
                 self._books.settle()
                 plan = self._books.withdrawn(self._books.cooled(self.policy, self._expected))
-            self._clear(plan)
+                keep = self._books.budget_pages > 0
+            self._clear(plan, keep=keep)
             self._release_surplus()
             self._premap()
 
@@ -299,13 +300,13 @@ class PagePool:
         self._map(made, partial(self._books.take_back, plan))
         return made
 
-    def _clear(self, plan: Plan) -> None:
-        """Unmap what is to go."""
+    def _clear(self, plan: Plan, *, keep: bool = True) -> None:
+        """Unmap what is to go; `keep` as in `MemoryDriver.unmap`."""
         surplus = [*plan.going, *plan.stale]
         if not surplus:
             return
         with self._or_undo(partial(self._books.restore, plan)):
-            self.driver.unmap([mapping.address for mapping in surplus])
+            self.driver.unmap([mapping.address for mapping in surplus], keep=keep)
         with self._lock:
             self._books.cleared(plan)
 
