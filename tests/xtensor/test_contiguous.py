@@ -445,7 +445,7 @@ class ContiguousMachine(RuleBasedStateMachine):
 
 
 ContiguousMachine.TestCase.settings = settings(
-    max_examples=12, stateful_step_count=40, deadline=None
+    max_examples=6, stateful_step_count=40, deadline=None
 )
 TestContiguous = ContiguousMachine.TestCase
 
