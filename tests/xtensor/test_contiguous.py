@@ -294,11 +294,17 @@ class Engine:
         (table,) = self.manager.get_block_ids(job.request.request_id)
         return list(table)
 
-    def sleep(self) -> None:
-        """As vLLM: no request and no cached block is left, no step under way."""
+    def sleep(self, *, after_a_step: bool) -> None:
+        """As vLLM: no request and no cached block is left, no step under way.
+
+        Without a step in between, the worker has not heard that what requests had is free.
+        """
         for job in [*self.running, *self.waiting]:
             self.abort(job)
-        self.run()
+        if after_a_step:
+            self.schedule()
+        while self.steps:
+            self.execute()
         assert self.manager.reset_prefix_cache()
         self.memory.sleep()
         assert self.driver.num_pages == 0
@@ -339,9 +345,9 @@ class ContiguousMachine(RuleBasedStateMachine):
         )
         self.is_asleep = False
 
-    @rule()
-    def sleep(self) -> None:
-        self.engine.sleep()
+    @rule(after_a_step=st.booleans())
+    def sleep(self, after_a_step: bool) -> None:
+        self.engine.sleep(after_a_step=after_a_step)
         self.is_asleep = True
 
     @rule()
@@ -407,6 +413,8 @@ class ContiguousMachine(RuleBasedStateMachine):
     def execute(self, fault: str, at: int) -> None:
         driver = self.engine.driver
         if fault:
+            # Pages that wait for their fence are a first refusal, and only one is made good.
+            driver.finish_work()
             {"map": driver.fail_map, "create": driver.fail_create, "unmap": driver.fail_unmap}[
                 fault
             ](at)
@@ -445,7 +453,7 @@ class ContiguousMachine(RuleBasedStateMachine):
 
 
 ContiguousMachine.TestCase.settings = settings(
-    max_examples=6, stateful_step_count=40, deadline=None
+    max_examples=60, stateful_step_count=50, deadline=None
 )
 TestContiguous = ContiguousMachine.TestCase
 
@@ -648,3 +656,21 @@ def test_models_with_several_groups_are_refused() -> None:
     (group,) = Engine().manager.coordinator.single_type_managers
     manager: Any = SimpleNamespace(coordinator=SimpleNamespace(single_type_managers=[group] * 2))
     assert group_refusal(manager) == "this model's are FullAttentionSpec, FullAttentionSpec"
+
+
+@pytest.mark.parametrize("after_a_step", [False, True])
+def test_what_slept_is_there_again_for_those_that_come(after_a_step: bool) -> None:
+    engine = Engine()
+    for _ in range(2):
+        for number in range(2):
+            engine.submit([1] * 8 + [number], 2)
+        for _ in range(2):
+            engine.run()
+        assert engine.memory.range.aliases
+        engine.sleep(after_a_step=after_a_step)
+        engine.check()
+        engine.memory.wake()
+        engine.check()
+    assert engine.num_found_tokens
+    engine.submit([1] * 4)
+    engine.run_all()
