@@ -331,7 +331,7 @@ class ContiguousMachine(RuleBasedStateMachine):
     @initialize(
         slab_blocks=st.integers(1, 3),
         is_uneven=st.booleans(),
-        caching=st.booleans(),
+        caching=st.sampled_from([True, True, True, False]),
         max_aliases=st.sampled_from([None, 1, 3]),
     )
     def start(
@@ -408,6 +408,22 @@ class ContiguousMachine(RuleBasedStateMachine):
     def schedule(self) -> None:
         self.engine.schedule()
 
+    @precondition(lambda self: not self.is_asleep)
+    @rule(num_steps=st.integers(1, 6))
+    def run(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.engine.run()
+
+    @precondition(lambda self: not self.is_asleep)
+    @rule(num_requests=st.integers(2, 5), num_same=st.integers(2, 11), data=st.data())
+    def serve(self, num_requests: int, num_same: int, data: st.DataObject) -> None:
+        """Some that come one after the other and begin in the same way."""
+        if len(self.engine.waiting) < 5:
+            for number in range(num_requests):
+                self.engine.submit([*([0] * num_same), number][:MAX_TOKENS], 4)
+                for _ in range(data.draw(st.integers(0, 3))):
+                    self.engine.run()
+
     @precondition(lambda self: self.engine.steps)
     @rule(fault=st.sampled_from(["", "", "map", "create", "unmap"]), at=st.integers(1, 4))
     def execute(self, fault: str, at: int) -> None:
@@ -453,7 +469,7 @@ class ContiguousMachine(RuleBasedStateMachine):
 
 
 ContiguousMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=50, deadline=None
+    max_examples=30, stateful_step_count=50, deadline=None
 )
 TestContiguous = ContiguousMachine.TestCase
 
