@@ -223,6 +223,32 @@ def _block_pool_can_be_extended() -> None:
             raise AttributeError(f"BlockPool.{method} no longer uses {', '.join(sorted(missing))}")
 
 
+def _a_cache_manager_can_be_extended() -> None:
+    module = "vllm.v1.core.single_type_kv_cache_manager"
+    expected = {
+        f"{module}:SingleTypeKVCacheManager.free": ("block_pool", "pop_blocks_for_free"),
+        f"{module}:SingleTypeKVCacheManager.add_local_computed_blocks": ("req_to_blocks", "touch"),
+        f"{module}:SingleTypeKVCacheManager.allocate_new_blocks": ("req_to_blocks",),
+        f"{module}:SingleTypeKVCacheManager.pop_blocks_for_free": ("req_to_blocks", "pop"),
+        "vllm.v1.core.kv_cache_coordinator:UnitaryKVCacheCoordinator.find_longest_cache_hit": (
+            "single_type_managers",
+            "find_longest_cache_hit",
+        ),
+        "vllm.v1.core.block_pool:BlockHashToBlockMap.get_one_block": ("_cache",),
+        "vllm.v1.core.block_pool:BlockPool._maybe_evict_cached_block": (
+            "_emit_block_removed_events",
+        ),
+    }
+    for path, names in expected.items():
+        missing = set(names) - set(_attribute(path).__code__.co_names)
+        if missing:
+            raise AttributeError(f"{path} no longer uses {', '.join(sorted(missing))}")
+    asked = _attribute(f"{module}:FullAttentionManager.get_num_blocks_to_allocate")
+    found = tuple(inspect.signature(asked).parameters)[1:4]
+    if found != ("request_id", "num_tokens", "new_computed_blocks"):
+        raise TypeError(f"get_num_blocks_to_allocate takes {', '.join(found)}")
+
+
 def _an_engine_can_be_woken() -> None:
     engine = _attribute("vllm.v1.engine.core:EngineCoreProc")
     if "input_queue" not in engine._process_input_queue.__code__.co_names:  # noqa: SLF001
@@ -709,6 +735,17 @@ SEAMS: tuple[Seam, ...] = (
         leaves_when="a scheduler can name the class of its block pool.",
         process=Process.ENGINE,
         fits=_block_pool_can_be_extended,
+    ),
+    Seam(
+        name="kv-manager-class",
+        target="vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
+        why="vLLM asks its pool for blocks without saying for whom; with xtensor.form=contiguous a "
+        "subclass of the cache group's manager gives each request the blocks of its own range.",
+        versions="0.32",
+        upstream="vllm/v1/core/single_type_kv_cache_manager.py, vllm/v1/kv_cache_spec_registry.py",
+        leaves_when="a plugin can name the manager of vLLM's own cache specs.",
+        process=Process.ENGINE,
+        fits=_a_cache_manager_can_be_extended,
     ),
     Seam(
         name="engine-wake",

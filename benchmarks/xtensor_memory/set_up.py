@@ -73,7 +73,7 @@ def _on_first_use(layout: KVLayout) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def _elastic(layout: KVLayout) -> Iterator[torch.Tensor]:
-    memory, driver = elastic_memory(layout, XTensorConfig(enabled=True))
+    memory, driver = elastic_memory(layout, XTensorConfig(enabled=True), full_blocks=1)
     with ElasticBuffer(memory, driver):
         cache = zeros(memory.range.layout.num_bytes)
     yield cache

@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 psutil = pytest.importorskip("psutil")
 
+from xllm_plugin import shims  # noqa: E402
 from xllm_plugin.cpu.kv_cache import (  # noqa: E402
     MIN_BYTES,
     ElasticBuffer,
@@ -18,7 +19,7 @@ from xllm_plugin.cpu.kv_cache import (  # noqa: E402
 from xllm_plugin.cpu.testkit import FaultyVmCalls  # noqa: E402
 from xllm_plugin.errors import InternalError, NotNowError  # noqa: E402
 from xllm_plugin.xtensor.config import XTensorConfig  # noqa: E402
-from xllm_plugin.xtensor.layout import Column, KVLayout  # noqa: E402
+from xllm_plugin.xtensor.layout import Column, KVLayout, moved  # noqa: E402
 from xllm_plugin.xtensor.messages import MemoryChange  # noqa: E402
 
 BLOCK = 3 * 2**14  # no power of two, nor are two blocks
@@ -69,7 +70,7 @@ def test_an_elastic_buffer_has_the_memory_of_its_committed_slabs() -> None:
     gc.collect()
     before = rss_of_pages()
     config = XTensorConfig(slab_blocks=2, keep_idle_s=0.0)
-    memory, driver = elastic_memory(LAYOUT, config)
+    memory, driver = elastic_memory(LAYOUT, config, full_blocks=1)
     assert driver.granularity_bytes == 2 * BLOCK, "a slab of two blocks is one page in a column"
     with ElasticBuffer(memory, driver):
         cache = torch.zeros(LAYOUT.num_bytes, dtype=torch.int8, device=torch.device("cpu"))
@@ -92,7 +93,7 @@ def test_an_elastic_buffer_has_the_memory_of_its_committed_slabs() -> None:
 
 
 def test_vllm_has_to_ask_for_the_buffer_once() -> None:
-    memory, driver = elastic_memory(LAYOUT, XTensorConfig())
+    memory, driver = elastic_memory(LAYOUT, XTensorConfig(), full_blocks=1)
     with pytest.raises(InternalError, match="asked 0 times"), ElasticBuffer(memory, driver):
         torch.zeros(LAYOUT.num_bytes + 1, dtype=torch.int8, device="meta")
 
@@ -103,7 +104,7 @@ def test_blocks_that_are_no_whole_pages_come_and_go_together() -> None:
     before = rss_of_pages()
     block, num_blocks = 18 * 2**10, 65
     layout = KVLayout(num_blocks, (Column(0, block), Column(num_blocks * block, block)))
-    memory, driver = elastic_memory(layout, XTensorConfig(keep_idle_s=0.0))
+    memory, driver = elastic_memory(layout, XTensorConfig(keep_idle_s=0.0), full_blocks=1)
     placed = memory.range.layout
     with ElasticBuffer(memory, driver):
         cache = torch.zeros(placed.num_bytes, dtype=torch.int8)
@@ -122,6 +123,38 @@ def test_blocks_that_are_no_whole_pages_come_and_go_together() -> None:
     assert rss_of_pages() == before
 
 
+def test_ranges_of_requests_show_the_same_memory_twice() -> None:
+    gc.collect()
+    before = rss_of_pages()
+    config = XTensorConfig(enabled=True, form="contiguous", slab_blocks=4, keep_idle_s=0.0)
+    layout = KVLayout(64, (Column(0, BLOCK), Column(64 * BLOCK, BLOCK)))
+    memory, driver = elastic_memory(layout, config, full_blocks=10)
+    placed = memory.range.layout
+    assert placed.num_blocks == (1 + 15 * 3) * 4, "a range of three slabs for each slab of memory"
+    assert driver.capacity_pages * driver.granularity_bytes == layout.num_bytes
+    with ElasticBuffer(memory, driver):
+        cache = torch.zeros(placed.num_bytes, dtype=torch.int8)
+    layers = [
+        torch.as_strided(cache, (placed.num_blocks, BLOCK), (BLOCK, 1), column.start_bytes)
+        for column in placed.columns
+    ]
+    memory.apply(MemoryChange(budget_slabs=16, committed=(0, 1, 2, 5), aliased=((4, 1),)))
+    for number, layer in enumerate(layers):
+        layer[4:8] = number + 1
+        layer[20:24] = 5
+    assert [int(layer[16:20].min()) for layer in layers] == [1, 2]
+    assert [int(layer[16:20].max()) for layer in layers] == [1, 2]
+    slab_bytes = 4 * layout.block_bytes
+    assert rss_of_pages() - before == 5 * slab_bytes, "a page counts at each address"
+    memory.apply(MemoryChange(budget_slabs=16, released=(4, 1, 2, 5), committed=(4,)))
+    layers[0][16:20] = 7
+    memory.pool.maintain()
+    assert rss_of_pages() - before == 2 * slab_bytes
+    memory.apply(MemoryChange(budget_slabs=16, released=(0, 4)))
+    memory.pool.maintain()
+    assert rss_of_pages() == before
+
+
 def test_a_kernel_that_takes_no_memory_back_is_told_of_and_the_cache_may_be_used() -> None:
     calls = FaultyVmCalls()
     with ZeroOnFirstUse() as made:
@@ -134,3 +167,48 @@ def test_a_kernel_that_takes_no_memory_back_is_told_of_and_the_cache_may_be_used
     assert cache[5] == 7
     made.drop(calls)
     assert not cache[:: MIN_BYTES // 8].any()
+
+
+@pytest.mark.engine  # imports vLLM, some seconds
+@pytest.mark.parametrize("order", ["LBHNC", "BLHNC"])
+def test_vllm_s_views_reach_every_block_of_the_ranges(order: str) -> None:
+    shims.install()
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        KVCacheConfig,
+        KVCacheGroupSpec,
+        KVCacheTensor,
+    )
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+    from vllm.v1.worker.utils import allocate_kv_cache
+
+    num_blocks, names = 12, ["a", "b", "c"]
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
+    page = spec.page_size_bytes
+    strides = (num_blocks * page, page) if order == "LBHNC" else (page, len(names) * page)
+    tensor = KVCacheTensor(len(names) * num_blocks * page, names, *strides)
+    layout = KVLayout.of_tensors(num_blocks, [tensor])
+    config = XTensorConfig(enabled=True, form="contiguous", slab_blocks=2)
+    memory, driver = elastic_memory(layout, config, full_blocks=5)
+    placed = memory.range.layout
+    with ElasticBuffer(memory, driver):
+        views = allocate_kv_cache(
+            KVCacheConfig(
+                placed.num_blocks,
+                list(moved([tensor], layout, placed)),
+                [KVCacheGroupSpec(names, spec)],
+            ),
+            torch.device("cpu"),
+            KVCacheLayout[order],
+        )
+    last = memory.range.num_slabs - 1
+    memory.apply(MemoryChange(budget_slabs=6, committed=(0, 4, last), aliased=((5, 4),)))
+    written = [0, 1, 8, 9, placed.num_blocks - 2, placed.num_blocks - 1]
+    for number, name in enumerate(names):
+        for block in written:
+            views[name][block] = 100.0 * number + block
+    for number, name in enumerate(names):
+        for block in written:
+            assert bool((views[name][block] == 100.0 * number + block).all())
+        for block, source in ((10, 8), (11, 9)):
+            assert torch.equal(views[name][block], views[name][source])

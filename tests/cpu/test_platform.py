@@ -410,6 +410,35 @@ def test_elastic_memory_is_refused_beside_what_holds_on_to_the_kv_cache(
     platform.check_elastic_memory(SimpleNamespace(**settings | changes | fixed))
 
 
+@pytest.mark.parametrize(
+    ("own", "changes", "message"),
+    [
+        ({"scheduler": {"policy": "slo"}}, {}, "scheduler.policy=slo"),
+        ({}, {"speculative_config": object()}, "speculative decoding"),
+    ],
+)
+def test_contiguous_requests_are_refused_beside_what_they_do_not_go_with(
+    platform: Any, own: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    def settings(form: str, own: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "additional_config": {"xllm": {"xtensor": {"enabled": True, "form": form}, **own}},
+            "kv_transfer_config": None,
+            "ec_transfer_config": None,
+            "cache_config": SimpleNamespace(kv_offloading_size=None),
+            "scheduler_config": SimpleNamespace(
+                scheduler_cls="xllm_plugin.scheduler.scheduler.XllmScheduler"
+            ),
+            "parallel_config": SimpleNamespace(pipeline_parallel_size=1),
+            "speculative_config": None,
+        }
+
+    platform.check_elastic_memory(SimpleNamespace(**settings("contiguous", {})))
+    platform.check_elastic_memory(SimpleNamespace(**settings("paged", own) | changes))
+    with pytest.raises(ConfigError, match=rf"form=contiguous does not go with {message}"):
+        platform.check_elastic_memory(SimpleNamespace(**settings("contiguous", own) | changes))
+
+
 def test_ranks_that_share_each_layer_cannot_be_in_a_pool(platform: Any) -> None:
     def check_with(tensor_parallel_size: int) -> None:
         platform.check_elastic_memory(

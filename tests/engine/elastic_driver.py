@@ -73,6 +73,7 @@ class Driver:
         self.found_memory: dict[str, Any] = {}
         self._mirror = Mirror()
         self._scheduler.kv_event_publisher.publish = lambda batch: self._mirror.hear(batch.events)
+        self.tables = {"all": 0, "plain_ranges": 0}
 
     def _generate(self, prompts: Sequence[str], params: Any) -> list[list[int]]:
         outputs = self._llm.generate(list(prompts), params, use_tqdm=False)
@@ -81,6 +82,10 @@ class Driver:
     def _check(self) -> None:
         if self._cache is not None:
             self._cache._pool.check_integrity()
+        for request in self._scheduler.running:
+            for table in self._scheduler.kv_cache_manager.get_block_ids(request.request_id):
+                self.tables["all"] += 1
+                self.tables["plain_ranges"] += table == list(range(table[0], table[0] + len(table)))
 
     def _set_budget(self, num_blocks: int | None = None) -> None:
         """So many blocks of `BLOCK_TOKENS`, or the fewest there may be; None is all."""
@@ -160,7 +165,8 @@ class Driver:
         slab_bytes = self._cache.section().slab_bytes
         self._llm.reset_prefix_cache()
         self._settle()
-        pages = self._core.model_executor.driver_worker.worker.elastic_memory().pool
+        memory = self._core.model_executor.driver_worker.worker.elastic_memory()
+        pages = memory.pool
         pages.policy = type(pages.policy)(premap_pages=0, keep_mapped_pages=0, idle_s=0.0)
         pages.maintain()
         idle_bytes = rss_of_pages()
@@ -172,7 +178,12 @@ class Driver:
             engine.step()
             pages.maintain()
             section = self._cache.section()
-            live.append((section.resident_bytes, rss_of_pages()))
+            # A page counts at each address where it shows.
+            shown_bytes = len(memory.range.aliases) * slab_bytes
+            live.append((section.resident_bytes + shown_bytes, rss_of_pages()))
+            self.found_memory["num_aliases"] = max(
+                self.found_memory.get("num_aliases", 0), len(memory.range.aliases)
+            )
         self._llm.reset_prefix_cache()
         section = self._settle()
         pages.maintain()
@@ -193,6 +204,7 @@ def main() -> None:
     if driver._cache is not None:
         driver._follow_memory()
     found["memory"] = driver.found_memory
+    found["tables"] = driver.tables
     found["pool"] = type(driver._scheduler.kv_cache_manager.block_pool).__name__
     groups = driver._scheduler.kv_cache_config.kv_cache_groups
     found["groups"] = sorted({type(group.kv_cache_spec).__name__ for group in groups})

@@ -62,10 +62,48 @@ def test_resident_memory_is_that_of_live_blocks(elastic: dict[str, Any]) -> None
     check_resident_memory(elastic["memory"])
 
 
+@pytest.fixture(scope="module")
+def contiguous(drive: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return drive(
+        "elastic_driver",
+        XLLM_XTENSOR__ENABLED="1",
+        XLLM_XTENSOR__FORM="contiguous",
+        XLLM_XTENSOR__SLAB_BLOCKS="2",
+    )
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_contiguous_requests_are_answered_the_same(
+    fixed: dict[str, Any], contiguous: dict[str, Any], scenario: str
+) -> None:
+    found, expected = contiguous[scenario], fixed[scenario]
+    if scenario == "prefix_caching":  # whole slabs alone are shared
+        assert all(0 < a <= b for a, b in zip(found["cached"], expected["cached"], strict=True))
+        found, expected = found["tokens"], expected["tokens"]
+    assert found == expected
+
+
+def test_contiguous_requests_have_plain_ranges_as_block_tables(
+    elastic: dict[str, Any], contiguous: dict[str, Any]
+) -> None:
+    assert contiguous["pool"] == "ContiguousBlockPool"
+    assert contiguous["memory"]["preemptions"] > 0
+    assert contiguous["tables"]["plain_ranges"] == contiguous["tables"]["all"] > 100
+    assert elastic["tables"]["plain_ranges"] < elastic["tables"]["all"], "the test can tell"
+
+
+def test_contiguous_requests_share_the_memory_of_prefixes(contiguous: dict[str, Any]) -> None:
+    memory = contiguous["memory"]
+    assert memory["num_aliases"] > 0
+    assert memory["is_rss_of_live_blocks"]
+    assert memory["idle_bytes"] == memory["after_bytes"] == memory["slab_bytes"]
+
+
 HYBRID = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "sliding_window": 64,
 }
+LATENT = ("elastic_driver", json.dumps({"dtype": "bfloat16", "block_size": 16}))
 
 
 @pytest.mark.full
@@ -133,3 +171,34 @@ def test_models_with_experts_answer_the_same_from_as_many_blocks(
         assert elastic[scenario] == fixed[scenario]
     assert elastic["memory"]["preemptions"] == fixed["memory"]["preemptions"] > 0
     check_resident_memory(elastic["memory"])
+
+
+@pytest.mark.full
+def test_contiguous_requests_of_native_layers_are_answered_the_same_ahead_and_after_sleep(
+    drive: Callable[..., dict[str, Any]],
+) -> None:
+    settings = {"enabled": True, "form": "contiguous", "slab_blocks": 2}
+    fixed = drive("contiguous_driver", json.dumps({"enabled": False}))
+    contiguous = drive("contiguous_driver", json.dumps(settings))
+    assert (fixed["pool"], contiguous["pool"]) == ("BlockPool", "ContiguousBlockPool")
+    assert len({tuple(tokens) for tokens in fixed["answers"]}) > 3
+    assert contiguous["answers"] == fixed["answers"]
+    assert contiguous["after_sleep"] == contiguous["answers"]
+
+
+@pytest.mark.full
+def test_contiguous_requests_of_latent_attention_are_answered_the_same(
+    drive: Callable[..., dict[str, Any]],
+) -> None:
+    fixed = drive(*LATENT, model="tiny-deepseek-v3")
+    contiguous = drive(
+        *LATENT,
+        model="tiny-deepseek-v3",
+        XLLM_XTENSOR__ENABLED="1",
+        XLLM_XTENSOR__FORM="contiguous",
+    )
+    assert contiguous["pool"] == "ContiguousBlockPool"
+    for scenario in ("chunked_prefill", "prefix_caching"):
+        assert contiguous[scenario] == fixed[scenario]
+    assert contiguous["tables"]["plain_ranges"] == contiguous["tables"]["all"] > 100
+    assert contiguous["memory"]["is_rss_of_live_blocks"]

@@ -305,6 +305,14 @@ def test_the_block_pool_is_built_by_name() -> None:
     assert "block_pool_cls" not in source + vllm_source("config", "scheduler.py")
 
 
+def test_the_manager_of_a_built_in_cache_spec_cannot_be_named() -> None:
+    """The registry takes managers for specs of a plugin's own."""
+    source = vllm_source("v1", "kv_cache_spec_registry.py")
+    assert "            assert is_same_registration, (\n" in source
+    managers = vllm_source("v1", "core", "single_type_kv_cache_manager.py")
+    assert "manager_class = KVCacheSpecRegistry.get_manager_class(kv_cache_spec, role)" in managers
+
+
 def test_an_idle_engine_is_woken_by_its_input_alone() -> None:
     """It sleeps on its queue, and the scheduler that it makes is given nothing of it."""
     source = vllm_source("v1", "engine", "core.py")
@@ -424,6 +432,7 @@ TESTS = {
     "cpu-generator-offset": "test_generators_are_rewound_by_an_offset_that_a_cpu_s_lack",
     "kv-cache-zeros": "test_kv_cache_is_one_tensor_of_zeros",
     "block-pool-class": "test_the_block_pool_is_built_by_name",
+    "kv-manager-class": "test_the_manager_of_a_built_in_cache_spec_cannot_be_named",
     "engine-wake": "test_an_idle_engine_is_woken_by_its_input_alone",
     "amx-init": "test_cpu_worker_does_not_ask_for_amx",
     "stream-replay": "test_no_request_brings_output_tokens_along",

@@ -201,7 +201,7 @@ class Engine:
         self.memory.range.check_integrity()
         self.memory.pool.check_integrity()
         if not self.steps and not ledger.has_changes:
-            assert self.memory.range.committed | self.memory._owed == ledger.resident
+            assert self.memory.range.committed | self.memory._owed.keys() == ledger.resident
 
 
 class ElasticMachine(RuleBasedStateMachine):

@@ -82,6 +82,60 @@ def test_what_is_not_committed_is_not_given_back(slabs: list[int]) -> None:
     assert range_.committed == {0}
 
 
+def test_a_slab_may_show_another_s_pages() -> None:
+    range_, driver = make_range()
+    range_.commit([0])
+    range_.alias({2: 0, 3: 0})
+    assert range_.committed == {0}
+    assert range_.aliases == {2: 0, 3: 0}
+    assert driver.num_pages == 6
+    driver.write(range_.start, b"x" * PAGE)
+    assert driver.read(range_.start + 4 * PAGE, PAGE) == b"x" * PAGE
+    range_.check_integrity()
+    range_.decommit([0, 2])  # the page lives as long as one address shows it
+    range_._pool.maintain()
+    assert driver.num_pages == 6
+    assert driver.read(range_.start + 6 * PAGE, PAGE) == b"x" * PAGE
+    range_.decommit([3])
+    range_._pool.close()
+    range_.close()
+    assert driver.num_pages == 0
+
+
+@pytest.mark.parametrize("shown", [{0: 1}, {2: 0}, {3: 2}, {3: 3}])
+def test_only_a_committed_slab_is_shown_and_only_where_nothing_is(shown: dict[int, int]) -> None:
+    range_, _ = make_range()
+    range_.commit([0, 1])
+    range_.alias({2: 0})
+    with pytest.raises(ValueError, match="one is committed, or its source is not"):
+        range_.alias(shown)
+    with pytest.raises(ValueError, match="committed already"):
+        range_.commit([2])
+    assert range_.aliases == {2: 0}
+    range_.check_integrity()
+
+
+def test_an_alias_without_room_for_its_mappings_is_not_now() -> None:
+    range_, driver = make_range()
+    range_.commit([0])
+    driver.fail_map(3)
+    with pytest.raises(PagesExhaustedError):
+        range_.alias({1: 0})
+    assert range_.aliases == {}
+    range_.check_integrity()
+    range_.alias({1: 0})
+    range_.check_integrity()
+
+
+def test_integrity_notices_an_alias_that_shows_something_else() -> None:
+    range_, _ = make_range()
+    range_.commit([0, 1])
+    range_.alias({2: 0})
+    range_._aliases[2] = 1
+    with pytest.raises(InternalError, match="slab 2 does not show the pages of slab 1"):
+        range_.check_integrity()
+
+
 def test_there_are_no_other_slabs() -> None:
     range_, _ = make_range()
     with pytest.raises(IndexError):

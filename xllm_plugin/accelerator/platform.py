@@ -18,7 +18,7 @@ from xllm_plugin.config import load_config
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.scheduler.config import slo_refusal
 from xllm_plugin.selection import PLATFORM_ENV, PLATFORMS, REGISTER_ENV
-from xllm_plugin.xtensor.config import pool_refusal
+from xllm_plugin.xtensor.config import form_refusal, pool_refusal
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -89,7 +89,7 @@ def check_settings(vllm_config: Any) -> None:
     """
     config = load_config(vllm_config.additional_config)
     usable(config.channel)
-    if reason := pool_refusal(config.xtensor):
+    if reason := form_refusal(config.xtensor) or pool_refusal(config.xtensor):
         raise ConfigError(f"{reason}.")
     if config.scheduler.policy == "slo" and (reason := slo_refusal(vllm_config)):
         raise ConfigError(

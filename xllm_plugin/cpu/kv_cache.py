@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from xllm_plugin.errors import InternalError, NotNowError
 from xllm_plugin.xtensor.config import XTensorConfig
 from xllm_plugin.xtensor.layout import KVLayout, slab_blocks_of
 from xllm_plugin.xtensor.memory import ElasticMemory
+from xllm_plugin.xtensor.request_ranges import plan_ranges
 
 __all__ = ["ElasticBuffer", "ZeroOnFirstUse", "elastic_memory"]
 
@@ -116,18 +118,32 @@ class ElasticBuffer(TorchFunctionMode):
 
 
 def elastic_memory(
-    layout: KVLayout, config: XTensorConfig
+    layout: KVLayout, config: XTensorConfig, full_blocks: int
 ) -> tuple[ElasticMemory, CpuMemoryDriver]:
     """An elastic range for a KV buffer, of pages as large as its slabs allow.
 
-    The range has the layout's blocks in columns that begin with pages (`KVLayout.aligned`).
+    The range has the layout's blocks in columns that begin with pages (`KVLayout.aligned`).  With
+    `form=contiguous` it has more of them, in ranges for requests (`plan_ranges`), not more memory.
+
+    Args:
+        layout: as vLLM plans the buffer.
+        config: the settings.
+        full_blocks: that one request of full length holds.
     """
-    slab_blocks = slab_blocks_of(config, layout, mmap.PAGESIZE)
-    page_bytes = layout.page_bytes(slab_blocks, PAGE_BYTES)
-    layout = layout.aligned(page_bytes)
-    num_bytes = -(-layout.num_bytes // page_bytes) * page_bytes
+    num_slabs = None
+    if config.form == "contiguous":
+        plan = plan_ranges(config, layout, full_blocks, mmap.PAGESIZE)
+        slab_blocks, num_slabs = plan.slab_blocks, plan.num_slabs
+        page_bytes = layout.page_bytes(slab_blocks, PAGE_BYTES)
+        num_bytes = num_slabs * slab_blocks * layout.block_bytes
+        layout = replace(layout, num_blocks=plan.num_blocks).aligned(page_bytes)
+    else:
+        slab_blocks = slab_blocks_of(config, layout, mmap.PAGESIZE)
+        page_bytes = layout.page_bytes(slab_blocks, PAGE_BYTES)
+        layout = layout.aligned(page_bytes)
+        num_bytes = -(-layout.num_bytes // page_bytes) * page_bytes
     driver = CpuMemoryDriver(page_bytes=page_bytes, capacity_bytes=num_bytes)
-    return ElasticMemory(driver, layout, slab_blocks, config), driver
+    return ElasticMemory(driver, layout, slab_blocks, config, num_slabs=num_slabs), driver
 
 
 def untouched_zeros(num_bytes: int) -> torch.Tensor:

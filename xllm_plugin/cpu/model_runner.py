@@ -26,6 +26,7 @@ from xllm_plugin.cpu.native.model import full_refusal, take_over
 from xllm_plugin.cpu.platform import native_refusal
 from xllm_plugin.cpu.vm_calls import VmCalls
 from xllm_plugin.worker.model_runner import XllmModelRunnerMixin
+from xllm_plugin.xtensor.kv_cache import full_request_blocks
 from xllm_plugin.xtensor.layout import KVLayout, moved
 from xllm_plugin.xtensor.memory import ElasticMemory
 
@@ -66,10 +67,14 @@ class XllmCpuModelRunner(XllmModelRunnerMixin, CPUModelRunner):
             self._fixed_memory = ZeroOnFirstUse(mmap.PAGESIZE) if can_sleep else ZeroOnFirstUse()
             return self._fixed_memory, kv_cache_config
         layout = KVLayout.of_tensors(kv_cache_config.num_blocks, kv_cache_config.kv_cache_tensors)
-        self.elastic_memory, driver = elastic_memory(layout, config)
+        full_blocks = full_request_blocks(kv_cache_config, self.vllm_config)
+        self.elastic_memory, driver = elastic_memory(layout, config, full_blocks)
         self.elastic_memory.start()
-        tensors = moved(kv_cache_config.kv_cache_tensors, layout, self.elastic_memory.range.layout)
-        placed = replace(kv_cache_config, kv_cache_tensors=list(tensors))
+        placed_layout = self.elastic_memory.range.layout
+        tensors = moved(kv_cache_config.kv_cache_tensors, layout, placed_layout)
+        placed = replace(
+            kv_cache_config, num_blocks=placed_layout.num_blocks, kv_cache_tensors=list(tensors)
+        )
         return ElasticBuffer(self.elastic_memory, driver), placed
 
     def sleep_kv_cache(self) -> None:

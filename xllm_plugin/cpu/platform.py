@@ -129,6 +129,28 @@ def check_elastic_memory(vllm_config: VllmConfig) -> None:
             raise ConfigError(
                 f"xtensor.enabled is true, and does not go with {reason}. Leave one of them out."
             )
+    if config.form == "contiguous":
+        check_contiguous(vllm_config)
+
+
+def check_contiguous(vllm_config: VllmConfig) -> None:
+    """Refuse what requests with ranges of their own do not go with; the rest is known later.
+
+    Raises:
+        ConfigError: names both settings.
+    """
+    policy = load_config(vllm_config.additional_config).scheduler.policy
+    reasons = {
+        f"scheduler.policy={policy}, whose plans count single blocks": policy != "fcfs",
+        "speculative decoding, with which it was not tried": (
+            vllm_config.speculative_config is not None
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(
+                f"xtensor.form=contiguous does not go with {reason}. Use xtensor.form=paged."
+            )
 
 
 def check_sleep_mode(vllm_config: VllmConfig) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["XTensorConfig", "pool_refusal"]
+__all__ = ["XTensorConfig", "form_refusal", "pool_refusal"]
 
 
 class XTensorConfig(BaseModel):
@@ -15,6 +17,10 @@ class XTensorConfig(BaseModel):
     enabled: bool = False
     """The KV cache takes memory where blocks are in use or cached, and gives it back.  The size
     that vLLM is given (`--kv-cache-memory-bytes`) is then the most that it may ever take."""
+
+    form: Literal["paged", "contiguous"] = "paged"
+    """Where the blocks of a request lie.  `paged`: anywhere.  `contiguous`: in a row, in a range of
+    addresses of its own, which shows whole slabs of a prefix that it shares with others."""
 
     budget_bytes: int | None = Field(default=None, ge=0)
     """The most that it takes from the start on; a control call changes it later.  None: all."""
@@ -36,7 +42,8 @@ class XTensorConfig(BaseModel):
 
     slab_blocks: int = Field(default=0, ge=0)
     """Consecutive blocks whose memory comes and goes together.  0: the fewest with which the
-    number of mappings stays within half of Linux's default limit.  Rounded up to whole pages of the
+    number of mappings stays within half of Linux's default limit; with `form=contiguous` also if
+    each is shown once more.  Rounded up to whole pages of the
     system, which matters where a block is none (latent attention: two blocks)."""
 
     cache_idle_s: float = Field(default=60.0, ge=0)
@@ -49,6 +56,20 @@ class XTensorConfig(BaseModel):
 
     premap_slabs: int = Field(default=1, ge=0)
     """So many slabs are mapped ahead, by a thread beside the steps."""
+
+
+def form_refusal(config: XTensorConfig) -> str | None:
+    """Why settings do not go with `form`, whatever their sources, or None."""
+    if config.form == "paged":
+        return None
+    if not config.enabled:
+        return f"xtensor.form={config.form} needs xtensor.enabled=true"
+    if config.pool is not None:
+        return (
+            f"xtensor.form={config.form} does not go with xtensor.pool={config.pool}; leave the "
+            "pool, or use xtensor.form=paged"
+        )
+    return None
 
 
 def pool_refusal(config: XTensorConfig) -> str | None:

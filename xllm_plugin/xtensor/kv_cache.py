@@ -6,13 +6,15 @@ import math
 import mmap
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xllm_plugin.errors import ConfigError, MisuseError
 from xllm_plugin.xtensor.block_pool import ElasticBlockPool, adopt_block_pool
 from xllm_plugin.xtensor.config import XTensorConfig
+from xllm_plugin.xtensor.contiguous import ContiguousBlockPool, adopt_contiguous
 from xllm_plugin.xtensor.layout import KVLayout, slab_blocks_of
 from xllm_plugin.xtensor.messages import MemoryChange, MemoryReport, MemorySection
+from xllm_plugin.xtensor.request_ranges import RangeLedger, RangePlan, plan_ranges
 from xllm_plugin.xtensor.share import RETURN_LOOK_S, BudgetShare, Demand, PoolDemand, join_pool
 from xllm_plugin.xtensor.slabs import SlabLedger
 
@@ -22,6 +24,15 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 __all__ = ["ElasticKvCache", "full_request_blocks"]
+
+
+class _Size(NamedTuple):
+    """Slabs of a cache: blocks of each, how many there are, and what one request takes at most."""
+
+    slab_blocks: int
+    num_slabs: int
+    full_request_slabs: int
+    plan: RangePlan | None  # where requests have ranges
 
 
 class ElasticKvCache:
@@ -40,7 +51,7 @@ class ElasticKvCache:
 
     def __init__(
         self,
-        pool: ElasticBlockPool,
+        pool: ElasticBlockPool | ContiguousBlockPool,
         layout: KVLayout,
         config: XTensorConfig,
         *,
@@ -49,7 +60,7 @@ class ElasticKvCache:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool = pool
-        self._ledger = pool.ledger
+        self._ledger: SlabLedger | RangeLedger = pool.ledger
         self._layout = layout
         self._config = config
         self._min_budget_slabs = min_budget_slabs
@@ -81,12 +92,11 @@ class ElasticKvCache:
 
         Raises:
             ConfigError: the budget cannot hold one request of full length, or the cache's layout
-                cannot be taken apart; says what would do.
+                cannot be taken apart, or `form` does not go with the model; says what would do.
         """
         layout = KVLayout.of_tensors(kv_cache_config.num_blocks, kv_cache_config.kv_cache_tensors)
-        slab_blocks = slab_blocks_of(config, layout, page_bytes)
-        num_blocks = full_request_blocks(kv_cache_config, vllm_config) + 1  # the null block
-        num_slabs, needed = layout.num_blocks // slab_blocks, -(-num_blocks // slab_blocks)
+        full_blocks = full_request_blocks(kv_cache_config, vllm_config)
+        slab_blocks, num_slabs, needed, plan = _size_of(config, layout, full_blocks, page_bytes)
         slab_bytes = slab_blocks * layout.block_bytes
         max_len = vllm_config.model_config.max_model_len
         budget_slabs = num_slabs
@@ -113,8 +123,12 @@ class ElasticKvCache:
                 ),
             )
             budget_slabs = share.num_leased_slabs
-        ledger = SlabLedger(layout.num_blocks, slab_blocks, budget_slabs)
-        pool = adopt_block_pool(manager.block_pool, ledger)
+        pool: ElasticBlockPool | ContiguousBlockPool
+        if plan is not None:
+            pool = adopt_contiguous(manager, RangeLedger(plan, budget_slabs))
+        else:
+            ledger = SlabLedger(layout.num_blocks, slab_blocks, budget_slabs)
+            pool = adopt_block_pool(manager.block_pool, ledger)
         return cls(pool, layout, config, min_budget_slabs=needed, share=share)
 
     # At each step
@@ -156,6 +170,7 @@ class ElasticKvCache:
             budget_slabs=ledger.budget_slabs,
             released=changes.released,
             committed=changes.committed,
+            aliased=changes.aliased,
             expected=ledger.expected(self._config.premap_slabs),
             number=self._num_changes,
         )
@@ -194,10 +209,11 @@ class ElasticKvCache:
             budget_slabs=ledger.budget_slabs,
             min_budget_slabs=self._min_budget_slabs,
             num_resident_slabs=ledger.num_resident,
-            num_draining_slabs=len(ledger.draining),
+            num_draining_slabs=ledger.num_draining,
             num_used_blocks=ledger.num_used_blocks,
             num_cached_blocks=ledger.num_cached_blocks,
             num_dropped_slabs=self._num_dropped_slabs,
+            num_aliased_slabs=ledger.num_aliases,
             pages=self._report,
             pool=None if self._share is None else self._share.section(),
         )
@@ -236,6 +252,15 @@ def full_request_blocks(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig)
     return sum(
         -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes) for spec in specs
     )
+
+
+def _size_of(config: XTensorConfig, layout: KVLayout, full_blocks: int, page_bytes: int) -> _Size:
+    if config.form == "contiguous":
+        plan = plan_ranges(config, layout, full_blocks, page_bytes)
+        return _Size(plan.slab_blocks, plan.num_slabs, plan.range_slabs + 1, plan)
+    slab_blocks = slab_blocks_of(config, layout, page_bytes)
+    full_slabs = -(-(full_blocks + 1) // slab_blocks)  # the null block
+    return _Size(slab_blocks, layout.num_blocks // slab_blocks, full_slabs, None)
 
 
 def _too_small(seen: str, needed_bytes: int, max_model_len: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 from xllm_plugin.accelerator.memory import MemoryDriver
@@ -28,6 +28,7 @@ class ElasticMemory:
         layout: of the KV buffer.
         slab_blocks: blocks of a slab, by `slab_blocks_of`.
         config: the settings.
+        num_slabs: that may have memory at once; all by default.
         clock: seconds, monotonic.
 
     Raises:
@@ -42,10 +43,12 @@ class ElasticMemory:
         slab_blocks: int,
         config: XTensorConfig,
         *,
+        num_slabs: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         slab_pages = slab_blocks * layout.block_bytes // driver.granularity_bytes
-        num_slabs = layout.num_blocks // slab_blocks
+        if num_slabs is None:
+            num_slabs = layout.num_blocks // slab_blocks
         policy = PoolPolicy(
             premap_pages=config.premap_slabs * slab_pages,
             keep_mapped_pages=num_slabs * slab_pages,
@@ -57,7 +60,7 @@ class ElasticMemory:
         self.range = ElasticRange(self.pool, layout, slab_blocks, owner="kv")
         self._budget_slabs, self._num_changes = num_slabs, 0
         self._is_asleep = False
-        self._owed: set[int] = set()
+        self._owed: dict[int, int] = {}  # slab -> the one whose pages it will show; or itself
         self._clock = clock
         self._commit_s = self._release_s = 0.0
         self._num_commits = self._num_releases = 0
@@ -84,9 +87,9 @@ class ElasticMemory:
                 is awake, unless `wake` failed as well.
         """
         self._is_asleep = True
-        committed = self.range.committed
-        self.range.decommit(committed)
-        self._owed |= committed
+        behind = self.range.aliases | {slab: slab for slab in self.range.committed}
+        self.range.decommit(behind)
+        self._owed |= behind
         self.pool.expect(())
         self.pool.set_budget(0)
         self.pool.driver.fence().wait()
@@ -105,9 +108,9 @@ class ElasticMemory:
         if not self._is_asleep:
             return
         self._set_budget()
-        null_slab = self._owed & {NULL_SLAB}
-        self._commit(tuple(null_slab))
-        self._owed -= null_slab
+        if NULL_SLAB in self._owed:
+            self._commit({NULL_SLAB: NULL_SLAB})
+            del self._owed[NULL_SLAB]
         self._is_asleep = False
 
     @property
@@ -129,7 +132,9 @@ class ElasticMemory:
         started_s = self._clock()
         self._budget_slabs, self._num_changes = change.budget_slabs, change.number
         released = [slab for slab in change.released if slab not in self._owed]
-        self._owed = self._owed.difference(change.released).union(change.committed)
+        for slab in change.released:
+            self._owed.pop(slab, None)
+        self._owed |= {slab: slab for slab in change.committed} | dict(change.aliased)
         if released:
             self.range.decommit(released)
             self._num_releases += 1
@@ -138,7 +143,7 @@ class ElasticMemory:
         self._set_budget()
         released_s = self._clock()
         if self._owed:
-            self._commit(tuple(self._owed))
+            self._commit(self._owed)
             self._owed.clear()
             self._num_commits += 1
         self.range.expect(change.expected)
@@ -171,12 +176,13 @@ class ElasticMemory:
 
     def _set_budget(self) -> None:
         # Slabs beyond the budget are still in use, and one of them may be new to this worker.
-        num_slabs = max(self._budget_slabs, len(self.range.committed) + len(self._owed))
+        num_owed = sum(slab == source for slab, source in self._owed.items())
+        num_slabs = max(self._budget_slabs, len(self.range.committed) + num_owed)
         self.pool.set_budget(num_slabs * self.range.pages_per_slab)
 
-    def _commit(self, slabs: tuple[int, ...]) -> None:
+    def _commit(self, owed: Mapping[int, int]) -> None:
         try:
-            self.range.commit(slabs)
+            self._put_behind(owed)
         except PagesExhaustedError:
             # Work that was launched may still use pages that were given back; and pages kept ready
             # elsewhere may be in the way, or their mappings.
@@ -184,4 +190,11 @@ class ElasticMemory:
             self.pool.expect(())
             self.pool.evict(self.pool.statistics().num_by_state[PageState.REUSABLE.value])
             self.pool.maintain()
-            self.range.commit(slabs)
+            self._put_behind(owed)
+
+    def _put_behind(self, owed: Mapping[int, int]) -> None:
+        new = {slab: source for slab, source in owed.items() if not self.range.has(slab)}
+        if own := [slab for slab, source in new.items() if slab == source]:
+            self.range.commit(own)
+        if shown := {slab: source for slab, source in new.items() if slab != source}:
+            self.range.alias(shown)

@@ -31,6 +31,7 @@ class MemoryChange:
         budget_slabs: how many may have memory.
         released: no step from this one on names their blocks.
         committed: this step or a later one may name their blocks.
+        aliased: as committed; each shows the pages of another slab: (slab, the other).
         expected: those that would be committed next.
         number: rises by one with each change, from 1.
     """
@@ -38,6 +39,7 @@ class MemoryChange:
     budget_slabs: int
     released: tuple[int, ...] = ()
     committed: tuple[int, ...] = ()
+    aliased: tuple[tuple[int, int], ...] = ()
     expected: tuple[int, ...] = ()
     number: int = 0
 
@@ -145,7 +147,7 @@ class MemorySection(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         block_bytes: of one block in all layers, on the first rank.
         slab_blocks: blocks whose memory comes and goes together.
-        num_slabs: that there are addresses for.
+        num_slabs: that may have memory at most.
         budget_slabs: that may have memory.
         min_budget_slabs: that one request of full length takes.
         num_resident_slabs: that have memory, draining ones included.
@@ -153,6 +155,7 @@ class MemorySection(msgspec.Struct, frozen=True, kw_only=True):
         num_used_blocks: that requests hold.
         num_cached_blocks: that a request may find, and none holds.
         num_dropped_slabs: that were cached and had not been used for long, total.
+        num_aliased_slabs: that show the pages of others (`xtensor.form=contiguous`).
         pages: the first rank's, when it last had something to do; None before.
         pool: that it shares with other engines of the machine, if it does.
     """
@@ -167,6 +170,7 @@ class MemorySection(msgspec.Struct, frozen=True, kw_only=True):
     num_used_blocks: int
     num_cached_blocks: int
     num_dropped_slabs: int = 0
+    num_aliased_slabs: int = 0
     pages: MemoryReport | None = None
     pool: PoolSection | None = None
 

@@ -1,12 +1,14 @@
 """`ElasticRange`: one reserved range for a KV buffer, backed where its slabs are committed.
 
+A slab may also show the pages of a committed one: an alias, which is given back as those are.
+
 The tensors are views of the range for as long as it lives; what changes is which of its pages
 exist.  The range does as it is told: which slab is needed is decided by the scheduler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Mapping
 
 from xllm_plugin.accelerator.memory import Fence
 from xllm_plugin.errors import ConfigError, InternalError
@@ -49,6 +51,7 @@ class ElasticRange:
         self.owner = owner
         self._pool = pool
         self._committed: set[int] = set()
+        self._aliases: dict[int, int] = {}
         self.num_bytes = -(-layout.num_bytes // self._page_bytes) * self._page_bytes
         self.start = pool.driver.reserve(self.num_bytes)
 
@@ -59,8 +62,17 @@ class ElasticRange:
 
     @property
     def committed(self) -> frozenset[int]:
-        """The slabs with memory behind them."""
+        """The slabs with memory of their own behind them."""
         return frozenset(self._committed)
+
+    @property
+    def aliases(self) -> dict[int, int]:
+        """The slabs that show the pages of another, and of which."""
+        return dict(self._aliases)
+
+    def has(self, slab: int) -> bool:
+        """Say whether something is behind a slab: memory of its own, or another's."""
+        return slab in self._committed or slab in self._aliases
 
     @property
     def pages_per_slab(self) -> int:
@@ -79,27 +91,48 @@ class ElasticRange:
             IndexError: there is no such slab.
         """
         wanted = set(slabs)
-        if len(wanted) != len(slabs) or wanted & self._committed:
+        if len(wanted) != len(slabs) or any(self.has(slab) for slab in wanted):
             raise ValueError(f"slabs {sorted(slabs)}: one is committed already or named twice")
         num_reused = self._pool.take(self.owner, self._addresses(slabs))
         self._committed |= wanted
         return num_reused
 
+    def alias(self, shown: Mapping[int, int]) -> None:
+        """Let slabs show the pages of committed ones, all or nothing.
+
+        Args:
+            shown: slab -> the slab whose pages show there from now on.
+
+        Raises:
+            PagesExhaustedError: the device has no room for the mappings now.
+            ValueError: a slab has something behind it, or its source no memory of its own.
+            IndexError: there is no such slab.
+        """
+        if any(self.has(slab) for slab in shown) or not self._committed.issuperset(shown.values()):
+            raise ValueError(f"slabs {dict(shown)}: one is committed, or its source is not")
+        pairs = zip(self._addresses(shown), self._addresses(shown.values()), strict=True)
+        self._pool.share(self.owner, dict(pairs))
+        self._aliases |= shown
+
     def decommit(self, slabs: Collection[int], fence: Fence | None = None) -> None:
         """Give the memory behind slabs back to the pool.
 
         Args:
-            slabs: committed ones.
+            slabs: committed ones, and those that show others.
             fence: after the last work that uses them; the driver's of now by default.
 
         Raises:
             ValueError: a slab is not committed, or named twice; nothing is given back.
         """
         going = set(slabs)
-        if len(going) != len(slabs) or not going <= self._committed:
+        if len(going) != len(slabs) or not all(self.has(slab) for slab in going):
             raise ValueError(f"slabs {sorted(slabs)}: one is not committed or named twice")
-        self._pool.retire(self.owner, self._addresses(slabs), fence)
+        # Aliases first: a page stays mapped at the address that is given up last.
+        ordered = sorted(slabs, key=lambda slab: slab not in self._aliases)
+        self._pool.retire(self.owner, self._addresses(ordered), fence)
         self._committed -= going
+        for slab in going & self._aliases.keys():
+            del self._aliases[slab]
 
     def expect(self, slabs: Iterable[int]) -> None:
         """Tell the pool which slabs will be committed next, to map their pages ahead."""
@@ -112,19 +145,23 @@ class ElasticRange:
             InternalError: a slab is committed.
             ValueError: the pool still keeps a page mapped here; evict it, or close the pool first.
         """
-        if self._committed:
+        if self._committed or self._aliases:
             raise InternalError(f"{len(self._committed)} slabs are committed; decommit them first")
         self._pool.driver.unreserve(self.start, self.num_bytes)
 
     def check_integrity(self) -> None:
-        """Check that pages are there exactly where a slab is committed.
+        """Check that pages are there exactly where a slab is committed or shows another's.
 
         Raises:
             InternalError: they are not.
         """
         own = self._pool.addresses_of(self.owner)
-        if own != set(self._addresses(self._committed)):
+        if own != set(self._addresses([*self._committed, *self._aliases])):
             raise InternalError(f"slabs {self._committed} are committed, and the pool has {own}")
+        for slab, source in self._aliases.items():
+            shown, pages = self._addresses([slab]), self._addresses([source])
+            if [*map(self._pool.page_at, shown)] != [*map(self._pool.page_at, pages)]:
+                raise InternalError(f"slab {slab} does not show the pages of slab {source}")
 
     def _addresses(self, slabs: Iterable[int]) -> list[int]:
         return [

@@ -47,10 +47,14 @@ class BlockKind(IntEnum):
 
 
 class SlabChanges(NamedTuple):
-    """Slabs whose memory is to come and to go, since the last time."""
+    """Slabs whose memory is to come and to go, since the last time.
+
+    `aliased` ones show the pages of another: (slab, the other).
+    """
 
     committed: tuple[int, ...]
     released: tuple[int, ...]
+    aliased: tuple[tuple[int, int], ...] = ()
 
 
 class SlabLedger:
@@ -104,6 +108,16 @@ class SlabLedger:
     def draining(self) -> frozenset[int]:
         """The slabs that are to go."""
         return frozenset(self._draining)
+
+    @property
+    def num_draining(self) -> int:
+        """How many slabs are to go."""
+        return len(self._draining)
+
+    @property
+    def num_aliases(self) -> int:
+        """None: each slab has pages of its own."""
+        return 0
 
     @property
     def resident(self) -> frozenset[int]:
