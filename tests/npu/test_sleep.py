@@ -96,10 +96,12 @@ from xllm_plugin.errors import NotNowError
 from xllm_plugin.npu.sleep import NpuSleep
 layer = torch.nn.Linear(256, 4096, bias=False).npu()
 layer.register_buffer("table", torch.arange(9.0).npu())
+layer.register_buffer("on_host", torch.arange(5.0))
 layer.tied = torch.nn.Parameter(layer.weight.data[:7])
 cache = torch.zeros(2**24, dtype=torch.int8, device="npu")
 view = cache[5:9]
-expected = [one.detach().cpu() for one in (layer.weight, layer.tied, layer.table)]
+kept = (layer.weight, layer.tied, layer.table, layer.on_host)
+expected = [one.detach().cpu().clone() for one in kept]
 runner = SimpleNamespace(get_model=lambda: layer, graphs=None, kv_caches=[cache, view])
 sleep = NpuSleep(runner)
 sleep.suspend(1)
@@ -115,7 +117,7 @@ del taken
 torch.npu.empty_cache()
 sleep.resume()
 sleep.resume()
-found = [one.detach().cpu() for one in (layer.weight, layer.tied, layer.table)]
+found = [one.detach().cpu() for one in kept]
 result["same"] = [torch.equal(a, b) for a, b in zip(found, expected)]
 cache.fill_(3)
 result["view"] = view.tolist()
@@ -132,7 +134,7 @@ def test_views_and_tied_weights_are_right_and_a_full_device_can_be_tried_again(
     assert "call /wake_up again" in found.pop("full")
     assert found == {
         "asleep": [0, 0],
-        "same": [True] * 3,
+        "same": [True] * 4,
         "view": [3] * 4,
         "state": "RUNNING",
     }

@@ -414,10 +414,16 @@ def test_what_an_instance_may_refuse_is_told_by_the_body(body: bytes, is_doubtfu
 
 
 @pytest.mark.parametrize(
-    ("resumes", "changes"), [(True, {}), (False, {}), (True, {"vllm_xargs": {"other": 1}})]
+    ("resumes", "is_suspect", "changes"),
+    [
+        (True, False, {}),
+        (False, False, {}),
+        (True, True, {}),
+        (True, False, {"vllm_xargs": {"other": 1}}),
+    ],
 )
 def test_a_drain_by_hand_gives_streams_to_who_can_take_them(
-    run: Any, resumes: bool, changes: dict[str, Any]
+    run: Any, resumes: bool, is_suspect: bool, changes: dict[str, Any]
 ) -> None:
     """At its deadline, though the instance lives; else they stay where they are."""
 
@@ -432,8 +438,10 @@ def test_a_drain_by_hand_gives_streams_to_who_can_take_them(
             body = body_of(COMPLETION, **changes)
             client.send(request(json.dumps(body).encode()))
             await client.reader.readuntil(b"data: ")
+            if is_suspect:
+                fleet.report(other, lifecycle.Failed("was killed", certain=True))
             fleet.report(draining, lifecycle.Drain())
-            if not resumes or changes:
+            if not resumes or is_suspect or changes:
                 await asyncio.sleep(0.3)
                 assert (draining.in_flight, draining.stats.errors) == (1, {})
                 assert not good.requests
@@ -444,7 +452,33 @@ def test_a_drain_by_hand_gives_streams_to_who_can_take_them(
             assert b"[DONE]" in last
             assert b"error" not in last
             assert draining.life.state is lifecycle.State.DRAINING
+            assert draining.stats.errors == {"drained": 1}, "it did nothing wrong"
             await harness.settle()
+
+    run(check())
+
+
+def test_a_drain_by_hand_leaves_alone_what_nobody_else_has_left_to_try(run: Any) -> None:
+    async def refuse(_: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n")
+
+    async def never(received: Received, _: asyncio.StreamWriter) -> None:
+        await received.gone.wait()
+
+    async def check() -> None:
+        full, slow = FakeInstance(script=refuse), FakeInstance(script=never)
+        async with serving(full, slow, policy=first, instances={"drain_s": 0.1}) as harness:
+            fleet = harness.proxy.fleet
+            refused, draining = fleet
+            refused.resumes = draining.resumes = True
+            client = await harness.connect()
+            client.send(request(json.dumps(body_of(COMPLETION)).encode()))
+            async with asyncio.timeout(PATIENCE_S):
+                while not slow.requests:
+                    await asyncio.sleep(0.002)
+            fleet.report(draining, lifecycle.Drain())
+            await asyncio.sleep(0.3)
+            assert (draining.in_flight, draining.stats.errors) == (1, {})
 
     run(check())
 

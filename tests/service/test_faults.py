@@ -114,6 +114,43 @@ def test_an_instance_that_refuses_whatever_comes_is_no_black_hole(run: Any) -> N
     run(check())
 
 
+def test_an_instance_that_refuses_because_it_has_too_much_to_do_stays_ready(run: Any) -> None:
+    """It is to get on with that, and others would soon have too much to do as well."""
+
+    async def take_one(received: Received, writer: asyncio.StreamWriter) -> None:
+        if len(full.requests) == 1:
+            await received.gone.wait()
+        else:
+            await BUSY(received, writer)
+
+    full, other = FakeInstance(script=take_one), FakeInstance(script=answer(b"good"))
+
+    async def check() -> None:
+        async with serving(full, other, policy=first) as harness:
+            held = await harness.connect()
+            held.send(request())
+            await eventually(lambda: full.requests)
+            for _ in range(5):
+                assert (await harness.ask(request()))[1] == b"good"
+            assert known(harness)[0].life.state is State.READY
+
+    run(check())
+
+
+def test_settings_that_are_read_again_give_no_new_burst_of_retries(run: Any) -> None:
+    async def check() -> None:
+        async with serving(FakeInstance(script=BUSY)) as harness:
+            proxy = harness.proxy
+            before = proxy.retry_budget
+            proxy.reconfigure(proxy.config)
+            assert proxy.retry_budget is before
+            routing = proxy.config.routing.model_copy(update={"retry_share": 0.5})
+            proxy.reconfigure(proxy.config.model_copy(update={"routing": routing}))
+            assert proxy.retry_budget.share == 0.5
+
+    run(check())
+
+
 @pytest.mark.parametrize(
     ("fault", "timeouts", "status"),
     [(BUSY, {}, b"503"), (never, {"first_byte_s": 0.05}, b"504")],
@@ -327,8 +364,8 @@ def test_an_instance_that_never_answers_is_given_up(run: Any) -> None:
             await eventually(silent.requests[0].gone.is_set)
             good.script = never
             head, body = await harness.ask(request())
-            assert head.startswith(b"HTTP/1.1 503")  # both were tried
-            assert "every instance was tried" in error_of(body)["message"]
+            assert head.startswith(b"HTTP/1.1 504")  # nobody is left to ask
+            assert "did not answer within 0.1 s" in error_of(body)["message"]
             await harness.settle()
 
     run(check())

@@ -14,6 +14,11 @@ def test_a_new_service_has_a_burst_and_then_a_share() -> None:
     assert [budget.take(number) for number in range(1, 11)] == 2 * ([False] * 4 + [True])
 
 
+def test_a_small_share_is_one_retry_in_time() -> None:
+    budget = RetryBudget(0.001)
+    assert [budget.take(number) for number in (0, 1, 900, 1100)] == [True, False, False, True]
+
+
 def test_without_a_share_there_is_none() -> None:
     assert not RetryBudget(0.0).take(10_000)
 

@@ -90,7 +90,8 @@ def examine() -> Report:
         collect = functools.partial(device_families, manager)
         families = _noting(findings, "plugins", collect)
     choice = None if selection.platform != "xllm" else _noting(findings, "device", resolve)
-    facts = _device_facts(families or (), choice)
+    ask_family = functools.partial(_device_facts, families or (), choice)
+    facts = _noting(findings, "device", ask_family) or ()
     if choice is not None:
         name = f"device-{choice.family.name}"
         findings += [

@@ -9,7 +9,7 @@ every view is right afterwards, those of the KV cache above all.  Addresses may 
 captured graphs are dropped, and captured again when they are worth it.
 
 What layers make of their weights when they are loaded (latent attention: two of its products) is
-no parameter, and stays on the device.
+no parameter, and stays on the device.  What lies on the host (``--cpu-offload-gb``) stays there.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class NpuSleep(SleepModeBackend):
             self._state = "RUNNING"
 
     def _empty(self, tag: str, tensors: Iterable[torch.Tensor], *, keeps: bool) -> None:
-        storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in tensors}
+        found_there = (one.untyped_storage() for one in tensors if one.device.type == "npu")
+        storages = {storage.data_ptr(): storage for storage in found_there}
         storages.pop(0, None)  # is away, or never had memory
         found = [
             Away(storage, storage.nbytes(), bytes_of(storage).cpu() if keeps else None)

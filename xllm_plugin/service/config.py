@@ -258,7 +258,9 @@ class InstancesConfig(_Section):
     )
     probe_interval_s: float = Field(default=1.0, gt=0, description="between two probes of one")
     probe_timeout_s: float = Field(default=2.0, gt=0, description="for all parts of a probe")
-    failures_to_suspect: int = Field(default=2, ge=1, description="failed probes in a row")
+    failures_to_suspect: int = Field(
+        default=2, ge=1, description="failed probes in a row, or refused requests"
+    )
     lease_s: float = Field(default=6.0, gt=0, description="a heartbeat is due within it")
     suspect_s: float = Field(default=30.0, gt=0, description="a lapsed lease is forgotten after it")
     joining_s: float = Field(default=600.0, gt=0, description="a registered instance may load")

@@ -341,7 +341,7 @@ class Exchange:
                 return self._begin_continuation(status, is_stream=is_stream)
             if not is_stream:
                 self.stream = None
-        if status == _RETRYABLE_STATUS and self._is_sent_again():
+        if status == _RETRYABLE_STATUS and self._refused():
             self.instance.stats.count_error("unavailable")
             self.stream = stream
             self._retry()
@@ -458,7 +458,7 @@ class Exchange:
         if (
             (not is_sent or self._may_repeat())
             and self._may_retry()
-            and (reason != "timeout" or self._is_earned())
+            and (reason != "timeout" or (self._has_alternative() and self._take_retry()))
         ):
             self._retry()
             return
@@ -466,14 +466,19 @@ class Exchange:
         status = 504 if reason == "timeout" else 502
         self.refuse(Refusal(status, f"Instance {instance.name} {detail}."))
 
-    def broken(self, connection: UpstreamConnection, why: str) -> None:
+    def broken(
+        self, connection: UpstreamConnection, why: str, *, is_instances_fault: bool = True
+    ) -> None:
         """An answer that had begun cannot be finished: say so, never end in silence."""
         instance = self.instance
         assert instance is not None
         is_at_border = connection.is_at_border
         connection.abandon()
-        instance.stats.count_error("broken")
-        self.proxy.fleet.report(instance, lifecycle.Failed(why, certain=True))
+        if is_instances_fault:
+            instance.stats.count_error("broken")
+            self.proxy.fleet.report(instance, lifecycle.Failed(why, certain=True))
+        else:
+            instance.stats.count_error("drained")
         if self.stream is not None and self.stream.is_begun:
             self._go_on_elsewhere(self.stream, f"Instance {instance.name}: {why}.")
             return
@@ -572,7 +577,7 @@ class Exchange:
             return
         if self.stream is not None and self._has_to_move(self.stream):
             if self.stream.is_begun:
-                self.broken(connection, "its time to drain is over")
+                self.broken(connection, "its time to drain is over", is_instances_fault=False)
                 return
             self._connection = None
             connection.abandon()
@@ -640,7 +645,7 @@ class Exchange:
         return b""
 
     def _has_to_move(self, stream: ArmedStream) -> bool:
-        """Whether its instance's time to drain is over.
+        """Whether its instance's time to drain is over, and another one will probably take it.
 
         Who is gone has stopped, or does so.  Who lives finishes what nobody else can.
         """
@@ -652,13 +657,13 @@ class Exchange:
         if (
             life.state is not State.DRAINING
             or proxy.fleet.clock() - life.since_s <= proxy.config.instances.drain_s
-            or not any(one.resumes for one in proxy.fleet.candidates(self.model))
+            or not any(one.resumes for one in self._ready_others())
         ):
             return False
         if not stream.is_begun:
-            return self._may_retry()
+            return self._may_retry() and self._has_alternative()
         is_left = stream.num_resumes < proxy.config.continuation.max_resumes
-        return is_left and stream.can_resume and not stream.may_be_refused
+        return is_left and not stream.may_be_refused and stream.can_resume
 
     def _end_in_error(self, message: str) -> None:
         """Nobody can continue the stream: its last event says so."""
@@ -696,18 +701,27 @@ class Exchange:
         """Whether a request that an instance may have seen can be sent again."""
         return self.route.kind is not Kind.OTHER or self.method in _IDEMPOTENT
 
-    def _is_sent_again(self) -> bool:
-        """Whether another instance is asked after this one has answered 503."""
-        assert self.instance is not None
-        if self.route.kind is Kind.INFERENCE:
-            # It may refuse whatever comes, at once, and so look idle: none is chosen that does.
-            self.proxy.fleet.report(self.instance, lifecycle.Failed("answers 503"))
+    def _refused(self) -> bool:
+        """The instance answers 503; return whether another one is asked."""
+        instance = self.instance
+        assert instance is not None
+        if self.route.kind is Kind.INFERENCE and self._ready_others() and instance.in_flight == 1:
+            # Who refuses whatever comes looks idle, and would get all that comes.  Who refuses
+            # because it has too much to do has other requests, and is to get on with them.
+            self.proxy.fleet.report(instance, lifecycle.Failed("answers 503 and has nothing to do"))
         may_be = self._may_repeat() and self._may_retry() and self._has_alternative()
-        return may_be and self._is_earned()
+        return may_be and self._take_retry()
 
-    def _is_earned(self) -> bool:
-        """Whether there is a retry left for what others may be too busy for, too."""
+    def _take_retry(self) -> bool:
+        """Whether there is a retry left for what others may be too busy for, too; it is taken."""
         return self.proxy.retry_budget.take(self.proxy.router.num_routed)
+
+    def _ready_others(self) -> list[Instance]:
+        return [
+            one
+            for one in self.proxy.fleet.candidates(self.model)
+            if one is not self.instance and one.life.state is State.READY
+        ]
 
     def _has_alternative(self) -> bool:
         return any(

@@ -86,7 +86,10 @@ class Alive:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A probe that failed; `certain` if traffic met it: the connection was refused or cut."""
+    """A probe that failed, or a request that was refused for no reason that could be seen.
+
+    `certain` if traffic met it: the connection was refused or cut.
+    """
 
     reason: str
     certain: bool = False

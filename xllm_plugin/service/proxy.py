@@ -66,6 +66,7 @@ class Proxy:
         self.workers: list[WorkerFigures] = []
         """Processes that carry this one's traffic; none where it carries it itself."""
         self._reading: set[asyncio.Task[None]] = set()
+        self.retry_budget = RetryBudget(config.routing.retry_share)
         self.reconfigure(config)
 
     def use_tracing(self, tracing: Tracing) -> None:
@@ -148,7 +149,8 @@ class Proxy:
         self.telemetry.slo = config.slo
         self._logs_access = config.log.access
         self.headers_of_note = headers_of_note(config, traces=self.tracing is not None)
-        self.retry_budget = RetryBudget(config.routing.retry_share)
+        if self.retry_budget.share != config.routing.retry_share:
+            self.retry_budget = RetryBudget(config.routing.retry_share)
         self._reconfigure_flow(config)
         self.router.forget_rosters()
         self._reconfigure_keys(config)

@@ -23,7 +23,7 @@ class RetryBudget:
 
     def __init__(self, share: float) -> None:
         self.share = share
-        self._level = self._most = share * _REQUESTS_KEPT
+        self._level = self._most = max(1.0, share * _REQUESTS_KEPT) if share else 0.0
         self._num_counted = 0
 
     def take(self, num_requests: int) -> bool:

@@ -194,7 +194,7 @@ class Router:
 
     @property
     def num_routed(self) -> int:
-        """Requests that were given an instance, each attempt counted."""
+        """Requests for which the policy was asked, each attempt counted."""
         return self._sequence
 
     def forget_rosters(self) -> None:

@@ -63,6 +63,7 @@ class Settings:
     seed: int = 0
     limit: int | None = None  # use only the first prompts
     alone: bool = False  # answer the prompts once more, one at a time
+    gpu_memory_utilization: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +210,8 @@ def generate(settings: Settings, prompts: Sequence[Prompt]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if settings.custom_ops:
         options["compilation_config"] = {"custom_ops": list(settings.custom_ops)}
+    if settings.gpu_memory_utilization is not None:
+        options["gpu_memory_utilization"] = settings.gpu_memory_utilization
     engine = vllm.LLM(
         model=settings.model,
         max_num_seqs=settings.max_num_seqs,

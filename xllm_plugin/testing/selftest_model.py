@@ -29,6 +29,9 @@ MAX_MARGIN, MAX_DRIFT = 0.25, 0.15
 """In nats, of a token's margin in float32 and of the mean change of log-probs: about twice what
 bfloat16 does to this model on a CPU."""
 
+MEMORY_SHARE = 0.05
+"""Of the device; the KV cache has a size of its own, and others may hold the rest."""
+
 PATIENCE_S = 1800.0
 
 LINE = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. "
@@ -71,6 +74,7 @@ def ask_engine(device: str, model: Path, prompts: Path) -> Collection:
         max_tokens=MAX_TOKENS,
         eager=False,
         logprobs=NUM_CANDIDATES,
+        gpu_memory_utilization=MEMORY_SHARE,
     )
     environment = {
         "XLLM_DEVICE": device,
