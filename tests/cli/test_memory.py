@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -70,6 +71,21 @@ def test_every_engine_has_a_line(start_engine: Start) -> None:
     start_engine("fixed")
     assert run().output.splitlines() == [
         "elastic dp0: KV memory 10 of 16 MiB, 20 % of it unused; 2 MiB go when requests end",
+        "fixed dp0: its KV cache is fixed",
+    ]
+
+
+def test_an_engine_that_does_not_answer_hides_no_other(
+    start_engine: Start, directory: Path
+) -> None:
+    start_engine("fixed")
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(directory / "busy.dp0.sock"))
+        silent.listen()
+        result = run()
+    assert isinstance(result.exception, ChannelError)
+    assert result.output.splitlines() == [
+        "busy dp0: does not answer",
         "fixed dp0: its KV cache is fixed",
     ]
 

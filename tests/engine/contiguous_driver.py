@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from driving import greedy, report, tiny_engine
+from elastic_driver import rss_of_pages
 
 PREFIX = "One two three four five six seven eight nine ten eleven twelve " * 5
 PROMPTS = [
@@ -19,6 +20,11 @@ PROMPTS = [
     f"{PREFIX} and",
     "def fibonacci(n):",
 ]
+
+
+def num_replaced(model: Any) -> int:
+    """Modules that run something else than their class's `forward`."""
+    return sum("forward" in vars(module) for module in model.modules())
 
 
 class Engine:
@@ -44,12 +50,17 @@ class Engine:
             for _ in range(2)
             for output in self._llm.generate(PROMPTS, greedy(max_tokens=40), use_tqdm=False)
         ]
+        self.num_cached = sum(output.num_cached_tokens for output in outputs)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def found(self) -> dict[str, Any]:
         pool = self._core.scheduler.kv_cache_manager.block_pool
         found: dict[str, Any] = {"pool": type(pool).__name__, "answers": self.answers()}
+        found["num_cached"] = self.num_cached
+        found["num_native"] = self._llm.apply_model(num_replaced)[0]
+        found["awake_bytes"] = rss_of_pages()
         self._llm.sleep(level=1)
+        found["asleep_bytes"] = rss_of_pages()
         self._llm.wake_up()
         return found | {"after_sleep": self.answers()}
 

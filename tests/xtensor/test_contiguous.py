@@ -40,7 +40,7 @@ LAYOUT = KVLayout(NUM_BLOCKS, (Column(0, PAGE), Column(NUM_BLOCKS * PAGE, 2 * PA
 UNEVEN = KVLayout(
     NUM_BLOCKS, (Column(0, 3 * PAGE // 2), Column(NUM_BLOCKS * 3 * PAGE // 2, 3 * PAGE // 2))
 )
-MAX_MAPPINGS = 8 * NUM_BLOCKS  # each slab of a block, at two addresses
+MAX_MAPPINGS = 10 * NUM_BLOCKS  # each slab of a block, at two addresses
 STEP_TOKENS = 5
 CACHE_IDLE_S = 60.0
 

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from xllm_plugin.errors import ConfigError, InternalError
 from xllm_plugin.xtensor.config import XTensorConfig, form_refusal
-from xllm_plugin.xtensor.layout import MAX_MAPPINGS, Column, KVLayout
+from xllm_plugin.xtensor.layout import MAX_MAPPINGS, MOST_PAGE_BYTES, Column, KVLayout
 from xllm_plugin.xtensor.request_ranges import (
     MAX_VIRTUAL_BLOCKS,
     RangeLedger,
     RangePlan,
     mapping_limit,
     plan_ranges,
+    slab_mappings,
 )
 from xllm_plugin.xtensor.slabs import BlockKind
 
@@ -50,12 +51,30 @@ def test_slabs_keep_within_the_mappings_of_a_process(
 
 def test_slabs_of_too_few_blocks_are_refused_with_a_number_that_does() -> None:
     wide = layout(11_650, 30)
-    with pytest.raises(ConfigError, match=r"slab_blocks=8.*max_map_count.*Give slab_blocks 43 or"):
+    with pytest.raises(
+        ConfigError, match=r"slab_blocks=8.*max_map_count.*Give slab_blocks 64, or 0"
+    ):
         plan_ranges(contiguous(8), wide, 256, PAGE, max_mappings=MAX_MAPPINGS)
     assert plan_ranges(contiguous(43), wide, 256, PAGE, max_mappings=MAX_MAPPINGS).slab_blocks == 43
     assert plan_ranges(contiguous(), wide, 256, PAGE, max_mappings=MAX_MAPPINGS).slab_blocks == 64
     more = plan_ranges(contiguous(8), wide, 256, PAGE, max_mappings=8 * MAX_MAPPINGS)
     assert more.slab_blocks == 8, "where the system allows more"
+
+
+def test_a_slab_of_several_pages_may_take_a_mapping_for_each() -> None:
+    """Layers inside the blocks, and blocks of 16 MiB: after a while no two pages lie in a row."""
+    inside = KVLayout(4096, (Column(0, 8 * MOST_PAGE_BYTES),))
+    assert slab_mappings(inside, 1) == 9
+    with pytest.raises(ConfigError, match=r"Set vm\.max_map_count to \d+, ") as caught:
+        plan_ranges(contiguous(), inside, 64, PAGE, max_mappings=MAX_MAPPINGS)
+    wanted = int(str(caught.value).split("max_map_count to ")[1].split(",")[0])
+    plan = plan_ranges(contiguous(), inside, 64, PAGE, max_mappings=wanted // 2)
+    assert plan.max_aliases >= plan.num_slabs > plan.range_slabs
+
+
+def test_a_slab_is_no_larger_than_the_memory() -> None:
+    plan = plan_ranges(contiguous(99), layout(10, 2), 4, PAGE, max_mappings=MAX_MAPPINGS)
+    assert (plan.slab_blocks, plan.num_slabs, plan.num_ranges) == (10, 1, 0)
 
 
 def test_the_limit_is_half_of_the_system_s(tmp_path: Path) -> None:

@@ -63,8 +63,15 @@ def memory(socket: Path | None, budget_bytes: int | None) -> None:
             "with `xllm serve MODEL`."
         )
     if budget_bytes is None:
+        silent = None
         for engine in engines:
-            click.echo(f"{_name(engine)}: {_seen(engine.path)}")
+            try:
+                click.echo(f"{_name(engine)}: {_seen(engine.path)}")
+            except ChannelError as error:
+                click.echo(f"{_name(engine)}: does not answer")
+                silent = error
+        if silent is not None:
+            raise silent
         return
     if len(engines) > 1:
         paths = ", ".join(str(engine.path) for engine in engines)

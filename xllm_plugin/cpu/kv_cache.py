@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from xllm_plugin.cpu.memory import PAGE_BYTES, CpuMemoryDriver
+from xllm_plugin.cpu.memory import CpuMemoryDriver
 from xllm_plugin.cpu.vm_calls import VmCalls
 from xllm_plugin.errors import InternalError, NotNowError
 from xllm_plugin.xtensor.config import XTensorConfig
-from xllm_plugin.xtensor.layout import KVLayout, slab_blocks_of
+from xllm_plugin.xtensor.layout import MOST_PAGE_BYTES, KVLayout, slab_blocks_of
 from xllm_plugin.xtensor.memory import ElasticMemory
 from xllm_plugin.xtensor.request_ranges import plan_ranges
 
@@ -134,12 +134,12 @@ def elastic_memory(
     if config.form == "contiguous":
         plan = plan_ranges(config, layout, full_blocks, mmap.PAGESIZE)
         slab_blocks, num_slabs = plan.slab_blocks, plan.num_slabs
-        page_bytes = layout.page_bytes(slab_blocks, PAGE_BYTES)
+        page_bytes = layout.page_bytes(slab_blocks, MOST_PAGE_BYTES)
         num_bytes = num_slabs * slab_blocks * layout.block_bytes
         layout = replace(layout, num_blocks=plan.num_blocks).aligned(page_bytes)
     else:
         slab_blocks = slab_blocks_of(config, layout, mmap.PAGESIZE)
-        page_bytes = layout.page_bytes(slab_blocks, PAGE_BYTES)
+        page_bytes = layout.page_bytes(slab_blocks, MOST_PAGE_BYTES)
         layout = layout.aligned(page_bytes)
         num_bytes = -(-layout.num_bytes // page_bytes) * page_bytes
     driver = CpuMemoryDriver(page_bytes=page_bytes, capacity_bytes=num_bytes)

@@ -25,6 +25,7 @@ from xllm_plugin.cpu.native.linear import packing
 from xllm_plugin.cpu.native.model import full_refusal, take_over
 from xllm_plugin.cpu.platform import native_refusal
 from xllm_plugin.cpu.vm_calls import VmCalls
+from xllm_plugin.scheduler.memory import ending_the_engine
 from xllm_plugin.worker.model_runner import XllmModelRunnerMixin
 from xllm_plugin.xtensor.kv_cache import full_request_blocks
 from xllm_plugin.xtensor.layout import KVLayout, moved
@@ -68,7 +69,8 @@ class XllmCpuModelRunner(XllmModelRunnerMixin, CPUModelRunner):
             return self._fixed_memory, kv_cache_config
         layout = KVLayout.of_tensors(kv_cache_config.num_blocks, kv_cache_config.kv_cache_tensors)
         full_blocks = full_request_blocks(kv_cache_config, self.vllm_config)
-        self.elastic_memory, driver = elastic_memory(layout, config, full_blocks)
+        with ending_the_engine():  # it is refused here first, and then by the scheduler
+            self.elastic_memory, driver = elastic_memory(layout, config, full_blocks)
         self.elastic_memory.start()
         placed_layout = self.elastic_memory.range.layout
         tensors = moved(kv_cache_config.kv_cache_tensors, layout, placed_layout)

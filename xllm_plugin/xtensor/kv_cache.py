@@ -6,6 +6,7 @@ import math
 import mmap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xllm_plugin.errors import ConfigError, MisuseError
@@ -106,7 +107,11 @@ class ElasticKvCache:
             seen = f"xtensor.budget_bytes={config.budget_bytes}"
             if needed > num_slabs:
                 seen = f"--kv-cache-memory-bytes {layout.num_bytes}"
-            raise ConfigError(_too_small(seen, needed * slab_bytes, max_len))
+            while needed > num_slabs:  # of more memory, slabs may be larger
+                more = replace(layout, num_blocks=needed * slab_blocks)
+                slab_blocks, num_slabs, needed, _ = _size_of(config, more, full_blocks, page_bytes)
+            needed_bytes = needed * slab_blocks * layout.block_bytes
+            raise ConfigError(_too_small(seen, needed_bytes, max_len))
         share = None
         if config.pool is not None:
             share = join_pool(

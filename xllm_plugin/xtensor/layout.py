@@ -33,7 +33,10 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.xtensor.config import XTensorConfig
 
-__all__ = ["Column", "KVLayout", "TensorPlacement", "moved", "slab_blocks_of"]
+__all__ = ["MOST_PAGE_BYTES", "Column", "KVLayout", "TensorPlacement", "moved", "slab_blocks_of"]
+
+MOST_PAGE_BYTES = 2 * 2**20
+"""Of a page of the KV cache, at most; as large as a huge page of the system."""
 
 MAX_MAPPINGS = 32_768
 """At most so many mappings for a range; half of Linux's default for a process

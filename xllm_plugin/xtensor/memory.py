@@ -127,11 +127,11 @@ class ElasticMemory:
 
         Raises:
             PagesExhaustedError: the device has not the memory that the budget promises; what was to
-                be released is released, and nothing is committed.
+                be released is released, and what is not there is still owed.
         """
         started_s = self._clock()
         self._budget_slabs, self._num_changes = change.budget_slabs, change.number
-        released = [slab for slab in change.released if slab not in self._owed]
+        released = [slab for slab in change.released if self.range.has(slab)]
         for slab in change.released:
             self._owed.pop(slab, None)
         self._owed |= {slab: slab for slab in change.committed} | dict(change.aliased)
@@ -176,7 +176,9 @@ class ElasticMemory:
 
     def _set_budget(self) -> None:
         # Slabs beyond the budget are still in use, and one of them may be new to this worker.
-        num_owed = sum(slab == source for slab, source in self._owed.items())
+        num_owed = sum(
+            slab == source and not self.range.has(slab) for slab, source in self._owed.items()
+        )
         num_slabs = max(self._budget_slabs, len(self.range.committed) + num_owed)
         self.pool.set_budget(num_slabs * self.range.pages_per_slab)
 

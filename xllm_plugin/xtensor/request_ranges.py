@@ -35,7 +35,6 @@ of memory: where there is memory for a request there is a range as well.
 from __future__ import annotations
 
 import heapq
-import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ from pathlib import Path
 
 from xllm_plugin.errors import ConfigError, InternalError
 from xllm_plugin.xtensor.config import XTensorConfig
-from xllm_plugin.xtensor.layout import MAX_MAPPINGS, KVLayout
+from xllm_plugin.xtensor.layout import MAX_MAPPINGS, MOST_PAGE_BYTES, KVLayout
 from xllm_plugin.xtensor.slabs import NULL_SLAB, BlockKind, SlabChanges
 
 __all__ = ["RangeLedger", "RangePlan", "mapping_limit", "plan_ranges"]
@@ -110,35 +109,53 @@ def plan_ranges(
         max_mappings: `mapping_limit` by default.
 
     Raises:
-        ConfigError: slabs of `slab_blocks` would need too many mappings; says what would do.
+        ConfigError: slabs of `slab_blocks`, or of any size, would need too many mappings; says what
+            would do.
     """
     if max_mappings is None:
         max_mappings = mapping_limit()
     unit = layout.unit_blocks(page_bytes)
-    # A slab that is mapped between two that are not makes two mappings a column.
-    slab_mappings = 2 * len(layout.columns)
-    # Each slab of memory at its own address, and shown once more.
-    least = math.ceil(2 * slab_mappings * layout.num_blocks / max_mappings)
-    least = max(least, math.ceil(layout.num_blocks * full_blocks / MAX_VIRTUAL_BLOCKS))
-    if 0 < config.slab_blocks < least:
-        raise ConfigError(
-            f"xtensor.slab_blocks={config.slab_blocks} with xtensor.form=contiguous: memory of "
-            f"{layout.num_blocks} blocks in {len(layout.columns)} columns would take more than "
-            f"{max_mappings} mappings, half of vm.max_map_count, or more than "
-            f"{MAX_VIRTUAL_BLOCKS} addresses of blocks. Give slab_blocks {least} or more, or 0 for "
-            "the fewest that do."
+    most_units = max(1, layout.num_blocks // unit)
+
+    def plan_of(num_units: int) -> RangePlan:
+        slab_blocks = min(num_units, most_units) * unit
+        num_slabs = layout.num_blocks // slab_blocks
+        return RangePlan(
+            slab_blocks=slab_blocks,
+            range_slabs=-(-full_blocks // slab_blocks),
+            num_slabs=num_slabs,
+            max_aliases=max_mappings // slab_mappings(layout, slab_blocks) - num_slabs,
         )
-    num_units = -(-(config.slab_blocks or least) // unit)
-    if not config.slab_blocks:  # a power of two, of which large pages are made
-        num_units = 1 << (max(num_units, 1) - 1).bit_length()
-    slab_blocks = num_units * unit
-    num_slabs = layout.num_blocks // slab_blocks
-    return RangePlan(
-        slab_blocks=slab_blocks,
-        range_slabs=-(-full_blocks // slab_blocks),
-        num_slabs=num_slabs,
-        max_aliases=max_mappings // slab_mappings - num_slabs,
+
+    def fits(plan: RangePlan) -> bool:
+        """Each slab of memory could be shown once more."""
+        return plan.max_aliases >= plan.num_slabs and plan.num_blocks <= MAX_VIRTUAL_BLOCKS
+
+    plans = [plan_of(1 << power) for power in range(most_units.bit_length())]
+    smallest = next(filter(fits, plans), None)
+    chosen = plan_of(-(-config.slab_blocks // unit)) if config.slab_blocks else smallest
+    if chosen is not None and fits(chosen):
+        return chosen
+    asked = f"xtensor.slab_blocks={config.slab_blocks} with xtensor.form=contiguous: "
+    told = (
+        f"memory of {layout.num_blocks} blocks in {len(layout.columns)} columns would take more "
+        f"than {max_mappings} mappings, half of vm.max_map_count, or more than "
+        f"{MAX_VIRTUAL_BLOCKS} addresses of blocks. "
     )
+    if smallest is not None:
+        raise ConfigError(f"{asked}{told}Give slab_blocks {smallest.slab_blocks}, or 0 for that.")
+    useful = [plan for plan in plans if plan.num_slabs > plan.range_slabs] or plans
+    wanted = min(4 * slab_mappings(layout, one.slab_blocks) * one.num_slabs for one in useful)
+    raise ConfigError(
+        f"{asked}{told}Set vm.max_map_count to {wanted}, give less --kv-cache-memory-bytes, or use "
+        "xtensor.form=paged."
+    )
+
+
+def slab_mappings(layout: KVLayout, slab_blocks: int) -> int:
+    """Mappings of a slab at one address, at most: each page by itself, and the hole behind them."""
+    page_bytes = layout.page_bytes(slab_blocks, MOST_PAGE_BYTES)
+    return sum(slab_blocks * column.stride_bytes // page_bytes + 1 for column in layout.columns)
 
 
 @dataclass(slots=True)
