@@ -12,7 +12,7 @@ from typing import Any
 from driving import greedy, report, tiny_engine
 from elastic_driver import rss_of_pages
 
-PREFIX = "One two three four five six seven eight nine ten eleven twelve " * 5
+PREFIX = "One two three four five six seven eight nine ten eleven twelve " * 15
 PROMPTS = [
     "The sun rises in the",
     f"{PREFIX} and then",

@@ -193,6 +193,7 @@ def test_contiguous_requests_of_native_layers_are_answered_the_same_ahead_and_af
     assert contiguous["answers"] == fixed["answers"]
     assert contiguous["after_sleep"] == contiguous["answers"]
     assert contiguous["num_native"] == fixed["num_native"] == 1, "the stack of layers"
+    assert contiguous["num_cached"] > 0, "prefixes are shown"
     assert contiguous["asleep_bytes"] == 0 < contiguous["awake_bytes"]
 
 
