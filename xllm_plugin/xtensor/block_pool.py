@@ -26,7 +26,7 @@ from xllm_plugin.xtensor.slabs import BlockKind, SlabLedger
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-__all__ = ["ElasticBlockPool", "adopt_block_pool"]
+__all__ = ["ElasticBlockPool", "adopt_block_pool", "kind_of", "require_plain"]
 
 
 class ElasticBlockPool(BlockPool):
@@ -143,9 +143,9 @@ class ElasticBlockPool(BlockPool):
         expected = []
         for slab in range(ledger.num_slabs):
             for block in self._blocks_on(slab):
-                assert ledger.kind(block.block_id) == _kind_of(block), f"{block} is noted wrong"
+                assert ledger.kind(block.block_id) == kind_of(block), f"{block} is noted wrong"
                 has_memory = slab in ledger.resident and not ledger.is_draining(slab)
-                if has_memory and _kind_of(block) != BlockKind.USED:
+                if has_memory and kind_of(block) != BlockKind.USED:
                     expected.append(block.block_id)
         assert sorted(queued) == expected, "the free queue is not that of blocks with memory"
         assert super().get_num_free_blocks() == len(expected), "the free queue is counted wrong"
@@ -158,11 +158,11 @@ class ElasticBlockPool(BlockPool):
     def _note(self, blocks: Iterable[KVCacheBlock]) -> None:
         now_s = self._clock()
         for block in blocks:
-            self.ledger.note(block.block_id, _kind_of(block), now_s)
+            self.ledger.note(block.block_id, kind_of(block), now_s)
 
     def _note_given_back(self, blocks: Iterable[KVCacheBlock]) -> None:
         own = {block.block_id: block for block in blocks if block.pool in {None, self}}
-        given_back = [b for b in own.values() if _kind_of(b) != BlockKind.USED]
+        given_back = [b for b in own.values() if kind_of(b) != BlockKind.USED]
         self._note(given_back)
         for block in given_back:
             if self.ledger.is_draining(self.ledger.slab_of(block.block_id)):
@@ -171,7 +171,7 @@ class ElasticBlockPool(BlockPool):
     def _forget(self, block: KVCacheBlock) -> None:
         """Of a draining slab: find it by no prefix, and hand it out to nobody."""
         self._maybe_evict_cached_block(block)
-        if _kind_of(block) == BlockKind.FREE:
+        if kind_of(block) == BlockKind.FREE:
             self.free_block_queue.remove(block)
 
     def _release(self, slab: int) -> None:
@@ -198,16 +198,15 @@ class ElasticBlockPool(BlockPool):
         self.num_gpu_blocks = num_slabs * ledger.slab_blocks
 
 
-def _kind_of(block: KVCacheBlock) -> BlockKind:
+def kind_of(block: KVCacheBlock) -> BlockKind:
+    """What a block is, by what vLLM says of it."""
     if block.ref_cnt > 0 or block.is_null:
         return BlockKind.USED
     return BlockKind.FREE if block.block_hash is None else BlockKind.CACHED
 
 
-def adopt_block_pool(
-    pool: Any, ledger: SlabLedger, clock: Callable[[], float] = time.monotonic
-) -> ElasticBlockPool:
-    """Make vLLM's unused block pool an elastic one (seam "block-pool-class").
+def require_plain(pool: Any) -> None:
+    """See that a block pool is one that our classes extend.
 
     Raises:
         SeamError: it is not vLLM's plain `BlockPool`.
@@ -218,6 +217,17 @@ def adopt_block_pool(
             f"{type(pool).__qualname__}, which elastic memory does not extend. Set "
             "xtensor.enabled to false, or install a supported vLLM."
         )
+
+
+def adopt_block_pool(
+    pool: Any, ledger: SlabLedger, clock: Callable[[], float] = time.monotonic
+) -> ElasticBlockPool:
+    """Make vLLM's unused block pool an elastic one (seam "block-pool-class").
+
+    Raises:
+        SeamError: see `require_plain`.
+    """
+    require_plain(pool)
     pool.__class__ = ElasticBlockPool
     pool.setup_elastic(ledger, clock)
     assert isinstance(pool, ElasticBlockPool)

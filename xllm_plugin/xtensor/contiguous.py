@@ -28,7 +28,8 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-from xllm_plugin.errors import ConfigError, InternalError, SeamError
+from xllm_plugin.errors import ConfigError, InternalError
+from xllm_plugin.xtensor.block_pool import kind_of, require_plain
 from xllm_plugin.xtensor.request_ranges import RangeLedger
 from xllm_plugin.xtensor.slabs import BlockKind
 
@@ -224,7 +225,7 @@ class ContiguousBlockPool(BlockPool):
         behind = ledger.resident | ledger.aliases.keys()
         cached = []
         for block in self.blocks:
-            kind = _kind_of(block)
+            kind = kind_of(block)
             assert ledger.kind(block.block_id) == kind, f"{block} is noted wrong"
             assert kind == BlockKind.FREE or ledger.slab_of(block.block_id) in behind
             if kind == BlockKind.CACHED:
@@ -266,7 +267,7 @@ class ContiguousBlockPool(BlockPool):
     def _note(self, blocks: Iterable[KVCacheBlock]) -> None:
         now_s = self._clock()
         for block in blocks:
-            self.ledger.note(block.block_id, _kind_of(block), now_s)
+            self.ledger.note(block.block_id, kind_of(block), now_s)
 
     def _forget(self, slab: int) -> None:
         for block in self._blocks_on(slab):
@@ -293,6 +294,7 @@ class ContiguousManager(FullAttentionManager):
     block_pool: ContiguousBlockPool
     _pinned: dict[str, list[KVCacheBlock]]
     _asked: tuple[str, int]
+    """The request that was asked about last before it was let in, and all tokens of its prompt."""
 
     def setup_ranges(self) -> None:
         """Called once, on a manager that nobody has used."""
@@ -384,12 +386,6 @@ class ContiguousManager(FullAttentionManager):
         return -(-num_blocks // self.block_pool.ledger.slab_blocks)
 
 
-def _kind_of(block: KVCacheBlock) -> BlockKind:
-    if block.ref_cnt > 0 or block.is_null:
-        return BlockKind.USED
-    return BlockKind.FREE if block.block_hash is None else BlockKind.CACHED
-
-
 def group_refusal(manager: KVCacheManager) -> str | None:
     """Why requests cannot have ranges with this model's cache groups, or None."""
     managers = manager.coordinator.single_type_managers
@@ -408,7 +404,7 @@ def adopt_contiguous(
 
     Raises:
         ConfigError: see `group_refusal`.
-        SeamError: the pool is not vLLM's plain `BlockPool`.
+        SeamError: see `require_plain`.
     """
     if reason := group_refusal(manager):
         raise ConfigError(
@@ -416,12 +412,7 @@ def adopt_contiguous(
             f"context, and {reason}. Use xtensor.form=paged."
         )
     pool: Any = manager.block_pool
-    if type(pool) is not BlockPool:
-        raise SeamError(
-            f"seam 'block-pool-class': vLLM built a {type(pool).__module__}."
-            f"{type(pool).__qualname__}, which elastic memory does not extend. Set "
-            "xtensor.enabled to false, or install a supported vLLM."
-        )
+    require_plain(pool)
     (group,) = manager.coordinator.single_type_managers
     pool.__class__ = ContiguousBlockPool
     pool.setup_ranges(ledger, clock)
