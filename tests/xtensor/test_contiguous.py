@@ -431,12 +431,8 @@ class ContiguousMachine(RuleBasedStateMachine):
         if fault:
             # Pages that wait for their fence are a first refusal, and only one is made good.
             driver.finish_work()
-            {"map": driver.fail_map, "create": driver.fail_create, "unmap": driver.fail_unmap}[
-                fault
-            ](at)
-        self.engine.execute()
-        for countdown in (driver._map_fault, driver._create_fault, driver._unmap_fault):
-            countdown._left = None
+        with driver.failing(fault, at):
+            self.engine.execute()
 
     @rule(finish=st.booleans())
     def keep(self, finish: bool) -> None:

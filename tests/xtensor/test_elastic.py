@@ -274,14 +274,8 @@ class ElasticMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.engine.steps)
     @rule(fault=st.sampled_from(["", "", "map", "create", "unmap"]), at=st.integers(1, 4))
     def execute(self, fault: str, at: int) -> None:
-        driver = self.engine.driver
-        if fault:
-            {"map": driver.fail_map, "create": driver.fail_create, "unmap": driver.fail_unmap}[
-                fault
-            ](at)
-        self.engine.execute()
-        for countdown in (driver._map_fault, driver._create_fault, driver._unmap_fault):
-            countdown._left = None
+        with self.engine.driver.failing(fault, at):
+            self.engine.execute()
 
     @rule(finish=st.booleans())
     def keep(self, finish: bool) -> None:

@@ -76,6 +76,10 @@ class Countdown:
             raise ValueError(f"the fault cannot come at time {at}; 1 is the next")
         self._left = at
 
+    def clear(self) -> None:
+        """Do not fire."""
+        self._left = None
+
     def fires(self) -> bool:
         """Count one time."""
         if self._left is None:
@@ -340,6 +344,23 @@ class FakeMemoryDriver(PagedBytes):
     def fail_unmap(self, at: int = 1) -> None:
         """Fail the `at`-th `unmap` from now, once."""
         self._unmap_fault.set(at)
+
+    @contextmanager
+    def failing(self, call: str, at: int = 1) -> Iterator[None]:
+        """Inside the context the `at`-th such call fails.
+
+        Args:
+            call: "map", "create" or "unmap"; empty for none.
+            at: as `fail_map` and the others have it.
+        """
+        fail = {"map": self.fail_map, "create": self.fail_create, "unmap": self.fail_unmap}
+        if call:
+            fail[call](at)
+        try:
+            yield
+        finally:
+            for countdown in (self._map_fault, self._create_fault, self._unmap_fault):
+                countdown.clear()
 
     @contextmanager
     def slow_unmap(self) -> Iterator[None]:
