@@ -88,16 +88,28 @@ class Engine:
 
     def run(self, prompts: Sequence[Sequence[int]], max_tokens: int, **sampling: Any) -> list[Any]:
         """Answer all prompts, added before the first step; `steps` has the steps it took."""
+        self.begin(prompts, max_tokens, **sampling)
+        return list(self.llm.wait_for_completion(use_tqdm=False))
+
+    def begin(self, prompts: Sequence[Sequence[int]], max_tokens: int, **sampling: Any) -> None:
+        """Add all prompts and take no step yet."""
         self.steps.clear()
-        return list(
-            self.llm.generate(
-                [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-                self._vllm.SamplingParams(
-                    temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **sampling
-                ),
-                use_tqdm=False,
-            )
+        self.llm.enqueue(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            self._vllm.SamplingParams(
+                temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **sampling
+            ),
+            use_tqdm=False,
         )
+
+    def go_on(self, num_steps: int) -> bool:
+        """Take so many steps, or those that are left; whether any is left then."""
+        engine = self.llm.llm_engine
+        for _ in range(num_steps):
+            if not engine.has_unfinished_requests():
+                break
+            engine.step()
+        return bool(engine.has_unfinished_requests())
 
 
 def measure_machine() -> dict[str, float]:
@@ -142,13 +154,23 @@ def start(job: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
 
 
 def decode(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
-    """Steps in which every request of the batch makes one token; and the time of all steps."""
+    """Steps in which every request of the batch makes one token."""
     engine.run(job["prompts"], job["max_tokens"])
     batch = len(job["prompts"])
-    return {
-        "steps": as_json(step for step in engine.steps if step.is_decode(batch)),
-        "all_ms": sum(step.whole_ms for step in engine.steps),
-    }
+    return {"steps": as_json(step for step in engine.steps if step.is_decode(batch))}
+
+
+def begin(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
+    """Add requests whose steps are asked for by `go_on`."""
+    engine.begin(job["prompts"], job["max_tokens"])
+    return {}
+
+
+def go_on(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
+    """A few steps of what has begun, while another engine waits for its turn."""
+    engine.steps.clear()
+    has_more = engine.go_on(job["num_steps"])
+    return {"steps": as_json(engine.steps), "has_more": has_more}
 
 
 def prefill(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +203,13 @@ def as_json(steps: Iterable[parts.Step]) -> list[dict[str, Any]]:
     return [asdict(step) for step in steps]
 
 
-ASKED = {"decode": decode, "prefill": prefill, "outputs": answer_alone_and_together}
+ASKED = {
+    "begin": begin,
+    "decode": decode,
+    "go_on": go_on,
+    "outputs": answer_alone_and_together,
+    "prefill": prefill,
+}
 
 
 def main() -> None:

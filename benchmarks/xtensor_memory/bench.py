@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -80,6 +81,7 @@ class Sample:
         told: number of the engine's picture; it makes one when a step ends.
         live_bytes: of blocks that requests hold or the prefix cache may find, by the engine.
         slab_bytes: the unit in which memory comes and goes.
+        num_dropped_slabs: that were cached and have not been used for long, total.
         num_requests: that run or wait.
         kv_bytes: resident pages of the KV cache, by the kernel.
         all_bytes: the engine's resident memory, by the kernel.
@@ -89,6 +91,7 @@ class Sample:
     told: int
     live_bytes: int
     slab_bytes: int
+    num_dropped_slabs: int
     num_requests: int
     kv_bytes: int
     all_bytes: int
@@ -113,6 +116,7 @@ class Observer:
             told=seen.sequence,
             live_bytes=memory.kept_bytes,
             slab_bytes=memory.slab_bytes,
+            num_dropped_slabs=memory.num_dropped_slabs,
             num_requests=seen.load.num_running + seen.load.num_waiting,
             kv_bytes=found.shared_bytes,
             all_bytes=found.all_bytes,
@@ -143,13 +147,18 @@ def allowed_bytes(samples: Sequence[Sample], at: int) -> int:
 
     The reserve is what was live until `RESERVE_S` before, for what is given back stays a while for
     whoever needs it next, and the slabs of the null block and mapped ahead.  What a step takes is
-    resident when it runs and told of when it ends, so what is told next counts as well.
+    resident when it runs and told of when it ends, so what is told next counts as well.  What the
+    cache has dropped since the sample before was live until then, beside what was taken meanwhile.
     """
     now = samples[at]
     told_next = (n for n in range(at, len(samples)) if samples[n].told > now.told)
     known = samples[: next(told_next, at) + 1]
-    recent = [sample for sample in known if sample.at_s >= now.at_s - RESERVE_S]
-    live = max(sample.live_bytes for sample in recent)
+    first = next(n for n, one in enumerate(known) if one.at_s >= now.at_s - RESERVE_S)
+    recent, before = known[first:], known[max(0, first - 1)]
+    live = max(
+        two.live_bytes + (two.num_dropped_slabs - one.num_dropped_slabs) * two.slab_bytes
+        for one, two in pairwise([before, *recent])
+    )
     slabs = max(sample.num_requests for sample in recent) + 1 + PREMAP_SLABS
     return live + slabs * now.slab_bytes
 

@@ -30,13 +30,21 @@ LOG = """\
 
 
 def sample(
-    bench: ModuleType, at_s: float, live: int, kv: int, *, told: int = 0, requests: int = 0
+    bench: ModuleType,
+    at_s: float,
+    live: int,
+    kv: int,
+    *,
+    told: int = 0,
+    requests: int = 0,
+    dropped: int = 0,
 ) -> Any:
     return bench.Sample(
         at_s=at_s,
         told=told,
         live_bytes=live,
         slab_bytes=SLAB,
+        num_dropped_slabs=dropped,
         num_requests=requests,
         kv_bytes=kv,
         all_bytes=1000,
@@ -93,6 +101,21 @@ def test_what_a_step_takes_is_told_of_when_it_ends(bench: ModuleType) -> None:
     assert bench.excess_bytes(samples) == 50 - (1 + bench.PREMAP_SLABS) * SLAB
     samples.append(sample(bench, 9.0, live=50, kv=50, told=8))
     assert bench.excess_bytes(samples) == -(1 + bench.PREMAP_SLABS) * SLAB
+
+
+def test_what_the_cache_dropped_between_two_samples_was_live_between_them(
+    bench: ModuleType,
+) -> None:
+    slabs = 1 + bench.PREMAP_SLABS
+    samples = [
+        sample(bench, 0.0, live=30, kv=30, told=1),
+        sample(bench, 0.3, live=30, kv=50, told=1),  # a step has taken 20 beside them
+        sample(bench, 0.6, live=20, kv=50, told=3, dropped=3),
+        sample(bench, 9.0, live=20, kv=20, told=4, dropped=3),
+    ]
+    assert bench.allowed_bytes(samples, 1) == 20 + 3 * SLAB + slabs * SLAB
+    assert bench.allowed_bytes(samples, 2) == 20 + 3 * SLAB + slabs * SLAB
+    assert bench.allowed_bytes(samples, 3) == 20 + slabs * SLAB
 
 
 @pytest.mark.parametrize(

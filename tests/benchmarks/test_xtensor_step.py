@@ -22,12 +22,20 @@ class FakeChild:
     def __init__(self, bench: ModuleType, name: str, ms: float, asked: list[Any]) -> None:
         self._parts = bench.parts.PARTS
         self._name, self._ms, self._asked = name, ms, asked
+        self._left: list[list[int]] = []
+        self.turns = 0
 
     def ask(self, job: dict[str, Any]) -> dict[str, Any]:
-        self._asked.append((self._name, job))
+        if job["do"] == "begin":
+            self._asked.append((self._name, job))
+            batch = len(job["prompts"])
+            self._left = [[256] * batch] + [[1] * batch] * 4
+            return {}
+        self.turns += 1
+        taken, self._left = self._left[: job["num_steps"]], self._left[job["num_steps"] :]
         times = dict.fromkeys(self._parts, 0.0) | {"forward": self._ms}
-        steps = [{"tokens": [1] * len(job["prompts"]), "parts_ms": times}] * 4
-        return {"steps": steps, "all_ms": 5 * self._ms}
+        steps = [{"tokens": tokens, "parts_ms": times} for tokens in taken]
+        return {"steps": steps, "has_more": bool(self._left)}
 
 
 def found(bench: ModuleType, elastic_ms: float, asked: list[Any] | None = None) -> Any:
@@ -35,19 +43,29 @@ def found(bench: ModuleType, elastic_ms: float, asked: list[Any] | None = None) 
     children = {
         "fixed": FakeChild(bench, "fixed", 10.0, asked),
         "elastic": FakeChild(bench, "elastic", elastic_ms, asked),
+        "contiguous": FakeChild(bench, "contiguous", 12.0, asked),
     }
     with Reporter(Console(quiet=True), 96, first="-") as reporter:
         return bench.measure(children, range(100), (1, 8), 24, reporter)
 
 
-def test_both_of_a_pair_get_the_same_prompts_and_no_two_pairs_do(bench: ModuleType) -> None:
+def test_all_of_a_round_get_the_same_prompts_and_no_two_rounds_do(bench: ModuleType) -> None:
     asked: list[Any] = []
     found(bench, 10.0, asked)
     jobs = [job for _, job in asked]
-    assert all(one == other for one, other in zip(jobs[::2], jobs[1::2], strict=True))
+    assert all(job == jobs[n - n % 3] for n, job in enumerate(jobs))
     assert len({str(job["prompts"]) for job in jobs}) == 48
     names = [name for name, _ in asked]
-    assert names[:8] == ["fixed", "elastic"] * 2 + ["elastic", "fixed"] * 2
+    order = ["fixed", "elastic", "contiguous"]
+    assert names[:12] == order * 2 + order[::-1] * 2
+
+
+def test_the_engines_take_turns_within_a_run(bench: ModuleType) -> None:
+    asked: list[Any] = []
+    children = {name: FakeChild(bench, name, 10.0, asked) for name in bench.MEMORIES}
+    steps = bench.take_turns(children, bench.run_job(range(100), 8, 0), bench.MEMORIES)
+    assert [child.turns for child in children.values()] == [2, 2, 2]  # five steps, four a turn
+    assert [len(taken) for taken in steps.values()] == [5, 5, 5]
 
 
 @pytest.mark.parametrize(("elastic_ms", "passed"), [(10.1, True), (10.3, False), (9.7, False)])
@@ -67,8 +85,8 @@ def test_the_tables_can_be_rendered(bench: ModuleType, tmp_path: Path) -> None:
         notes=bench.notes(tmp_path, 24),
     )
     text = readme.render(result)
-    assert "| 8 | 10 | 10.1 | 1.01 | 1.01 | 1.01 |" in text
-    assert "| 8 | 50 | 50.5 | 1.01 | 1.01 | 1.01 |" in text
+    assert "| 8 | elastic | 10.1 | 1.01 | 1.01 | 1.01 |" in text
+    assert "| 8 | contiguous | 60 | 1.20 | 1.20 | 1.20 |" in text
 
 
 def test_an_engine_with_the_other_memory_is_refused(bench: ModuleType) -> None:
@@ -78,16 +96,17 @@ def test_an_engine_with_the_other_memory_is_refused(bench: ModuleType) -> None:
 
 
 def test_the_sides_differ_in_one_setting(bench: ModuleType) -> None:
-    fixed, elastic = (bench.environment(memory) for memory in bench.MEMORIES)
+    fixed, elastic, contiguous = (bench.environment(memory) for memory in bench.MEMORIES)
     assert set(fixed.items()) ^ set(elastic.items()) == {
         ("XLLM_XTENSOR__ENABLED", "0"),
         ("XLLM_XTENSOR__ENABLED", "1"),
     }
+    assert set(elastic.items()) ^ set(contiguous.items()) == {("XLLM_XTENSOR__FORM", "contiguous")}
 
 
 def test_a_run_without_a_step_of_the_whole_batch_is_our_bug(bench: ModuleType) -> None:
     with pytest.raises(InternalError, match="please report"):
-        bench.Times().record("fixed", {"steps": [], "all_ms": 1.0})
+        bench.Times().record("fixed", 8, [])
 
 
 def test_the_readme_has_a_place_for_the_table() -> None:

@@ -53,7 +53,7 @@ class Reference(planning._Planner):
             (w for w in self._view.waiting if w.is_online), key=lambda w: int(w.request_id[1:])
         )
 
-    def _ranked(self, tpot_ms: float) -> tuple[list[planning.Prompt], list[planning.Prompt]]:
+    def _ranked(self) -> tuple[list[planning.Prompt], list[planning.Prompt]]:
         turn = self._turn = self._overdue_turn()
         cost = planning._PromptCost(self._model, self._step)
         now_s = self._view.now_s
@@ -68,7 +68,7 @@ class Reference(planning._Planner):
                 late.append((p.priority, least_s, least_s, index))
         self._num_late = len(late)
         in_time.sort()
-        share = self._share_of_prompts(tpot_ms)
+        share = self._share_of_prompts()
         kept, dropped = planning._most_on_time(in_time[: planning.MAX_CONSIDERED], now_s, share)
         late += dropped
         late.sort()

@@ -353,7 +353,7 @@ class _Planner:
 
         Decodes whose promise is broken come between the prompts that can be on time and the rest.
         """
-        in_time, late = self._ranked(self._tpot_ms) if self._is_online_due else ([], [])
+        in_time, late = self._ranked() if self._is_online_due else ([], [])
         offline = (*self._offline_decodes, *self._offline_prompts)
         self._blocks_for_online += sum(self._blocks(r.computed_tokens) for r in offline)
         self._num_blocks += self._growth_of_decodes([*self._decodes, *self._lost])
@@ -443,13 +443,10 @@ class _Planner:
         """Its TPOT; infinite if it would be missed even alone: then nobody is to wait for it."""
         return prompt.tpot_ms if prompt.tpot_ms >= self._lone_ms else math.inf
 
-    def _ranked(self, tpot_ms: float) -> tuple[list[Prompt], list[Prompt]]:
+    def _ranked(self) -> tuple[list[Prompt], list[Prompt]]:
         """Online prompts that can all be on time, and others, each most urgent first.
 
         At most `MAX_CONSIDERED` of each; the overdue one whose turn has come is the first of all.
-
-        Args:
-            tpot_ms: the tightest of the decodes that run.
         """
         turn = self._turn = self._overdue_turn()
         now_s = self._view.now_s
@@ -469,7 +466,7 @@ class _Planner:
             return self._prompts[number] if number < 0 else queued.request(number)
 
         in_time.sort()
-        share = self._share_of_prompts(tpot_ms)
+        share = self._share_of_prompts()
         kept, dropped = _most_on_time(in_time[:MAX_CONSIDERED], now_s, share)
         late += dropped
         late += queued.late(MAX_CONSIDERED)
@@ -492,11 +489,11 @@ class _Planner:
             return None
         return oldest
 
-    def _share_of_prompts(self, tpot_ms: float) -> float:
+    def _share_of_prompts(self) -> float:
         """Part of the time that decodes leave, if none of their credit is spent."""
-        if tpot_ms == math.inf:
+        if self._tpot_ms == math.inf:
             return 1.0
-        used = self._model.predict_ms(self._step) / (self._limits.target * tpot_ms)
+        used = self._model.predict_ms(self._step) / (self._limits.target * self._tpot_ms)
         return max(0.05, 1.0 - used)
 
     def _take_chunk(self, prompt: Prompt, *, must_run: bool) -> bool:
