@@ -9,11 +9,11 @@ import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Final
 
 import click
 import msgspec
-import tokenizers
 from rich.console import Console
 
 from xllm_plugin.bench import schema
@@ -36,7 +36,9 @@ BLOCKS_AN_EVENT: Final = 64
 HASH_BYTES: Final = 32
 INSTANCES, INSTANCES_QUICK = (1, 16, 64), (1, 2)
 MODEL: Final = "smollm2"
-CHAT_TOKENS: Final = 2_000
+CHAT_CHARACTERS: Final = 8_000
+ENGLISH: Final = "\n".join(topics.values())
+"""The manual of Python, as its interpreter has it."""
 TURNS: Final = (1, 21)
 REPEATS, REPEATS_QUICK = 51, 3
 NUM_BLOCKS, NUM_BLOCKS_QUICK = 100_000, 2_000
@@ -50,7 +52,7 @@ NOTES: Final = (
         "publishes them unless told otherwise, and one key and one set of holders a block."
     ),
     (
-        f"Chats are random words with the template and tokenizer of {MODEL}, each asked once. "
+        f"Chats are pieces of Python's manual, with template and tokenizer of {MODEL}, each new. "
         "Until rendering is known to agree, an instance is asked for each instead."
     ),
 )
@@ -160,18 +162,15 @@ def memory_row(num_instances: int, num_blocks: int) -> Row:
     )
 
 
-def chat_questions(folder: Path, num_turns: int, count: int) -> Iterator[bytes]:
-    """New chats as an instance would be asked for them, of about so many tokens each."""
-    vocabulary = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    draw = random.Random(num_turns)
+def chat_questions(num_turns: int, count: int) -> Iterator[bytes]:
+    """New chats of English text as an instance would be asked for them."""
+    draw, size = random.Random(num_turns), CHAT_CHARACTERS // num_turns
     for _ in range(count):
         messages = []
         for turn in range(num_turns):
-            ids = draw.choices(
-                range(1_000, vocabulary.get_vocab_size()), k=CHAT_TOKENS // num_turns
-            )
+            begin = draw.randrange(len(ENGLISH) - size)
             role = ("user", "assistant")[turn % 2]
-            messages.append({"role": role, "content": vocabulary.decode(ids)})
+            messages.append({"role": role, "content": ENGLISH[begin : begin + size]})
         yield json.dumps({"model": MODEL, "messages": messages}).encode()
 
 
@@ -181,13 +180,13 @@ def chat_row(folder: Path, num_turns: int, repeats: int) -> Row:
     side = TemplateForm(source=config["chat_template"], content_format="string")
     renderer = ChatRenderer(ChatForm(plain=side, with_tools=side, special_tokens={}))
     tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes())
-    chats = iter(list(chat_questions(folder, num_turns, 2 * (repeats + 1))))
+    chats = iter(list(chat_questions(num_turns, 2 * (repeats + 1))))
     asked: dict[str, Callable[[], object]] = {
         "rendered": lambda: renderer.render(next(chats)),
         "rendered and tokenised": lambda: packed(tokenizer.ids(renderer.render(next(chats)).text)),
     }
     return Row(
-        table=f"A new chat of about {CHAT_TOKENS:,} tokens",
+        table=f"A new chat of {CHAT_CHARACTERS:,} characters, about 2,000 tokens",
         labels={"turns": str(num_turns)},
         figures=tuple(
             Figure.of(name, "ms", _cpu_ms(function, repeats)) for name, function in asked.items()

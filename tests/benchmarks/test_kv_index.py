@@ -19,7 +19,7 @@ def test_a_quick_run(bench: ModuleType, tmp_path: Path) -> None:
     result = schema.load(path)
     assert {row.table for row in result.rows} == {
         *("Lookup of 100,000 tokens", "Events", "Memory"),
-        "A new chat of about 2,000 tokens",
+        "A new chat of 8,000 characters, about 2,000 tokens",
     }
     assert all(figure.median > 0 for row in result.rows for figure in row.figures)
     assert len(result.checks) == 2 * len(bench.INSTANCES_QUICK)

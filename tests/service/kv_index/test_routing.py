@@ -63,6 +63,7 @@ class Cached(FakeInstance):
 
     def __init__(self, *, hands_out_tokenizer: bool = True, template: str | None = None) -> None:
         super().__init__()
+        self.takes_chats = True
         self.template = template
         self.publisher = FakePublisher()
         self.hands_out_tokenizer = hands_out_tokenizer
@@ -88,7 +89,7 @@ class Cached(FakeInstance):
             self.num_asked += 1
             asked = json.loads(request.body)
             messages, text = asked.get("messages"), asked.get("prompt")
-            if isinstance(messages, list):
+            if isinstance(messages, list) and self.takes_chats:
                 text = chat_text(messages)
             elif text is None:
                 await answer(b"", "400 Bad Request")(request, writer)
@@ -327,6 +328,20 @@ def test_a_template_that_differs_from_its_server_is_not_used(
             assert caplog.text.count("rendered otherwise") == (
                 0 if "no template" in template else 2
             )
+
+    run(check())
+
+
+def test_a_template_that_was_never_seen_to_agree_is_not_used(run: Any) -> None:
+    """Two that refuse every sample have not shown that they are the same."""
+
+    async def check() -> None:
+        one, two = (Cached(template="{{ raise_exception('no') }}") for _ in range(2))
+        one.takes_chats = two.takes_chats = False
+        async with site(one, two) as it:
+            two.cache(ids(TEXT))
+            await copied(it)
+            assert all(copy.tokenizer and not copy.renderer for copy in copies_of(it))
 
     run(check())
 

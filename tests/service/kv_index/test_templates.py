@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from itertools import count
 from typing import Any
 
 import jinja2
@@ -86,18 +88,29 @@ def test_a_template_without_end_is_ended(source: str) -> None:
         template.render({})
 
 
-def test_threads_have_a_time_each() -> None:
-    """One that has run out of it leaves the other's alone."""
-    template = ChatTemplate(
-        "{% for a in range(n) %}{% for b in range(n) %}{% endfor %}{% endfor %}done", most_s=0.05
-    )
+def test_every_turn_of_a_loop_counts() -> None:
     with pytest.raises(TookTooLongError):
-        template.render({"n": 99999})
+        ChatTemplate("{% for x in items %}{% endfor %}", most_s=0.02).render({"items": count()})
+
+
+def test_threads_have_a_time_each() -> None:
+    """One that renders in the midst of another's rendering leaves the other's alone."""
+    template = ChatTemplate("{{ other() }}{% for a in range(9999) %}{% endfor %}done", most_s=0.5)
     found: list[str] = []
-    thread = threading.Thread(target=lambda: found.append(template.render({"n": 3})))
-    thread.start()
-    thread.join()
-    assert found == ["done"] == [template.render({"n": 3})]
+
+    def other() -> str:
+        thread = threading.Thread(
+            target=lambda: found.append(template.render({"other": lambda: "x"}))
+        )
+        thread.start()
+        thread.join()
+        return "y"
+
+    spend_s = time.thread_time() + 1.0  # more than the other thread will have by far
+    while time.thread_time() < spend_s:
+        pass
+    assert template.render({"other": other}) == "ydone"
+    assert found == ["xdone"]
 
 
 @pytest.mark.parametrize(
