@@ -81,6 +81,19 @@ def test_tool_calls_have_objects_as_arguments() -> None:
     ]
 
 
+def test_developers_are_the_system_where_the_template_does_not_know_them() -> None:
+    developer, system = ({"role": role, "content": role} for role in ("developer", "system"))
+    assert seen(developer, USER)[0] == [["role", "system"], ["content", "developer"]]
+    merged = [["role", "system"], ["content", "system\n\ndeveloper"]]
+    user = [["role", "user"], ["content", "hi"]]
+    for content_format in ("string", "openai"):
+        found = seen(system, USER, developer, content_format=content_format)
+        assert (found[0], len(found)) == (merged, 2)
+    assert seen(system, developer, USER) == [merged, user]
+    known = renderer(SHOW + "{# 'developer' #}")
+    assert json.loads(text(known, developer)) == [{**developer, "tools": None}]
+
+
 def test_tools_are_as_vllm_writes_them_out() -> None:
     both = renderer("plain", with_tools="{{ tools | tojson }}")
     assert text(both, USER) == "plain"
@@ -155,7 +168,7 @@ LEFT_TO_THE_INSTANCE: tuple[dict[str, Any], ...] = (
     {"messages": [{"role": "user", "content": 5}]},
     {"messages": [{"role": "user", "content": "half \ud800"}]},
     {"messages": [{"content": "a"}]},
-    {"messages": [{"role": "developer", "content": "a"}]},
+    {"messages": [{"role": "developer", "content": "a", "tools": [TOOL]}]},
     {"messages": [{"role": "system", "content": "x-anthropic-billing-header: a\nb"}]},
     {"messages": [{"role": "assistant", "content": "a", "reasoning": "b"}]},
     {"messages": [{"role": "assistant", "content": "a", "reasoning_content": "b"}]},

@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("default")]
 DEFAULTS = {"default_of_server": "yes", "enable_thinking": True}
 MISTRALS = ("v1", "v2", "v3", "v7", "v11", "v13")
 TRIMS = """{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}"""
+DEVELOPERS = """{% for m in messages %}{{ m.role == 'developer' }}{{ m }}{% endfor %}"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,6 +59,7 @@ def installed_templates() -> Iterator[tuple[str, Callable[[], str]]]:
         yield f"mistral {version}", lambda version=version: mistral_template(version)  # type: ignore[misc]
     yield "smollm2", smollm2_template
     yield "one that trims", lambda: TRIMS
+    yield "one that knows developers", lambda: DEVELOPERS
 
 
 def vllm_template(name: str) -> str:
@@ -232,7 +234,10 @@ CALLS = st.lists(
 )
 MESSAGE = st.one_of(
     st.fixed_dictionaries(
-        {"role": st.sampled_from(["user", "system", "user", "critic"]), "content": TEXT | PARTS},
+        {
+            "role": st.sampled_from(["user", "system", "developer", "critic"]),
+            "content": TEXT | PARTS,
+        },
         optional={"name": TEXT, "refusal": st.none()},
     ),
     st.fixed_dictionaries(

@@ -46,6 +46,8 @@ TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 
 def chat_text(messages: list[dict[str, Any]]) -> str:
     """What the template gives, but for white space."""
+    if any(message["role"] == "developer" for message in messages):
+        messages = sorted(messages, key=lambda one: one["role"] not in ("system", "developer"))
     contents = [message["content"] or "" for message in messages]
     return " ".join(
         content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)

@@ -66,6 +66,8 @@ class _Side:
     def __init__(self, form: TemplateForm) -> None:
         self.template = ChatTemplate(form.source)
         self.takes_parts = form.content_format == "openai"
+        quoted = (f"{quote}developer{quote}" for quote in ("'", '"'))
+        self.knows_developers = any(word in form.source for word in quoted)
 
 
 class ChatRenderer:
@@ -127,7 +129,7 @@ class ChatRenderer:
             raise CannotRenderError("fields that are not known here")
         tools = _tools(asked.get("tools"))
         side = self._plain if tools is None else self._with_tools
-        messages = _messages(asked.get("messages"), takes_parts=side.takes_parts)
+        messages = _messages(asked.get("messages"), side)
         generates = _flag(asked, "add_generation_prompt", default=True)
         variables = self._variables(asked.get("chat_template_kwargs"), side.template)
         variables |= {
@@ -167,10 +169,32 @@ def _flag(asked: dict[str, Any], name: str, *, default: bool) -> bool:
     return value
 
 
-def _messages(given: Any, *, takes_parts: bool) -> list[dict[str, Any]]:
+def _messages(given: Any, side: _Side) -> list[dict[str, Any]]:
     if not isinstance(given, list) or not given:
         raise CannotRenderError("no messages")
-    return [_message(one, takes_parts=takes_parts) for one in given]
+    found = [_message(one, takes_parts=side.takes_parts) for one in given]
+    if not side.knows_developers and any(one["role"] == "developer" for one in found):
+        return _without_developers(found)
+    return found
+
+
+def _without_developers(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What developers say is said by the system, and that at once at the start."""
+    for one in messages:
+        if one["role"] == "developer":
+            one["role"] = "system"
+            del one["tools"]
+    if all(one["role"] != "system" for one in messages[1:]):
+        return messages
+    texts = [_joined(one["content"]) for one in messages if one["role"] == "system"]
+    system = {"role": "system", "content": "\n\n".join(filter(None, texts))}
+    return [system, *(one for one in messages if one["role"] != "system")]
+
+
+def _joined(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content)
 
 
 def _message(given: Any, *, takes_parts: bool) -> dict[str, Any]:
@@ -183,7 +207,7 @@ def _message(given: Any, *, takes_parts: bool) -> dict[str, Any]:
         if value is not None or name == "tool_call_id"  # whose null a template would see
     }
     role = said.get("role")
-    if not isinstance(role, str) or role == "developer" or said.keys() - _MESSAGE_FIELDS:
+    if not isinstance(role, str) or said.keys() - _MESSAGE_FIELDS:
         raise CannotRenderError("a message with more than is known here")
     if any(role != owner for name, owner in _OWNERS.items() if name in said):
         raise CannotRenderError(f"a tool call of {role}")
@@ -196,6 +220,8 @@ def _message(given: Any, *, takes_parts: bool) -> dict[str, Any]:
     for name in ("tool_call_id", "name"):
         if name in said:
             found[name] = _string(said[name])
+    if role == "developer":
+        found["tools"] = None
     return found
 
 

@@ -77,6 +77,8 @@ CHATS: Final[tuple[dict[str, Any], ...]] = (
     },
     {"messages": [_said("assistant", "<think>\nwhy\n</think>\n\nso"), _said("user", "and?")]},
     {"messages": [_said("user", "a"), _said("user", "b"), _said("system", "c")]},
+    {"messages": [_said("developer", "Be brief."), _said("user", "a")]},
+    {"messages": [_said("system", "a"), _said("user", "b"), _said("developer", _parts("c", "d"))]},
     {"messages": [_said("user", "a")], "chat_template_kwargs": {"enable_thinking": False}},
     {"messages": [_said("user", "a")], "tools": _TOOLS},
     {"messages": [_said("system", "Be brief."), *_CALLING], "tools": _TOOLS},
