@@ -125,6 +125,21 @@ def _requests_have_phases() -> None:
         raise AttributeError("RequestState no longer has is_prefilling")
 
 
+def _chats_are_rendered_by_what_was_resolved() -> None:
+    module = "vllm.renderers.hf"
+    _attribute(f"{module}:HfRenderer")
+    names = "tokenizer, chat_template, tools, model_config"
+    _takes(f"{module}:resolve_chat_template", names)
+    names = "chat_template, tools, given_format, tokenizer, model_config"
+    _takes(f"{module}:resolve_chat_template_content_format", names)
+
+
+def _takes(path: str, names: str) -> None:
+    found = ", ".join(inspect.signature(_attribute(path)).parameters)
+    if found != names:
+        raise TypeError(f"{path} takes {found}")
+
+
 def _schedule_reads_its_limits_each_time() -> None:
     scheduler = _attribute("vllm.v1.core.sched.scheduler:Scheduler")
     read = scheduler.schedule.__code__.co_names
@@ -531,6 +546,17 @@ SEAMS: tuple[Seam, ...] = (
         leaves_when="EngineClient tells which requests wait, not only how many tokens.",
         process=Process.SERVER,
         fits=_requests_have_phases,
+    ),
+    Seam(
+        name="chat-template",
+        target="vllm.renderers.hf:resolve_chat_template",
+        why="the service renders chats as this server does, and which template that takes depends "
+        "on the command line, the model's folder and tables of vLLM's own.",
+        versions="0.32",
+        upstream="vllm/renderers/hf.py, vllm/entrypoints/serve/tokenize/serving.py",
+        leaves_when="a route tells the template in force and how it takes content.",
+        process=Process.SERVER,
+        fits=_chats_are_rendered_by_what_was_resolved,
     ),
     Seam(
         name="executor-by-path",

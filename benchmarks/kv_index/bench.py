@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import random
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Final
 
 import click
@@ -17,7 +20,11 @@ from xllm_plugin.bench import schema
 from xllm_plugin.bench.commands import conclude
 from xllm_plugin.bench.options import command_line, common_options
 from xllm_plugin.bench.schema import Check, Figure, Row
+from xllm_plugin.instance.chat_form import ChatForm, TemplateForm
+from xllm_plugin.models import prepare
+from xllm_plugin.service.kv_index.chats import ChatRenderer
 from xllm_plugin.service.kv_index.index import Cache, Chains, PrefixIndex, packed
+from xllm_plugin.service.kv_index.local import Tokenizer
 from xllm_plugin.service.kv_index.wire import Batch, BlockHash, BlockStored, decode
 
 NAME = "kv_index"
@@ -28,6 +35,11 @@ BLOCK_SIZE: Final = 16
 BLOCKS_AN_EVENT: Final = 64
 HASH_BYTES: Final = 32
 INSTANCES, INSTANCES_QUICK = (1, 16, 64), (1, 2)
+MODEL: Final = "smollm2"
+CHAT_CHARACTERS: Final = 8_000
+ENGLISH: Final = "\n".join(topics.values())
+"""The manual of Python, as its interpreter has it."""
+TURNS: Final = (1, 21)
 REPEATS, REPEATS_QUICK = 51, 3
 NUM_BLOCKS, NUM_BLOCKS_QUICK = 100_000, 2_000
 NOTES: Final = (
@@ -38,6 +50,10 @@ NOTES: Final = (
     (
         "Memory is what Python has allocated (tracemalloc): hashes of 32 bytes, as vLLM "
         "publishes them unless told otherwise, and one key and one set of holders a block."
+    ),
+    (
+        f"Chats are pieces of Python's manual, with template and tokenizer of {MODEL}, each new. "
+        "Until rendering is known to agree, an instance is asked for each instead."
     ),
 )
 
@@ -146,6 +162,38 @@ def memory_row(num_instances: int, num_blocks: int) -> Row:
     )
 
 
+def chat_questions(num_turns: int, count: int) -> Iterator[bytes]:
+    """New chats of English text as an instance would be asked for them."""
+    draw, size = random.Random(num_turns), CHAT_CHARACTERS // num_turns
+    for _ in range(count):
+        messages = []
+        for turn in range(num_turns):
+            begin = draw.randrange(len(ENGLISH) - size)
+            role = ("user", "assistant")[turn % 2]
+            messages.append({"role": role, "content": ENGLISH[begin : begin + size]})
+        yield json.dumps({"model": MODEL, "messages": messages}).encode()
+
+
+def chat_row(folder: Path, num_turns: int, repeats: int) -> Row:
+    """What the service does itself instead of asking an instance."""
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    side = TemplateForm(source=config["chat_template"], content_format="string")
+    renderer = ChatRenderer(ChatForm(plain=side, with_tools=side, special_tokens={}))
+    tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes())
+    chats = iter(list(chat_questions(num_turns, 2 * (repeats + 1))))
+    asked: dict[str, Callable[[], object]] = {
+        "rendered": lambda: renderer.render(next(chats)),
+        "rendered and tokenised": lambda: packed(tokenizer.ids(renderer.render(next(chats)).text)),
+    }
+    return Row(
+        table=f"A new chat of {CHAT_CHARACTERS:,} characters, about 2,000 tokens",
+        labels={"turns": str(num_turns)},
+        figures=tuple(
+            Figure.of(name, "ms", _cpu_ms(function, repeats)) for name, function in asked.items()
+        ),
+    )
+
+
 @click.command(NAME)
 @common_options(NAME)
 def command(*, quick: bool, json_path: Path) -> None:
@@ -156,6 +204,8 @@ def command(*, quick: bool, json_path: Path) -> None:
     lookups = lookup_rows(INSTANCES_QUICK if quick else INSTANCES, repeats)
     rows = [*lookups, event_row(num_blocks, max(1, repeats // 10))]
     rows += [memory_row(num_instances, num_blocks) for num_instances in (1, 16)]
+    folder = prepare(MODEL)
+    rows += [chat_row(folder, num_turns, repeats) for num_turns in TURNS]
     checks = [
         Check(
             name=f"{figure.name}, {row.labels['instances that hold it']} instances: about a "
@@ -171,7 +221,7 @@ def command(*, quick: bool, json_path: Path) -> None:
         checks=checks,
         notes=NOTES,
         not_shown=(
-            "Finding a prompt's tokens, ZMQ, several memories (device, host, disk) of a block.",
+            "Asking an instance for tokens, ZMQ, several memories (device, host, disk) of a block.",
         ),
     )
     conclude(result, json_path, Console())

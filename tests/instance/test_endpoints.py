@@ -20,6 +20,8 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, generate_latest
 
 from xllm_plugin.channel import EngineChannel, Readings
+from xllm_plugin.instance import endpoints
+from xllm_plugin.instance.chat_form import CHAT_FORM_PATH, ChatForm, TemplateForm
 from xllm_plugin.instance.endpoints import XllmEndpoints
 from xllm_plugin.registration import Heartbeat, Load
 from xllm_plugin.xtensor.messages import MemorySection
@@ -270,3 +272,22 @@ def test_the_tokenizer_is_handed_out_if_it_is_one_of_the_library(vllm_config: An
     for client in (None, SimpleNamespace(get_tokenizer=object)):
         response = asyncio.run(ask(client))
         assert (response.status_code, response.json()["error"]["code"]) == (404, 404)
+
+
+def test_a_chat_template_is_handed_out_if_it_is_all_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def ask() -> httpx.Response:
+        app = FastAPI()
+        XllmEndpoints(CollectorRegistry(), str).attach_router(app)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as session:
+            return await session.get(CHAT_FORM_PATH)
+
+    response = asyncio.run(ask())
+    assert (response.status_code, response.json()["error"]["code"]) == (404, 404)
+    side = TemplateForm(source="é{{ x }}", content_format="openai")
+    form = ChatForm(plain=side, with_tools=side, special_tokens={"bos_token": "<s>"})
+    monkeypatch.setattr(endpoints, "chat_form", lambda state: form)
+    response = asyncio.run(ask())
+    assert msgspec.json.decode(response.content, type=ChatForm) == form

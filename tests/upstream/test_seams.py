@@ -123,6 +123,15 @@ def test_an_engine_client_tells_how_many_tokens_wait_and_not_whose() -> None:
     ]
 
 
+def test_no_route_tells_the_chat_template_in_force() -> None:
+    """One route, off unless asked for, has the option's text; nothing where there is no option."""
+    source = vllm_source("entrypoints", "serve", "tokenize", "serving.py")
+    told = source.partition("class TokenizerInfo")[2]
+    assert "if self.chat_template:" in told
+    assert "content_format" not in told
+    assert "resolve_chat_template" not in source
+
+
 def endpoint_plugin_protocol() -> str:
     source = vllm_source("plugins", "endpoint_plugins", "interface.py")
     return source.partition("class EndpointPlugin(Protocol)")[2].partition("\ndef ")[0]
@@ -416,6 +425,7 @@ TESTS = {
     "own-endpoints": "test_endpoint_plugins_are_opt_in",
     "engine-client-generate": "test_requests_meet_the_engine_before_their_answer_begins",
     "request-phases": "test_an_engine_client_tells_how_many_tokens_wait_and_not_whose",
+    "chat-template": "test_no_route_tells_the_chat_template_in_force",
     "executor-by-path": "test_executor_is_taken_by_path",
     "scheduler-internals": "test_scheduler_stats_do_not_reach_plugins_in_the_engine",
     "scheduler-plan": "test_nobody_else_chooses_who_runs",

@@ -1,4 +1,4 @@
-"""vLLM endpoint plugin: `GET /xllm/snapshot`, `memory`, `info`, `tokenizer`; part of `/metrics`.
+"""vLLM endpoint plugin: `GET /xllm/snapshot`, `memory`, `info` and others; part of `/metrics`.
 
 It also puts in place what stands in the way of every request: the middleware that reads our headers
 (`promises`) and the gate before the engine (`gate`).
@@ -30,6 +30,7 @@ from xllm_plugin.channel.messages import Reading, Readings
 from xllm_plugin.channel.paths import usable
 from xllm_plugin.config import XllmConfig, load_config
 from xllm_plugin.instance import gate
+from xllm_plugin.instance.chat_form import CHAT_FORM_PATH
 from xllm_plugin.instance.engines import (
     AsyncEngineReader,
     EngineGroup,
@@ -54,6 +55,7 @@ from xllm_plugin.instance.registrar import (
     leaves_first,
     load_of,
 )
+from xllm_plugin.instance.rendering import chat_form
 from xllm_plugin.instance.resume import resume
 from xllm_plugin.instance.resumption import RESUME_PATH
 from xllm_plugin.instance.waiting import WaitingList
@@ -132,6 +134,7 @@ class XllmEndpoints:
         app.add_api_route("/xllm/info", _info, methods=["GET"])
         app.add_api_route("/xllm/load", _load, methods=["GET"])
         app.add_api_route("/xllm/tokenizer", _tokenizer, methods=["GET"])
+        app.add_api_route(CHAT_FORM_PATH, _chat_template, methods=["GET"])
         app.add_api_route(RESUME_PATH, resume, methods=["POST"])
         if self._is_multiprocess:
             extend_metrics_route(app, self._registry)
@@ -285,6 +288,16 @@ def _tokenizer(request: Request) -> Response:
             404, "NotFoundError", "this model's tokenizer is not one of `tokenizers`"
         )
     return Response(backend.to_str(), media_type="application/json")
+
+
+def _chat_template(request: Request) -> Response:
+    """How chats are rendered; 404 if that takes more than a template."""
+    form = chat_form(request.app.state)
+    if form is None:
+        return error_response(
+            404, "NotFoundError", "this model's chats are not rendered by a template alone"
+        )
+    return _json(form)
 
 
 def _state_of(request: Request) -> _ServerState | str:

@@ -13,6 +13,8 @@ class PromptFields(msgspec.Struct):
     """What decides on the prompt; most of it goes on as it came."""
 
     prompt: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    documents: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    reasoning_effort: Any = None
     cache_salt: Any = None
     truncate_prompt_tokens: Any = None
     messages: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET

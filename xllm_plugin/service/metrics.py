@@ -105,7 +105,9 @@ class ServiceCollector(Collector):
             degraded.add_metric([part], 1)
         unread = _counter("prompts_unread", "Prompts routed without their tokens, on an error.")
         unread.add_metric([], self._proxy.num_prompts_unread)
-        yield from (about, clients, degraded, unread)
+        misread = _counter("chats_misread", "Chats not rendered as their instance does (samples).")
+        misread.add_metric([], self._proxy.num_chats_misread)
+        yield from (about, clients, degraded, unread, misread)
 
     def _instances(self) -> Iterator[Metric]:
         in_flight = _gauge("in_flight", "Requests dispatched and not finished.", "server")

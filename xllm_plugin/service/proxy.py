@@ -263,6 +263,11 @@ class Proxy:
         """Prompts routed without their tokens, on an error."""
         return self.prompts.num_failures if self.prompts is not None else 0
 
+    @property
+    def num_chats_misread(self) -> int:
+        """Chats that were rendered here otherwise than their instance does."""
+        return self.prompts.num_misread if self.prompts is not None else 0
+
     def count_refusal(self, status: int) -> None:
         """Count an error that the service answered with."""
         self.refusals[status] = self.refusals.get(status, 0) + 1

@@ -16,8 +16,10 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from xllm_plugin.instance.chat_form import CHAT_FORM_PATH, ChatForm, TemplateForm
 from xllm_plugin.service.app import Service
 from xllm_plugin.service.config import ServiceConfig
+from xllm_plugin.service.kv_index import samples
 from xllm_plugin.service.kv_index import tokens as tokens_module
 from xllm_plugin.service.kv_index.subscriber import Follower
 from xllm_plugin.service.kv_index.wire import Batch, BlockStored
@@ -39,6 +41,20 @@ def word_level() -> tokenizers.Tokenizer:
 TOKENIZER = word_level()
 
 
+TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
+
+
+def chat_text(messages: list[dict[str, Any]]) -> str:
+    """What the template gives, but for white space."""
+    if any(message["role"] == "developer" for message in messages):
+        messages = sorted(messages, key=lambda one: one["role"] not in ("system", "developer"))
+    contents = [message["content"] or "" for message in messages]
+    return " ".join(
+        content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
+        for content in contents
+    )
+
+
 def ids(text: str) -> list[int]:
     found: list[int] = TOKENIZER.encode(text).ids
     return found
@@ -47,8 +63,10 @@ def ids(text: str) -> list[int]:
 class Cached(FakeInstance):
     """An instance that publishes its cache and tokenises."""
 
-    def __init__(self, *, hands_out_tokenizer: bool = True) -> None:
+    def __init__(self, *, hands_out_tokenizer: bool = True, template: str | None = None) -> None:
         super().__init__()
+        self.takes_chats = True
+        self.template = template
         self.publisher = FakePublisher()
         self.hands_out_tokenizer = hands_out_tokenizer
         self.kv_event_sources = {
@@ -65,12 +83,16 @@ class Cached(FakeInstance):
         path = request.target
         if path == b"/xllm/tokenizer" and self.hands_out_tokenizer:
             await answer(TOKENIZER.to_str().encode())(request, writer)
+        elif path == CHAT_FORM_PATH.encode() and self.template is not None:
+            side = TemplateForm(source=self.template, content_format="string")
+            form = ChatForm(plain=side, with_tools=side, special_tokens={})
+            await answer(msgspec.json.encode(form))(request, writer)
         elif path == b"/tokenize":
             self.num_asked += 1
             asked = json.loads(request.body)
             messages, text = asked.get("messages"), asked.get("prompt")
-            if isinstance(messages, list):
-                text = " ".join(message["content"] for message in messages)
+            if isinstance(messages, list) and self.takes_chats:
+                text = chat_text(messages)
             elif text is None:
                 await answer(b"", "400 Bad Request")(request, writer)
                 return
@@ -206,11 +228,10 @@ def test_texts_are_tokenised_here_once_that_is_known_to_be_the_same(run: Any) ->
             await it.until(lambda: it.service.proxy.directory.is_useful)
             for number in range(4):  # fetches the tokenizer of each, compares it with its server
                 await it.where({"model": "fake", "prompt": f"x {number}"})
-            local = it.service.proxy.prompts._local
-            await it.until(
-                lambda: len(local) == 2 and all(one["fake"].loaded for one in local.values())
-            )
-            assert len(it.service.proxy.prompts._shared) == 1
+            copies = it.service.proxy.prompts._copies
+            await it.until(lambda: len(copies._copies) == 2 and not copies._tasks)
+            assert all(copy.tokenizer for copy in copies_of(it))
+            assert len(copies._shared) == 1
             asked = one.num_asked + two.num_asked
             decision = await it.where({"model": "fake", "prompt": TEXT + " a"})
             assert decision["instance"] == name(two)
@@ -234,10 +255,124 @@ def test_a_tokenizer_that_differs_from_its_server_is_not_used(run: Any, monkeypa
             for number in range(2):
                 await it.where({"model": "fake", "prompt": f"x {number}"})
             await it.until(lambda: one.num_asked > 1 and two.num_asked > 1)
-            await it.until(lambda: not it.service.proxy.prompts._loading)
-            local = it.service.proxy.prompts._local.values()
-            assert not any(one.loaded for models in local for one in models.values())
-            assert tokens_module.PROBES
+            await it.until(lambda: not it.service.proxy.prompts._copies._tasks)
+            assert not any(copy.tokenizer for copy in copies_of(it))
+            assert samples.TEXTS
+
+    run(check())
+
+
+def copies_of(it: Site) -> list[Any]:
+    found = it.service.proxy.prompts._copies._copies.values()
+    return [copy for models in found for copy in models.values()]
+
+
+async def copied(it: Site) -> None:
+    """Have the service ask for a chat of each instance, and wait until it needs not."""
+    await it.until(lambda: it.service.proxy.directory.is_useful)
+    for number in range(4):
+        await it.where(chat(f"x {number}"), CHATS)
+    await it.until(lambda: len(copies_of(it)) == 2 and not it.service.proxy.prompts._copies._tasks)
+
+
+CHATS = "/v1/chat/completions"
+
+
+def chat(content: Any, **fields: Any) -> dict[str, Any]:
+    return {"model": "fake", "messages": [{"role": "user", "content": content}], **fields}
+
+
+def test_chats_are_rendered_here_once_that_is_known_to_be_the_same(run: Any) -> None:
+    async def check() -> None:
+        one, two = Cached(template=TEMPLATE), Cached(template=TEMPLATE)
+        async with site(one, two) as it:
+            two.cache(ids(TEXT))
+            await copied(it)
+            assert all(copy.renderer for copy in copies_of(it))
+            assert len({id(copy.renderer) for copy in copies_of(it)}) == 1
+            asked = one.num_asked + two.num_asked
+            decision = await it.where(chat(TEXT, max_tokens=5), CHATS)
+            assert decision["instance"] == name(two)
+            assert "(24 of 26 tokens cached)" in decision["reason"]
+            assert one.num_asked + two.num_asked == asked
+            # What is not certain is asked, and remembered all the same.
+            parts = [{"type": "text", "text": TEXT}, {"type": "image_url", "image_url": {}}]
+            for _ in range(2):
+                assert (await it.where(chat(parts), CHATS))["instance"] == name(two)
+                assert one.num_asked + two.num_asked == asked + 1
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        TEMPLATE + "a",
+        "{% if tools %}a{% endif %}" + TEMPLATE,
+        "{{ raise_exception('all') }}",
+        "{% no template",
+    ],
+)
+def test_a_template_that_differs_from_its_server_is_not_used(
+    run: Any, template: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In any sample; texts are tokenised here none the less."""
+
+    async def check() -> None:
+        one, two = Cached(template=template), Cached(template=template)
+        async with site(one, two) as it:
+            two.cache(ids(TEXT))
+            await copied(it)
+            assert all(copy.tokenizer and not copy.renderer for copy in copies_of(it))
+            asked = one.num_asked + two.num_asked
+            assert (await it.where(chat(TEXT), CHATS))["instance"] == name(two)
+            assert one.num_asked + two.num_asked == asked + 1
+            assert caplog.text.count("rendered otherwise") == (
+                0 if "no template" in template else 2
+            )
+
+    run(check())
+
+
+def test_a_template_that_was_never_seen_to_agree_is_not_used(run: Any) -> None:
+    """Two that refuse every sample have not shown that they are the same."""
+
+    async def check() -> None:
+        one, two = (Cached(template="{{ raise_exception('no') }}") for _ in range(2))
+        one.takes_chats = two.takes_chats = False
+        async with site(one, two) as it:
+            two.cache(ids(TEXT))
+            await copied(it)
+            assert all(copy.tokenizer and not copy.renderer for copy in copies_of(it))
+
+    run(check())
+
+
+def test_a_server_that_renders_otherwise_later_is_asked_again(run: Any, monkeypatch: Any) -> None:
+    """A sample of its chats is compared with what it makes of them."""
+
+    async def check() -> None:
+        one, two = Cached(template=TEMPLATE), Cached(template=TEMPLATE)
+        monkeypatch.setattr(tokens_module, "_COMPARE_EVERY", 1)
+        async with site(one, two) as it:
+            two.cache(ids(TEXT))
+            await copied(it)
+            prompts = it.service.proxy.prompts
+            asked = one.num_asked + two.num_asked
+            for number in range(4):
+                await it.where(chat(f"y {number}"), CHATS)
+            await it.until(lambda: one.num_asked + two.num_asked == asked + 4)
+            await it.until(lambda: not prompts._copies._tasks)
+            assert prompts.num_misread == 0
+            monkeypatch.setitem(globals(), "chat_text", lambda messages: "a")
+            for number in range(4):
+                await it.where(chat(f"z {number}"), CHATS)
+                await it.until(lambda: not prompts._copies._tasks)
+            assert prompts.num_misread == 2, "one each; then they are asked"
+            assert not any(copy.renderer for copy in copies_of(it))
+            url = f"http://127.0.0.1:{it.service.admin_port}/metrics"
+            async with it.session.get(url) as reply:
+                assert "xllm_service_chats_misread_total 2.0" in await reply.text()
 
     run(check())
 
@@ -309,14 +444,14 @@ def test_a_tokenizer_goes_with_the_last_instance_that_has_it(run: Any) -> None:
         async with site(one, two) as it:
             two.cache(ids(TEXT))
             await it.until(lambda: it.service.proxy.directory.is_useful)
-            prompts = it.service.proxy.prompts
+            copies = it.service.proxy.prompts._copies
             for number in range(4):
                 await it.where({"model": "fake", "prompt": f"x {number}"})
-            await it.until(lambda: not prompts._loading and len(prompts._shared) == 1)
-            for instance in tuple(prompts._local):
-                del prompts._local[instance]
+            await it.until(lambda: not copies._tasks and len(copies._shared) == 1)
+            for instance in tuple(copies._copies):
+                del copies._copies[instance]
             gc.collect()
-            assert not prompts._shared
+            assert not copies._shared
 
     run(check())
 

@@ -74,3 +74,32 @@ def test_what_is_remembered_is_bounded_and_the_longest_unused_goes_first() -> No
     learn(prompts, "long", [1] * 1000)
     assert (prompts._known, prompts._known_bytes) == ({}, 0), "larger than all that may be kept"
     prompts.close()
+
+
+def question(**fields: Any) -> Any:
+    prompts = reader(0)
+    body = {"model": "m", "messages": [{"role": "user", "content": "a"}], **fields}
+    seen = peek(json.dumps(body).encode(), b"application/json")
+    unread = prompts.look("/v1/chat/completions", seen, "m", [])
+    prompts.close()
+    return json.loads(unread.question) if isinstance(unread, Unread) else unread
+
+
+def test_what_a_chat_gives_to_its_template_is_asked_with_it() -> None:
+    """`/tokenize` has no fields for documents and effort, which the chat route passes on."""
+    assert question().keys() == {"model", "messages"}
+    assert question(max_tokens=5, tools=None, chat_template_kwargs={}).keys() == {
+        "model",
+        "messages",
+    }
+    given = {"enable_thinking": True, "x": [1]}
+    assert question(chat_template_kwargs=given)["chat_template_kwargs"] == given
+    found = question(documents=[{"text": "t"}], reasoning_effort="none", chat_template_kwargs=None)
+    assert found["chat_template_kwargs"] == {
+        "documents": [{"text": "t"}],
+        "reasoning_effort": "none",
+        "enable_thinking": False,
+    }
+    found = question(reasoning_effort="low", chat_template_kwargs=given)
+    assert found["chat_template_kwargs"] == {**given, "reasoning_effort": "low"}
+    assert question(chat_template_kwargs="no object") is None

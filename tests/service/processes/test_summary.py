@@ -92,6 +92,7 @@ def report_of(number: int) -> Report:
         flow=flow,
         keys={"ann": KeyUse(number, 10 * number, {"tokens": number}), "removed": KeyUse(1, 1, {})},
         num_prompts_unread=number,
+        num_chats_misread=number,
         ttfts=[("a:1", 100.0, 0.2)],
         num_clients=number,
         queue=[QueuePart(True, 0, "ann", number, 10), QueuePart(False, 0, "ann", 1, 5)],
@@ -123,6 +124,7 @@ def test_counters_are_summed_and_survive_their_worker(run: Any, keys: Path) -> N
         assert desk.sample("key_tokens_total", key="ann") == 90
         assert desk.sample("key_refusals_total", key="ann", limit="tokens") == 9
         assert desk.sample("prompts_unread_total") == 9
+        assert desk.sample("chats_misread_total") == 9
         assert len(proxy.router.decisions) == 9
         proxy.telemetry.take_sample()
         assert proxy.telemetry.samples[-1].ttft_p50_ms is not None

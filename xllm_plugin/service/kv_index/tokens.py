@@ -1,47 +1,43 @@
 """The token ids of a request's prompt, as its instance will see them.
 
-Prompts of ids are taken as they are.  Texts are tokenised here, on threads (the tokenizer releases
-the interpreter's lock), once a tokenizer that an instance of ours hands out (`GET /xllm/tokenizer`)
-has given the same ids as that instance for every probe.  All else (chats, whose template only the
-instance applies, and texts for plain servers) is asked of an instance: `POST /tokenize`.
+Prompts of ids are taken as they are.  Texts are tokenised and chats rendered here, on threads (the
+tokenizer releases the interpreter's lock), with what an instance of ours hands out, once that has
+given the ids of this instance for every sample (`local.py`).  All else (chats with more than text,
+texts and chats for plain servers) is asked of an instance: `POST /tokenize`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, NamedTuple
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from functools import partial
+from typing import Any, Final, NamedTuple, TypeGuard
 
 import aiohttp
 import msgspec
-import tokenizers
 
 from xllm_plugin.service.body import PromptFields
 from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.fleet import Instance
+from xllm_plugin.service.kv_index.asking import Asker
+from xllm_plugin.service.kv_index.chats import CannotRenderError
 from xllm_plugin.service.kv_index.index import NO_EXTRA, Chains, Extra, packed, prompt_extra
+from xllm_plugin.service.kv_index.local import LocalCopies, LocalCopy
 
-__all__ = ["PROBES", "Prompt", "PromptReader", "Unread"]
+__all__ = ["Prompt", "PromptReader", "Unread"]
 
 logger = logging.getLogger(__name__)
 
-PROBES: Final = (
-    "Once upon a time, there were 12,345 dragons.\n\n\tThey said: “naïve façade”",
-    "你好, мир! 🐉👩‍👩‍👧",
-    "def f(x):\n    return x**2  # a   b\r\n\r\n<|im_start|>user</s><s>[INST] <unk>",
-    " leading and trailing ",
-    "",
-)
 _NUM_THREADS = 2
+_COMPARE_EVERY: Final = 100
+"""Chats that were rendered here, until one is compared with what its instance makes of it."""
 _PATHS = ("/v1/completions", "/v1/chat/completions")
 _CHAT_FIELDS = (
     *("messages", "tools", "add_generation_prompt", "continue_final_message"),
-    *("add_special_tokens", "chat_template", "chat_template_kwargs", "mm_processor_kwargs"),
+    *("add_special_tokens", "chat_template", "mm_processor_kwargs"),
 )
 
 
@@ -70,25 +66,8 @@ class Unread(NamedTuple):
     extra: Extra
 
 
-class _Answer(msgspec.Struct):
-    tokens: list[int]
-
-
 _decode_prompt = msgspec.json.Decoder(str | list[int]).decode
-_decode_answer = msgspec.json.Decoder(_Answer).decode
-
-
-class _Loaded:
-    """A tokenizer that can be referred to weakly, which the library's own cannot."""
-
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        self.tokenizer = tokenizer
-
-
-class _Local(NamedTuple):
-    incarnation: str
-    loaded: _Loaded | None = None
-    """None: not there (yet), or not the instance's."""
+_decode_kwargs = msgspec.json.Decoder(dict[str, msgspec.Raw] | None).decode
 
 
 class PromptReader:
@@ -102,17 +81,19 @@ class PromptReader:
     def __init__(self, session: aiohttp.ClientSession, config: ServiceConfig) -> None:
         self.config = config
         self.num_failures = 0
-        self._session = session
+        self._asker = Asker(session, lambda: self.config)
+        self._copies = LocalCopies(self._asker)
+        self._num_rendered = 0
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenize")
         self._known: OrderedDict[bytes, Prompt] = OrderedDict()
         """By the question; hashing it as a key costs a quarter of a digest."""
         self._known_bytes = 0
-        self._local: WeakKeyDictionary[Instance, dict[str, _Local]] = WeakKeyDictionary()
-        """By model: each instance has to agree with it by itself.  Gone with the instance."""
-        self._shared: WeakValueDictionary[bytes, _Loaded] = WeakValueDictionary()
-        """By digest of its text: instances of one model share one, and it goes with the last."""
-        self._loading: set[asyncio.Task[None]] = set()
         self._turn = 0
+
+    @property
+    def num_misread(self) -> int:
+        """Chats whose tokens were others than their instance's, of those that were compared."""
+        return self._copies.num_misread
 
     def look(
         self, path: str, wanted: PromptFields, model: str, candidates: Sequence[Instance]
@@ -134,16 +115,16 @@ class PromptReader:
             return None
         extra = prompt_extra(_adapter(model, candidates), salt)
         prompt = None
-        if wanted.prompt is not msgspec.UNSET:
-            try:
+        try:
+            if wanted.prompt is not msgspec.UNSET:
                 read = _decode_prompt(wanted.prompt)
                 if isinstance(read, list):
                     return Prompt(packed(read), extra) if read else None
-            except (msgspec.DecodeError, UnicodeDecodeError, OverflowError):
-                return None  # a wrong one, or several prompts: the instance's to answer
-            prompt = read
-        is_cut = wanted.truncate_prompt_tokens is not None
-        asked = None if is_cut else _question(wanted, prompt, model)
+                prompt = read
+            is_cut = wanted.truncate_prompt_tokens is not None
+            asked = None if is_cut else _question(wanted, prompt, model)
+        except (msgspec.DecodeError, UnicodeDecodeError, OverflowError):
+            return None  # a wrong one, or several prompts: the instance's to answer
         if asked is None:
             return None
         known = self._known.get(asked)
@@ -176,86 +157,47 @@ class PromptReader:
 
     def close(self) -> None:
         """End the threads."""
-        for task in self._loading:
-            task.cancel()
+        self._copies.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _tokens(self, unread: Unread, model: str, candidates: Sequence[Instance]) -> bytes:
-        wanted = unread.wanted
         instance = candidates[self._turn % len(candidates)]
         self._turn += 1
-        local = self._local_tokenizer(model, instance)
-        if local is None or unread.prompt is None:
-            return packed(await self._ask(instance, unread.question))
+        copy = self._copies.of(instance, model)
+        if unread.prompt is None:
+            tokens = await self._rendered(copy, instance, unread.question)
+        else:
+            tokens = await self._tokenised(copy, unread.wanted, unread.prompt)
+        if tokens is not None:
+            return tokens
+        return packed(await self._asker.tokens(instance, unread.question))
+
+    async def _tokenised(self, copy: LocalCopy, wanted: PromptFields, text: str) -> bytes | None:
+        """A text's tokens, if they can be found here."""
+        if copy.tokenizer is None:
+            return None
         special = wanted.add_special_tokens is msgspec.UNSET or (
             bytes(wanted.add_special_tokens) == b"true"
         )
-        return await self._encode(local, unread.prompt, add_special_tokens=special)
+        return await self._on_thread(partial(copy.tokenizer.ids, text, add_special_tokens=special))
 
-    async def _encode(
-        self, local: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool
-    ) -> bytes:
-        def encode() -> bytes:
-            return packed(local.encode(text, add_special_tokens=add_special_tokens).ids)
-
-        return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
-
-    async def _ask(self, instance: Instance, question: bytes) -> list[int]:
-        """Raises `ValueError` (aiohttp's errors, TimeoutError) if the instance cannot say."""
-        headers = {"Content-Type": "application/json", **self._authorization()}
-        url = f"{instance.entry.url.rstrip('/')}/tokenize"
-        async with self._session.post(url, data=question, headers=headers) as reply:
-            if reply.status != 200:  # noqa: PLR2004
-                raise ValueError(f"/tokenize of {instance.name} answers {reply.status}")
-            return _decode_answer(await reply.read()).tokens
-
-    def _authorization(self) -> dict[str, str]:
-        key = self.config.instances.api_key
-        return {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
-
-    def _local_tokenizer(self, model: str, instance: Instance) -> tokenizers.Tokenizer | None:
-        """The model's tokenizer, if it is here; else it is fetched for the next request."""
-        incarnation = instance.life.incarnation
-        models = self._local.setdefault(instance, {})
-        for gone in models.keys() - instance.models.keys():  # an adapter that was unloaded
-            del models[gone]
-        local = models.get(model)
-        if local is None or local.incarnation != incarnation:
-            models[model] = local = _Local(incarnation)
-            task = asyncio.get_running_loop().create_task(self._load(model, instance))
-            self._loading.add(task)
-            task.add_done_callback(self._loading.discard)
-        return local.loaded.tokenizer if local.loaded else None
-
-    async def _load(self, model: str, instance: Instance) -> None:
-        incarnation = instance.life.incarnation
-        url = f"{instance.entry.url.rstrip('/')}/xllm/tokenizer"
+    async def _rendered(self, copy: LocalCopy, instance: Instance, question: bytes) -> bytes | None:
+        """A chat's tokens, if they can be found here."""
+        if copy.renderer is None:
+            return None
         try:
-            async with self._session.get(url, headers=self._authorization()) as reply:
-                if reply.status != 200:  # noqa: PLR2004
-                    return  # a plain server, or a tokenizer that has no such form
-                text = await reply.read()
-            digest = hashlib.blake2b(text, digest_size=16).digest()
-            loaded = self._shared.get(digest)
-            if loaded is None:
-                read = await asyncio.to_thread(tokenizers.Tokenizer.from_str, text.decode())
-                loaded = self._shared.setdefault(digest, _Loaded(read))
-            for probe in PROBES:
-                question = msgspec.json.encode({"model": model, "prompt": probe})
-                expected = await self._ask(instance, question)
-                if loaded.tokenizer.encode(probe).ids != expected:
-                    logger.warning(
-                        "tokenizer of %s differs from what its server does; it is asked instead",
-                        model,
-                    )
-                    return
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            logger.info("no tokenizer of %s from %s: %s", model, instance.name, error)
-            return
-        except Exception as error:  # noqa: BLE001 - the library raises bare ones for what it cannot read
-            logger.info("the tokenizer of %s cannot be read: %s", model, error)
-            return
-        self._local.setdefault(instance, {})[model] = _Local(incarnation, loaded)
+            tokens = await self._on_thread(partial(copy.chat_ids, question))
+        except CannotRenderError as reason:
+            logger.debug("a chat is left to its instance: %s", reason)
+            return None
+        self._num_rendered += 1
+        if self._num_rendered % _COMPARE_EVERY == 0:
+            self._copies.compare(copy, instance, question, tokens)
+        return tokens
+
+    async def _on_thread(self, find: Callable[[], list[int]]) -> bytes:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: packed(find()))
 
     def _remember(self, question: bytes, tokens: bytes) -> None:
         # Two requests with the same new prompt both ask.
@@ -291,9 +233,34 @@ def _question(wanted: PromptFields, prompt: str | None, model: str) -> bytes | N
         return None
     for name in names:
         value = getattr(wanted, name)
-        if value is not msgspec.UNSET and bytes(value) != b"null":
+        if _is_given(value):
             fields[name] = value
+    if names is _CHAT_FIELDS and (variables := _template_variables(wanted)):
+        fields["chat_template_kwargs"] = variables
     return msgspec.json.encode(fields)
+
+
+def _template_variables(wanted: PromptFields) -> dict[str, Any]:
+    """What a request gives to the template of its chat.
+
+    `/tokenize` takes all of it as `chat_template_kwargs`, where the chat
+    route has fields of their own.
+
+    Raises msgspec's errors.
+    """
+    given = wanted.chat_template_kwargs
+    found: dict[str, Any] = (_decode_kwargs(given) if _is_given(given) else None) or {}
+    if _is_given(wanted.documents):
+        found["documents"] = wanted.documents
+    effort = wanted.reasoning_effort
+    if effort is not None:
+        found["reasoning_effort"] = effort
+        found.setdefault("enable_thinking", effort != "none")
+    return found
+
+
+def _is_given(value: msgspec.Raw | msgspec.UnsetType) -> TypeGuard[msgspec.Raw]:
+    return value is not msgspec.UNSET and bytes(value) != b"null"
 
 
 def _adapter(model: str, candidates: Sequence[Instance]) -> str | None:

@@ -220,6 +220,7 @@ class Report(msgspec.Struct, tag=True):
     flow: FlowStats | None = None
     keys: dict[str, KeyUse] = {}
     num_prompts_unread: int = 0
+    num_chats_misread: int = 0
     ttfts: list[tuple[str, float, float]] = []
     """Instance, tokens computed before a first token, seconds."""
     # Now.

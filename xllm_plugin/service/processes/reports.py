@@ -37,6 +37,7 @@ class Reporter:
         self._proxy = proxy
         self._fleet = fleet
         self._num_unread = 0
+        self._num_misread = 0
 
     def report(self) -> Report:
         """All since the last one."""
@@ -55,6 +56,7 @@ class Reporter:
                 for band, tenant, num_requests, num_bytes in flow.statistics()
             ]
         unread, self._num_unread = self._num_unread, proxy.num_prompts_unread
+        misread, self._num_misread = self._num_misread, proxy.num_chats_misread
         directory = proxy.directory
         return Report(
             instances=dict(self._stats()),
@@ -65,6 +67,7 @@ class Reporter:
             flow=flow_stats,
             keys=dict(_key_uses(proxy.keys)),
             num_prompts_unread=self._num_unread - unread,
+            num_chats_misread=self._num_misread - misread,
             ttfts=ttfts,
             fleet_number=fleet.number,
             num_clients=proxy.num_clients,

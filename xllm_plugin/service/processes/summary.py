@@ -53,6 +53,7 @@ class ControlProxy(Proxy):
         self.reports: dict[int, Report] = {}
         """Worker -> its last one."""
         self._num_unread = 0
+        self._num_misread = 0
         self._make_ring = make_keys
         self._cut_off = cut_off
         super().__init__(config, fleet, router)
@@ -68,6 +69,11 @@ class ControlProxy(Proxy):
     def num_prompts_unread(self) -> int:
         """Prompts routed without their tokens, on an error."""
         return self._num_unread
+
+    @property
+    def num_chats_misread(self) -> int:
+        """Chats that were rendered otherwise than their instance does."""
+        return self._num_misread
 
     def cut_off(self) -> int:
         """End every connection at once; returns how many there were."""
@@ -93,6 +99,7 @@ class ControlProxy(Proxy):
             self.flow.stats.add(report.flow)
         self._take_keys(report.keys)
         self._num_unread += report.num_prompts_unread
+        self._num_misread += report.num_chats_misread
         figures = self.workers[worker]
         figures.num_clients = report.num_clients
         figures.cpu_s = report.cpu_s
