@@ -470,6 +470,10 @@ NOTES = (
     ),
     "Imbalance: busy time of the busiest instance over the mean. Busy: until the last arrival.",
     (
+        "With promises: of each kind's requests, those that keep their own; who has which is drawn "
+        "for each repeat."
+    ),
+    (
         "A decision's time is processor time of this machine. In the table of sizes it has the "
         "lookup of the prompt with it; the last table has the router's choice and its booking "
         "alone, in a fleet at work (xllm_plugin/bench/fleet_simulator/decisions.py)."

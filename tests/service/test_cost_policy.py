@@ -197,6 +197,21 @@ def test_who_has_no_promise_does_not_look_at_who_is_offline() -> None:
     assert str(cost_in_seconds(asked(a=500), views).reason) == str(before.reason)
 
 
+SLOS = (None, Slo(0.1, 0.02), Slo(ttft_s=-1.0), Slo(is_offline=True))
+
+
+@pytest.mark.parametrize("slo", SLOS)
+def test_the_cost_that_is_shown_is_the_one_that_decided(slo: Slo | None) -> None:
+    """Of two equals the other's is the next best."""
+    views = [
+        FakeView(name, in_flight=9, offline_requests=4, foreign_requests=1, prefill_tokens=700)
+        for name in "ab"
+    ]
+    reason = cost_in_seconds(asked(slo=slo), views).reason
+    assert isinstance(reason, CostReason)
+    assert reason.cost.total_s == pytest.approx(reason.next_s)
+
+
 TIMES = st.floats(0, 1e4)
 
 

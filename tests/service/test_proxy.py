@@ -510,6 +510,24 @@ def test_a_promise_reaches_the_policy(run: Any) -> None:
     run(check())
 
 
+def test_offline_requests_are_counted_where_they_run(run: Any) -> None:
+    async def check() -> None:
+        counts: list[tuple[int, int]] = []
+
+        async def counting(received: Received, writer: asyncio.StreamWriter) -> None:
+            (there,) = harness.proxy.fleet
+            counts.append((there.in_flight, there.offline_requests))
+            await answer()(received, writer)
+
+        async with serving(FakeInstance(script=counting)) as harness:
+            for headers in (b"x-xllm-class: offline\r\n", b"x-xllm-ttft-ms: 5\r\n", b""):
+                await harness.ask(request(headers=headers))
+                await harness.settle()
+            assert counts == [(1, 1), (1, 0), (1, 0)]
+
+    run(check())
+
+
 def test_explain_says_how_late_a_request_would_be(run: Any) -> None:
     async def check() -> None:
         async with serving(FakeInstance(), FakeInstance(), policy=cost_in_seconds) as harness:

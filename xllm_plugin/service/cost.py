@@ -8,6 +8,18 @@ S. Aalto, "Size- and state-aware dispatching problem with queue-specific job siz
 2012).  The rate is that of a mean instance, by Little's law: requests there over the time that they
 are predicted to stay.
 
+A request that names a promise adds seconds by which it would be late, at `LATE_WEIGHT`.  That is
+little, and on purpose: simulated fleets keep fewer promises the more it weighs (at 5, half as many
+of the tight ones near saturation), for who insists on being in time gives up cached prefixes, and
+all wait for what is computed twice.  What helps is to know who is not in a hurry.  A second of an
+offline request weighs `OFFLINE_WEIGHT`, its own as well as one that others take from it, while it
+pays in full for what it takes from them; so offline requests gather where few others run, and those
+with a promise keep away by themselves.  One weight for both, no list of instances, no mode.  Own
+decoding stands for two things elsewhere: n requests slow this one as much as it slows them.  Where
+only a part of its own counts, what it slows others by is added.
+
+Requests without a promise cost what they would if nobody had one, to the last bit.
+
 `cost_in_seconds` is the definition, and what is used before a few instances.  Before many
 `cost_ranking.py` finds the same one without looking at each.
 """

@@ -8,6 +8,9 @@ Rule 3: bounds are computed by the operations of the cost itself, in their order
 order, so a bound is never above the cost that it bounds, not by a bit either.
 Rule 4: bounds are for what most candidates hold of the prompt, and so for those that hold less
 too; those that hold more are all looked at.
+Rule 5: who is offline at a candidate makes it cheaper for requests with a promise.  So its row says
+how many are; where the rest of a group is passed over, it is taken to be as cheap by them as the
+cheapest of that group.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ from collections.abc import Container, Mapping, Sequence
 
 from xllm_plugin.service.cached import usual_and_others
 from xllm_plugin.service.cost import (
-    OFFLINE_WEIGHT,
     STALL_WEIGHT,
     Due,
     caring_of,
@@ -51,7 +53,7 @@ class _Group:
 
     __slots__ = (
         "is_uniform",
-        "num_offline",
+        "least_caring",
         "prefill_s_per_token",
         "rows",
         "tpot_base_s",
@@ -62,8 +64,8 @@ class _Group:
     def __init__(self, speeds: Sequence[Speed]) -> None:
         self.rows: list[_Row] = []
         """Of those that are open, sorted."""
-        self.num_offline = 0
-        """Requests, of these rows."""
+        self.least_caring = 1.0
+        """Of all rows (`caring_of`), those included that were here since the group was made."""
         self.is_uniform = all(one == speeds[0] for one in speeds)
         self.ttft_base_s = min(one.ttft_base_s for one in speeds)
         self.prefill_s_per_token = min(one.prefill_s_per_token for one in speeds)
@@ -170,7 +172,7 @@ class _Search:
         """`look_into` for a request with a promise."""
         crowding, output, pace_s = self._crowding, self._output, group.tpot_s_per_request
         prefill_s = group.ttft_base_s + group.prefill_s_per_token * uncached
-        least_caring = OFFLINE_WEIGHT if group.num_offline else 1.0
+        least_caring = group.least_caring
         last, decode_s = -1, 0.0
         for num_others, tokens, index, num_offline in group.rows:
             if num_others != last:
@@ -378,7 +380,9 @@ class CostRanking:
         num_others, tokens, index, num_offline = row
         speed = self._speeds[index]
         tpot_s = speed.tpot_base_s + speed.tpot_s_per_request * (num_others + 1)
-        self._group_of[index].num_offline += sign * num_offline
+        if num_offline:
+            group = self._group_of[index]
+            group.least_caring = min(group.least_caring, caring_of(num_others, num_offline))
         self._num_others += sign * num_others
         self._queue_s += sign * speed.prefill_s_per_token * tokens
         self._ttft_base_s += sign * speed.ttft_base_s
