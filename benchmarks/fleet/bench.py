@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +17,12 @@ from xllm_plugin.bench.commands import conclude, names_in
 from xllm_plugin.bench.fleet_simulator.cache_aware import CacheAware, CacheAwareSettings
 from xllm_plugin.bench.fleet_simulator.decisions import decision_us
 from xllm_plugin.bench.fleet_simulator.profile import load_profile
+from xllm_plugin.bench.fleet_simulator.promises import (
+    Share,
+    ShareSummary,
+    by_share,
+    with_promises,
+)
 from xllm_plugin.bench.fleet_simulator.simulation import InstanceSpec, Run, simulate
 from xllm_plugin.bench.fleet_simulator.summary import Promise, Summary, quantile, summarise
 from xllm_plugin.bench.fleet_simulator.workload import Arrival, Trace, arrivals, read_trace
@@ -24,12 +30,13 @@ from xllm_plugin.bench.options import command_line, common_options
 from xllm_plugin.bench.schema import Check, Figure, Peer, Row
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.plugins import build_manager, routing_policies
-from xllm_plugin.service.policy import RoutingPolicy
+from xllm_plugin.service.policy import RoutingPolicy, Slo
 
 FOLDER = Path(__file__).resolve().parent
 NAME = "fleet"
 QUESTION = "How soon do requests get their first token, and how many keep their promise, by policy?"
 DEFAULT: Final = "cost"
+BLIND: Final = "cost-blind"
 PEERS: Final = {
     "cache-aware": (
         CacheAwareSettings(),
@@ -41,6 +48,7 @@ PEERS: Final = {
     ),
 }
 OURS: Final = (DEFAULT, "round-robin", "least-loaded")
+WITH_PROMISES: Final = (DEFAULT, BLIND, "least-loaded", *PEERS)
 AIM_RATIO: Final = 2.0
 NEARLY_ALL: Final = 0.9
 
@@ -58,6 +66,8 @@ class Case:
     shorten_outputs: int = 1
     copies: int = 1
     has_prefixes: bool = True
+    shares: tuple[Share, ...] = ()
+    """With them requests carry promises of their own, and `promise` is not asked for."""
 
     @property
     def block_tokens(self) -> int:
@@ -103,6 +113,32 @@ CASES: Final = (
         has_prefixes=False,
     ),
 )
+
+
+def _shares(interactive: Slo, relaxed: Slo) -> tuple[Share, ...]:
+    return (
+        Share("interactive", interactive),
+        Share("relaxed", relaxed),
+        Share("offline", Slo(is_offline=True)),
+    )
+
+
+PROMISED: Final = (
+    replace(
+        CASES[0],
+        name="Mooncake conversation with promises, Llama 2 70B on DGX-H100",
+        loads=(0.2, 0.32),
+        shares=_shares(Slo(4.0, 0.1), Slo(15.0, 0.3)),
+    ),
+    replace(
+        CASES[2],
+        name="Azure conversation with promises, Llama 2 70B on DGX-H100",
+        loads=(3.0, 4.5),
+        shares=_shares(Slo(0.5, 0.125), Slo(2.0, 0.3)),
+    ),
+)
+ALL: Final = (*CASES, *PROMISED)
+PROMISED_REPEATS: Final = 3
 SIZES: Final = (4, 16, 64, 256, 1000)
 DECISION_SIZES: Final = (2, 8, 64, 256, 1000)
 
@@ -112,12 +148,12 @@ def policy_named(name: str, traffic: Sequence[Arrival], block_tokens: int) -> Ro
     if name in PEERS:
         peer = CacheAware(lambda number: traffic[number].blocks, block_tokens, PEERS[name][0])
         return peer.policy(name)
-    return routing_policies(build_manager(""))[name]
+    return routing_policies(build_manager(""))[DEFAULT if name == BLIND else name]
 
 
 def known_policies() -> tuple[str, ...]:
     """All that can be compared."""
-    return (*routing_policies(build_manager("")), *PEERS)
+    return (*routing_policies(build_manager("")), *PEERS, BLIND)
 
 
 @dataclass(slots=True)
@@ -127,7 +163,10 @@ class Bench:
     instances: int
     repeats: int
     console: Console
-    found: dict[tuple[str, float, str], list[Summary]]
+    found: dict[tuple[str, float, str], list[Summary]] = field(default_factory=dict)
+    shares: dict[tuple[str, float, str], list[dict[str, ShareSummary]]] = field(
+        default_factory=dict
+    )
 
     def run_case(self, case: Case, policies: Sequence[str], at_most: int | None) -> None:
         """Every load, every policy, every repeat."""
@@ -144,6 +183,26 @@ class Bench:
                         f"busy {summary.busy_share:.0%} ({time.perf_counter() - began:.1f} s)",
                         highlight=False,
                     )
+
+    def run_promised(
+        self, case: Case, policies: Sequence[str], repeats: int, at_most: int | None
+    ) -> None:
+        """The same where requests carry promises; each repeat draws who has which."""
+        trace = case.read(at_most)
+        for load in case.loads:
+            for repeat in range(repeats):
+                untold = arrivals(trace, load * self.instances, copies=case.copies, seed=repeat)
+                told = with_promises(untold, case.shares, repeat)
+                for name in policies:
+                    traffic = untold if name == BLIND else told
+                    run = run_fleet(case, name, traffic, self.instances, seed=repeat)
+                    shares = by_share(run.served, told, case.shares)
+                    self.shares.setdefault((case.name, load, name), []).append(shares)
+                    kept = ", ".join(
+                        f"{share} {one.num_kept / one.num_requests:.1%}"
+                        for share, one in shares.items()
+                    )
+                    self.console.print(f"{case.name}, {load:g}/s, {name}: {kept}", highlight=False)
 
     def one(self, case: Case, trace: Trace, load: float, name: str, *, seed: int) -> Summary:
         """One run."""
@@ -203,6 +262,58 @@ def _figures(runs: Sequence[Summary]) -> Iterable[Figure]:
     yield of("prompt tokens cached", "%", (run.hit_share * 100 for run in runs), 1)
     yield of("imbalance", "", (run.imbalance for run in runs), 3)
     yield of("busy", "%", (run.busy_share * 100 for run in runs), 1)
+
+
+def promised_rows(bench: Bench, cases: Sequence[Case], policies: Sequence[str]) -> list[Row]:
+    """What each kind of request got: one table a case."""
+    return [
+        Row(
+            table=case.name,
+            labels={"load, requests/s an instance": f"{load:g}", "policy": name},
+            figures=tuple(_promised_figures(bench.shares[case.name, load, name])),
+        )
+        for case in cases
+        for load in case.loads
+        for name in policies
+    ]
+
+
+def _promised_figures(runs: Sequence[Mapping[str, ShareSummary]]) -> Iterable[Figure]:
+    def of(name: str, unit: str, share: str, value: Callable[[ShareSummary], float]) -> Figure:
+        return Figure.of(name, unit, [round(value(run[share]), 3) for run in runs])
+
+    for share in ("interactive", "relaxed"):
+        yield of(f"{share} kept", "%", share, lambda one: 100 * one.num_kept / one.num_requests)
+    yield of("interactive TTFT p90", "s", "interactive", lambda one: one.ttft_p90_s)
+    yield of("interactive TPOT p90", "ms", "interactive", lambda one: 1e3 * one.tpot_p90_s)
+    yield of("relaxed TTFT p90", "s", "relaxed", lambda one: one.ttft_p90_s)
+    yield of("offline, mean to its end", "s", "offline", lambda one: one.mean_s)
+
+
+def promised_aims(bench: Bench, cases: Sequence[Case], policies: Sequence[str]) -> list[Row]:
+    """Whether promises kept grow by knowing them, and are more than with others."""
+    others = [name for name in policies if name != DEFAULT]
+    if DEFAULT not in policies or not others:
+        return []
+    found = []
+    for case in cases:
+        ahead = min(
+            _kept(bench.shares[case.name, load, DEFAULT])
+            - _kept(bench.shares[case.name, load, name])
+            for load in case.loads
+            for name in others
+        )
+        what = "least that it keeps more than another, any load, points"
+        found.append(_aim(case, what, "at least 0", ahead * 100))
+    return found
+
+
+def _kept(runs: Sequence[Mapping[str, ShareSummary]]) -> float:
+    """Share of the promises that were kept; offline requests have none."""
+    kinds = [[one for name, one in run.items() if name != "offline"] for run in runs]
+    return statistics.median(
+        sum(one.num_kept for one in ones) / sum(one.num_requests for one in ones) for ones in kinds
+    )
 
 
 def _ratios(bench: Bench, case: Case, load: float, name: str) -> list[float]:
@@ -319,6 +430,9 @@ def checks(bench: Bench, cases: Sequence[Case], policies: Sequence[str]) -> list
     trace = case.read(200)
     once, again = (bench.one(case, trace, load, policies[0], seed=0) for _ in range(2))
     num_requests = sum(run.num_requests for runs in bench.found.values() for run in runs)
+    num_requests += sum(
+        one.num_requests for runs in bench.shares.values() for run in runs for one in run.values()
+    )
     return [
         Check(
             name="every request ended once, none was rejected",
@@ -356,6 +470,10 @@ NOTES = (
     ),
     "Imbalance: busy time of the busiest instance over the mean. Busy: until the last arrival.",
     (
+        "With promises: of each kind's requests, those that keep their own; who has which is drawn "
+        "for each repeat."
+    ),
+    (
         "A decision's time is processor time of this machine. In the table of sizes it has the "
         "lookup of the prompt with it; the last table has the router's choice and its booking "
         "alone, in a fleet at work (xllm_plugin/bench/fleet_simulator/decisions.py)."
@@ -377,7 +495,11 @@ NOT_SHOWN = (
     "--policies", help="In this order.  [default: cost, round-robin, least-loaded, peers]"
 )
 @click.option("--instances", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option("--cases", "case_numbers", help="Of 1, 2, 3: Mooncake, Mooncake on CPU, Azure.")
+@click.option(
+    "--cases",
+    "case_numbers",
+    help="Of 1 to 5: Mooncake, Mooncake on CPU, Azure; Mooncake and Azure with promises.",
+)
 @click.option("--loads", help="Requests a second and instance, for all cases.")
 @click.option("--repeats", type=click.IntRange(min=1), help="[default: 1]")
 @click.option("--sizes/--no-sizes", "with_sizes", default=True, help="Fleets of several sizes too.")
@@ -396,36 +518,46 @@ def command(
 
     No server is started; a run of 5,700 requests takes seconds.
     """
-    names = names_in(policies) if policies is not None else (*OURS, *PEERS)
-    unknown = [name for name in names if name not in known_policies()]
-    if unknown or not names:
+    asked = names_in(policies) if policies is not None else None
+    unknown = [name for name in asked or () if name not in known_policies()]
+    if unknown or asked == ():
         raise ConfigError(
             f"policies {', '.join(unknown) or '(none)'} are not here; there are "
             f"{', '.join(known_policies())}."
         )
-    cases = chosen_cases(case_numbers, loads, quick=quick)
+    names = asked or (*OURS, *PEERS)
+    promised_names = asked or WITH_PROMISES
+    chosen = chosen_cases(case_numbers, loads, quick=quick)
+    cases = [case for case in chosen if not case.shares]
+    promised = [case for case in chosen if case.shares]
     run = schema.begin(NAME, question=QUESTION, command=command_line())
     console = Console()
     few = 200 if quick else None
-    bench = Bench(instances, repeats or 1, console, {})
+    bench = Bench(instances, repeats or 1, console)
     for case in cases:
         bench.run_case(case, names, few)
-    table = [*aims(bench, cases, names), *rows(bench, cases, names)]
+    for case in promised:
+        bench.run_promised(case, promised_names, repeats or PROMISED_REPEATS, few)
+    table = [*aims(bench, cases, names), *promised_aims(bench, promised, promised_names)]
+    table += rows(bench, cases, names)
+    table += promised_rows(bench, promised, promised_names)
     if with_sizes:
-        table += sizes(cases[0], cases[0].loads[0], SIZES[:1] if quick else SIZES, console, few)
+        table += sizes(chosen[0], chosen[0].loads[0], SIZES[:1] if quick else SIZES, console, few)
         table += decision_costs(DECISION_SIZES, decisions=20 if quick else 400)
-    profiles = {case.profile for case in cases}
+    profiles = {case.profile for case in chosen}
+    used = (*(names if cases else ()), *(promised_names if promised else ()))
     result = run.finish(
-        peers=[_record(name) for name in names],
+        peers=[_record(name) for name in dict.fromkeys(used)],
         rows=table,
-        checks=checks(bench, cases, names),
+        checks=checks(bench, chosen, names),
         notes=NOTES,
         not_shown=NOT_SHOWN,
         details=_details(bench, profiles),
     )
     picture = json_path.with_suffix(".png")
     try:
-        plot(bench, cases, names, picture)
+        if cases:
+            plot(bench, cases, names, picture)
     except ImportError:
         console.print("no picture: matplotlib is missing")
     conclude(result, json_path, console)
@@ -435,24 +567,28 @@ def chosen_cases(numbers: str | None, loads: str | None, *, quick: bool) -> tupl
     """The cases asked for.  Raises `ConfigError` for what is none."""
     wanted: list[int] = []
     try:
-        wanted = [int(number) for number in names_in(numbers or "1,2,3")]
+        everything = range(1, len(ALL) + 1)
+        wanted = [int(number) for number in names_in(numbers)] if numbers else [*everything]
         asked = tuple(float(load) for load in names_in(loads)) if loads else ()
-        cases = [CASES[number - 1] for number in wanted if number >= 1]
+        cases = [ALL[number - 1] for number in wanted if number >= 1]
     except (ValueError, IndexError):
         cases, asked = [], ()
     if not cases or len(cases) != len(wanted) or any(load <= 0 for load in asked):
         raise ConfigError(
-            f"--cases {numbers} --loads {loads}: give cases of 1 to {len(CASES)} and rates "
+            f"--cases {numbers} --loads {loads}: give cases of 1 to {len(ALL)} and rates "
             "above 0, each list with commas"
         )
     if quick:
-        cases = cases[:1]
+        plain = [case for case in cases if not case.shares]
+        cases = [*plain[:1], *[case for case in cases if case.shares][:1]]
     return tuple(
         replace(case, loads=asked or (case.loads[:1] if quick else case.loads)) for case in cases
     )
 
 
 def _record(name: str) -> Peer:
+    if name == BLIND:
+        return Peer(name=name, what=f"`{DEFAULT}`, told of no promise")
     what = PEERS[name][1] if name in PEERS else routing_policies(build_manager(""))[name].what
     return Peer(name=name, what=what)
 
@@ -461,6 +597,12 @@ def _details(bench: Bench, profiles: Iterable[str]) -> dict[str, Any]:
     found: dict[str, Any] = {
         f"{case}: {load:g}/s, {name}": [asdict(run) for run in runs]
         for (case, load, name), runs in bench.found.items()
+    }
+    found |= {
+        f"{case}: {load:g}/s, {name}": [
+            {share: asdict(one) for share, one in run.items()} for run in runs
+        ]
+        for (case, load, name), runs in bench.shares.items()
     }
     for name in sorted(profiles):
         profile = load_profile(FOLDER / "profiles" / f"{name}.json")

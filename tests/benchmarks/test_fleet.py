@@ -26,6 +26,10 @@ def test_a_quick_run_compares_all_policies(bench: ModuleType, tmp_path: Path) ->
     first = [row for row in result.rows if row.table == bench.CASES[0].name]
     assert [row.labels["policy"] for row in first] == [*bench.OURS, *bench.PEERS]
     assert all(row.figure("TTFT p90").median > 0 for row in first)
+    promised = [row for row in result.rows if row.table == bench.PROMISED[0].name]
+    assert [row.labels["policy"] for row in promised] == list(bench.WITH_PROMISES)
+    assert all(0 <= row.figure("interactive kept").median <= 100 for row in promised)
+    assert bench.BLIND in {peer.name for peer in result.peers}
 
 
 @pytest.mark.parametrize(

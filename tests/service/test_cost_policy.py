@@ -19,9 +19,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm_plugin.service.cost import Cost, cost_from, cost_in_seconds, crowding_of, parts_of
+from xllm_plugin.service.cost import (
+    LATE_WEIGHT,
+    OFFLINE_WEIGHT,
+    Cost,
+    CostReason,
+    cost_from,
+    cost_in_seconds,
+    crowding_of,
+    due_of,
+    parts_of,
+)
 from xllm_plugin.service.policies import least_loaded, round_robin
-from xllm_plugin.service.policy import Choice
+from xllm_plugin.service.policy import Choice, Slo
 from xllm_plugin.service.router import Asked
 from xllm_plugin.service.speed import Speed, SpeedMeter
 from xllm_plugin.testing.fake_view import FAST, FakeView
@@ -31,15 +41,21 @@ TPOT_S = FAST.tpot_base_s
 TPOT_MORE_S = FAST.tpot_s_per_request
 
 
-def asked(prompt: int = 1000, output: int = 100, sequence: int = 0, **cached: float) -> Asked:
-    return Asked(sequence, 0, "", prompt + output, prompt, output, cached)
+def asked(
+    prompt: int = 1000,
+    output: int = 100,
+    sequence: int = 0,
+    slo: Slo | None = None,
+    **cached: float,
+) -> Asked:
+    return Asked(sequence, 0, "", prompt + output, prompt, output, cached, slo)
 
 
 def costs_of(request: Asked, views: Sequence[FakeView]) -> list[Cost]:
     own = [parts_of(request, view) for view in views]
     num_others = sum(view.in_flight + view.foreign_requests for view in views)
     crowding = crowding_of(num_others, sum(sum(parts[:3]) for parts in own))
-    return [cost_from(parts, crowding) for parts in own]
+    return [cost_from(parts, crowding, due_of(request)) for parts in own]
 
 
 def test_the_cost_is_seconds_of_each_part() -> None:
@@ -102,6 +118,130 @@ def test_equals_take_turns_and_the_faster_wins() -> None:
 def test_foreign_requests_count_as_ours_do() -> None:
     views = [FakeView("a", foreign_requests=5), FakeView("b", in_flight=4)]
     assert cost_in_seconds(asked(), views).index == 1
+
+
+# -- promises -----------------------------------------------------------------------------------
+
+
+def test_what_would_be_late_is_counted_on_top() -> None:
+    """Of the first token, and of all later ones together."""
+    one = FakeView("a", in_flight=4, prefill_tokens=500)
+    (plain,) = costs_of(asked(a=600), [one])
+    assert plain.queue_s + plain.prefill_s == pytest.approx(0.19)
+    assert plain.decode_s == pytest.approx(2.2)
+    slo = Slo(ttft_s=0.15, tpot_s=0.021)
+    (cost,) = costs_of(asked(a=600, slo=slo), [one])
+    assert cost == pytest.approx(plain._replace(late_s=0.04 + 0.1))
+    assert cost.total_s == pytest.approx(plain.total_s + LATE_WEIGHT * 0.14)
+    text = str(cost_in_seconds(asked(a=600, slo=slo), [one]).reason)
+    assert text.startswith(f"{cost.total_s:.3f} s = queue 0.100 + prefill 0.090 (600 of 1000")
+    assert f"{LATE_WEIGHT:g} x late 0.140;" in text
+
+
+def test_without_a_promise_nothing_is_said_of_it() -> None:
+    text = str(cost_in_seconds(asked(), [FakeView("a")]).reason)
+    assert "late" not in text
+    assert " x " not in text
+
+
+def test_a_request_that_would_be_late_goes_where_it_is_in_time() -> None:
+    """Others would lose less by it at the instance that holds its prompt."""
+    views = [FakeView("a", in_flight=1, prefill_tokens=1280), FakeView("b", in_flight=1)]
+    chosen = {
+        slo: cost_in_seconds(asked(a=900, slo=slo), views).index
+        for slo in (None, Slo(ttft_s=2.0), Slo(ttft_s=0.22))
+    }
+    assert list(chosen.values()) == [0, 0, 1]
+
+
+def test_a_tight_pace_goes_where_few_run() -> None:
+    views = [FakeView("a", in_flight=24), FakeView("b", in_flight=5)]
+    chosen = [
+        cost_in_seconds(asked(a=900, slo=slo), views).index
+        for slo in (Slo(tpot_s=0.1), Slo(tpot_s=0.0225))
+    ]
+    assert chosen == [0, 1]
+
+
+def test_an_offline_request_waits_where_others_lose_least() -> None:
+    """Its own seconds count little, those of others in full."""
+    views = [FakeView("a", in_flight=2, prefill_tokens=2000), FakeView("b", in_flight=2)]
+    assert cost_in_seconds(asked(a=800), views).index == 1
+    choice = cost_in_seconds(asked(a=800, slo=Slo(is_offline=True)), views)
+    assert choice.index == 0
+    assert f"= {OFFLINE_WEIGHT:g} x (queue 0.400 + prefill 0.050 (800 of" in str(choice.reason)
+    assert isinstance(choice.reason, CostReason)
+    cost = choice.reason.cost
+    own_s = OFFLINE_WEIGHT * (cost.queue_s + cost.prefill_s + cost.decode_s)
+    assert cost.total_s == pytest.approx(own_s + cost.delay_s)
+    assert cost.delay_s > 100 * TPOT_MORE_S * 2, "its decoding slows them too"
+
+
+def test_offline_requests_gather_and_others_keep_away_from_none() -> None:
+    """What those lose who are offline themselves counts little, for who has a promise."""
+    views = [FakeView("a", in_flight=20, offline_requests=20), FakeView("b", in_flight=18)]
+    chosen = [
+        cost_in_seconds(asked(slo=slo), views).index
+        for slo in (None, Slo(ttft_s=9.0), Slo(is_offline=True))
+    ]
+    assert chosen == [1, 0, 0]
+    views[0].in_flight = views[0].offline_requests = 200
+    assert cost_in_seconds(asked(slo=Slo(ttft_s=9.0)), views).index == 1
+    assert cost_in_seconds(asked(slo=Slo(is_offline=True)), views).index == 1
+
+
+def test_who_has_no_promise_does_not_look_at_who_is_offline() -> None:
+    views = [FakeView("a", in_flight=20, prefill_tokens=70), FakeView("b", in_flight=18)]
+    before = cost_in_seconds(asked(a=500), views)
+    views[0].offline_requests = 20
+    assert str(cost_in_seconds(asked(a=500), views).reason) == str(before.reason)
+
+
+SLOS = (None, Slo(0.1, 0.02), Slo(ttft_s=-1.0), Slo(is_offline=True))
+
+
+@pytest.mark.parametrize("slo", SLOS)
+def test_the_cost_that_is_shown_is_the_one_that_decided(slo: Slo | None) -> None:
+    """Of two equals the other's is the next best."""
+    views = [
+        FakeView(name, in_flight=9, offline_requests=4, foreign_requests=1, prefill_tokens=700)
+        for name in "ab"
+    ]
+    reason = cost_in_seconds(asked(slo=slo), views).reason
+    assert isinstance(reason, CostReason)
+    assert reason.cost.total_s == pytest.approx(reason.next_s)
+
+
+TIMES = st.floats(0, 1e4)
+
+
+@given(st.integers(0, 500), st.floats(0, 1e6), st.integers(1, 100_000), TIMES, TIMES, TIMES, TIMES)
+def test_a_little_less_of_a_promise_is_a_little_more_of_a_cost(  # noqa: PLR0917
+    in_flight: int, queue: float, prompt: int, ttft: float, tpot: float, less: float, pace: float
+) -> None:
+    """No threshold: what a cost grows by is bounded by what the promise shrinks by."""
+    view = FakeView("a", in_flight=in_flight, prefill_tokens=queue)
+    loose, tight = Slo(ttft + less, tpot + pace), Slo(ttft, tpot)
+    (before,), (after,) = (costs_of(asked(prompt, slo=slo), [view]) for slo in (loose, tight))
+    grown_s = after.total_s - before.total_s
+    slack = 1e-9 * (1 + after.total_s)
+    assert -slack <= grown_s <= LATE_WEIGHT * (less + 100 * pace) + slack
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.floats(0, 1e5)), min_size=1, max_size=8))
+def test_a_promise_that_is_kept_anywhere_changes_nothing(loads: list[tuple[int, float]]) -> None:
+    """To the last bit."""
+    views = [
+        FakeView(str(number), in_flight=num, prefill_tokens=tokens)
+        for number, (num, tokens) in enumerate(loads)
+    ]
+    with_one = cost_in_seconds(asked(slo=Slo(1e6, 1e6)), views)
+    without = cost_in_seconds(asked(), views)
+    assert with_one.index == without.index
+    assert isinstance(with_one.reason, CostReason)
+    assert isinstance(without.reason, CostReason)
+    assert with_one.reason.cost.total_s == without.reason.cost.total_s
+    assert with_one.reason.next_s == without.reason.next_s
 
 
 # -- simulation ---------------------------------------------------------------------------------

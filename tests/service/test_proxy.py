@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xllm_plugin.service.policy import Choice
+from xllm_plugin.service.cost import cost_in_seconds
+from xllm_plugin.service.policy import Choice, Slo
 from xllm_plugin.testing.fake_instance import (
     FakeInstance,
     Received,
@@ -20,7 +22,7 @@ from xllm_plugin.testing.fake_instance import (
     chunked,
     stream,
 )
-from xllm_plugin.testing.service_harness import request, serving
+from xllm_plugin.testing.service_harness import PATIENCE_S, request, serving
 
 FUZZ = settings(
     max_examples=60,
@@ -469,6 +471,73 @@ def test_a_session_is_named_by_a_header_a_cache_key_or_a_user(run: Any) -> None:
             await harness.ask(request(b'{"model":"fake","user":"u"}'))
             await harness.ask(request(b'{"model":"fake","user":7}'))
             assert keys == ["s", "k", "u", ""]
+
+    run(check())
+
+
+def test_a_promise_reaches_the_policy(run: Any) -> None:
+    """From headers and body; what is wrong is the instance's to refuse, and counts as nothing."""
+    header, wrong = b"x-xllm-ttft-ms: 250\r\n", b"x-xllm-tpot-ms: soon\r\n"
+    in_body = b'{"model":"fake","vllm_xargs":{"xllm_tpot_ms":20}}'
+    in_params = b'{"model":"fake","sampling_params":{"extra_args":{"xllm_class":"offline"}}}'
+
+    async def check() -> None:
+        found: list[Slo | None] = []
+
+        def noted(asked: Any, _: Any) -> Choice:
+            found.append(asked.slo)
+            return Choice(0, "noted")
+
+        async with serving(FakeInstance(), policy=noted) as harness:
+            client = await harness.connect()
+            for raw in (
+                *(request(), request(headers=header), request(headers=header)),
+                *(request(in_body), request(in_body, headers=header)),
+                request(in_params, b"/inference/v1/generate"),
+                *(request(headers=b"X-Xllm-Class: Offline\r\n"), request(headers=wrong)),
+            ):
+                client.send(raw)
+                head, _ = await client.read_answer()
+                assert head.startswith(b"HTTP/1.1 200")
+            never, early = float("inf"), pytest.approx(0.25, abs=PATIENCE_S)
+            offline = Slo(is_offline=True)
+            assert found == [
+                *(None, (early, never, False), (early, never, False), (never, 0.02, False)),
+                *((early, 0.02, False), offline, offline, None),
+            ]
+            assert all(slo is None or slo.ttft_s <= 0.25 or slo.ttft_s == never for slo in found)
+
+    run(check())
+
+
+def test_offline_requests_are_counted_where_they_run(run: Any) -> None:
+    async def check() -> None:
+        counts: list[tuple[int, int]] = []
+
+        async def counting(received: Received, writer: asyncio.StreamWriter) -> None:
+            (there,) = harness.proxy.fleet
+            counts.append((there.in_flight, there.offline_requests))
+            await answer()(received, writer)
+
+        async with serving(FakeInstance(script=counting)) as harness:
+            for headers in (b"x-xllm-class: offline\r\n", b"x-xllm-ttft-ms: 5\r\n", b""):
+                await harness.ask(request(headers=headers))
+                await harness.settle()
+            assert counts == [(1, 1), (1, 0), (1, 0)]
+
+    run(check())
+
+
+def test_explain_says_how_late_a_request_would_be(run: Any) -> None:
+    async def check() -> None:
+        async with serving(FakeInstance(), FakeInstance(), policy=cost_in_seconds) as harness:
+            headers = b"X-XLLM-Explain: 1\r\nx-xllm-ttft-ms: 0.001\r\n"
+            head, _ = await harness.ask(request(headers=headers))
+            line = next(one for one in head.split(b"\r\n") if one.startswith(b"x-xllm-explain: "))
+            reason = json.loads(line.partition(b": ")[2])["reason"]
+            assert re.search(r" x late [\d.]+; next best", reason), reason
+            (decision,) = harness.proxy.router.decisions
+            assert decision.described()["reason"] == reason
 
     run(check())
 

@@ -16,7 +16,7 @@ from xllm_plugin.plugins import build_manager, routing_policies
 from xllm_plugin.service.cached import CachedTokens, most_cached
 from xllm_plugin.service.cost import STALL_WEIGHT, cost_in_seconds
 from xllm_plugin.service.cost_ranking import CostRanking
-from xllm_plugin.service.policy import InstanceView, RequestView, RoutingPolicy
+from xllm_plugin.service.policy import InstanceView, RequestView, RoutingPolicy, Slo
 from xllm_plugin.service.ranking import ListRanking
 from xllm_plugin.service.router import Asked
 from xllm_plugin.service.speed import Speed
@@ -48,6 +48,7 @@ class World:
     def change(self, view: FakeView) -> None:
         draw = self.draw
         view.in_flight = draw.choice((0, 0, 1, 2, 30))
+        view.offline_requests = draw.choice((0, 0, view.in_flight // 2, view.in_flight))
         view.foreign_requests = draw.choice((0, 0, 1))
         view.outstanding_tokens = draw.choice((0, 100, 5000))
         view.prefill_tokens = draw.choice((0, 0, 7, 4000, draw.randrange(100_000)))
@@ -71,7 +72,17 @@ class World:
             prompt,
             output,
             cached,
+            self.slo(),
         )
+
+    def slo(self) -> Slo | None:
+        draw = self.draw
+        if draw.random() < 0.4:
+            return None
+        if draw.random() < 0.3:
+            return Slo(is_offline=True)
+        never = float("inf")
+        return Slo(draw.choice((never, -1.0, 0.02, 0.5, 8.0)), draw.choice((never, 0.021, 0.03)))
 
     def steps(self, ranking: Any, num_steps: int) -> Iterator[Asked]:
         """Change this and that, tell the ranking, and ask."""
@@ -162,7 +173,7 @@ def test_the_choice_is_what_it_was_before_anything_was_made_fast(
     world = World(seed, count, speeds)
     for view in world.views:
         world.change(view)
-    asked = world.request()
+    asked = replace(world.request(), slo=None)
     choice, totals = cost_in_seconds(asked, world.views), old_totals(asked, world.views)
     least = min(totals)
     assert totals[choice.index] <= least * (1 + 1e-4)
@@ -178,12 +189,13 @@ def test_an_idle_fleet_of_equals_takes_turns() -> None:
     ranking = CostRanking(views)
     for index in range(100):
         ranking.put(index)
-    asked = replace(World(0, 1, "equal").request(), cached_tokens={})
+    asked = replace(World(0, 1, "equal").request(), cached_tokens={}, slo=None)
     chosen = [ranking.choose(replace(asked, sequence=n)).index for n in range(250)]
     assert chosen == [n % 100 for n in range(250)]
 
 
-def test_few_candidates_are_looked_at_of_many() -> None:
+@pytest.mark.parametrize("slo", [None, Slo(0.4, 0.024), Slo(is_offline=True)])
+def test_few_candidates_are_looked_at_of_many(slo: Slo | None) -> None:
     """What it is for: a thousand at work, each with its own speed and load."""
     seen = 0
 
@@ -201,7 +213,7 @@ def test_few_candidates_are_looked_at_of_many() -> None:
     ranking = CostRanking(views)
     for index in range(1000):
         ranking.put(index)
-    asked = replace(world.request(), prompt_tokens=1000, cached_tokens={})
+    asked = replace(world.request(), prompt_tokens=1000, cached_tokens={}, slo=slo)
     ranking.choose(asked)
     seen = 0
     for number in range(20):

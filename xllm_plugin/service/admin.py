@@ -258,6 +258,7 @@ def _described(instance: Instance, now_s: float) -> dict[str, Any]:
         "models": sorted(instance.models),
         "capacity": instance.capacity,
         "in_flight": instance.in_flight,
+        "offline_requests": instance.offline_requests,
         "outstanding_tokens": instance.outstanding_tokens,
         "foreign_requests": instance.foreign_requests,
         "role": instance.entry.role.value,

@@ -513,8 +513,7 @@ class ClientConnection(asyncio.Protocol):
         exchange.keep_alive = version == "1.1" and parser.should_keep_alive()
         lines = [method, b" ", route.target, b" HTTP/1.1\r\n"]
         special = self._sort(lines)
-        if self.proxy.reads_promises:
-            self._heed_caller(exchange, special)
+        self._heed_caller(exchange, special)
         self._heed(exchange, special, lines, version)
         if b"host" not in special:  # of HTTP/1.0; what goes on is HTTP/1.1, which needs one
             lines.append(b"host: \r\n")

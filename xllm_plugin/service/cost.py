@@ -8,6 +8,18 @@ S. Aalto, "Size- and state-aware dispatching problem with queue-specific job siz
 2012).  The rate is that of a mean instance, by Little's law: requests there over the time that they
 are predicted to stay.
 
+A request that names a promise adds seconds by which it would be late, at `LATE_WEIGHT`.  That is
+little, and on purpose: simulated fleets keep fewer promises the more it weighs (at 5, half as many
+of the tight ones near saturation), for who insists on being in time gives up cached prefixes, and
+all wait for what is computed twice.  What helps is to know who is not in a hurry.  A second of an
+offline request weighs `OFFLINE_WEIGHT`, its own as well as one that others take from it, while it
+pays in full for what it takes from them; so offline requests gather where few others run, and those
+with a promise keep away by themselves.  One weight for both, no list of instances, no mode.  Own
+decoding stands for two things elsewhere: n requests slow this one as much as it slows them.  Where
+only a part of its own counts, what it slows others by is added.
+
+Requests without a promise cost what they would if nobody had one, to the last bit.
+
 `cost_in_seconds` is the definition, and what is used before a few instances.  Before many
 `cost_ranking.py` finds the same one without looking at each.
 """
@@ -23,14 +35,21 @@ from xllm_plugin.service.cached import most_cached
 from xllm_plugin.service.policy import Choice, InstanceView, RequestView
 
 __all__ = [
+    "LATE_WEIGHT",
+    "OFFLINE_WEIGHT",
     "STALL_WEIGHT",
     "Cost",
     "CostReason",
+    "Due",
+    "caring_of",
     "cause_of",
     "cost_from",
     "cost_in_seconds",
     "crowding_of",
+    "due_of",
     "parts_of",
+    "promised_s",
+    "reason_of",
 ]
 
 _BUSY_PERIOD = 5.0
@@ -40,6 +59,12 @@ at a load of 0.8.  From 3 to 20 the simulated fleet hardly cares (benchmarks/fle
 STALL_WEIGHT = 0.3
 """Of a second in which a stream stands still, beside one of waiting for the first token.  At 1 long
 prompts gather where few streams run, and wait there (Azure's conversations, simulated)."""
+
+LATE_WEIGHT = 0.25
+"""Of a second beyond what a request was promised, on top of its own."""
+
+OFFLINE_WEIGHT = 0.2
+"""Of a second that an offline request loses, its own or to others, beside one of an online one."""
 
 _STEPS = 2**20
 _INFINITE = float("inf")
@@ -62,11 +87,58 @@ class Cost(NamedTuple):
     """Of others, all together, by the computing of its prompt."""
     transfer_s: float = 0.0
     """Of KV blocks from elsewhere; nothing moves them yet."""
+    late_s: float = 0.0
+    """Of its own time, what is beyond its promise."""
+    own_weight: float = 1.0
+    """Of its own seconds: queue, prefill and decoding."""
 
     @property
     def total_s(self) -> float:
         """What decides."""
-        return self.queue_s + self.prefill_s + self.decode_s + self.delay_s + self.transfer_s
+        own_s = self.own_weight * (self.queue_s + self.prefill_s + self.decode_s)
+        return own_s + self.delay_s + self.transfer_s + LATE_WEIGHT * self.late_s
+
+
+class Due(NamedTuple):
+    """How the time of a request with a promise of its own counts."""
+
+    own_weight: float
+    """Of its own seconds."""
+    first_s: float
+    """Until its first token is late."""
+    decode_s: float
+    """Its decoding may take so long."""
+    slowing_tokens: float
+    """By how many tokens it slows others, beyond what its own time stands for."""
+
+    def late_s(self, wait_s: float, decode_s: float) -> float:
+        """Seconds beyond the promise: to the first token, and over all later ones."""
+        return max(0.0, wait_s - self.first_s) + max(0.0, decode_s - self.decode_s)
+
+    def total_s(  # noqa: PLR0917 - as a sum has its terms
+        self,
+        queue_s: float,
+        prefill_s: float,
+        decode_s: float,
+        num_caring: float,
+        crowding: float,
+        pace_s: float,
+    ) -> float:
+        """What one candidate costs; never falls where an argument grows, rounding included.
+
+        Args:
+            queue_s: as in `Cost`.
+            prefill_s: as there.
+            decode_s: as there.
+            num_caring: of `caring_of`, times the requests there.
+            crowding: of `crowding_of`, times `caring_of`.
+            pace_s: by which a request there slows each other, a token.
+        """
+        wait_s = queue_s + prefill_s
+        delay_s = prefill_s * (STALL_WEIGHT * num_caring + crowding * (queue_s + prefill_s / 2))
+        delay_s += self.slowing_tokens * pace_s * num_caring
+        late_s = self.late_s(wait_s, decode_s)
+        return self.own_weight * (wait_s + decode_s) + delay_s + LATE_WEIGHT * late_s
 
 
 class CostReason(msgspec.Struct, frozen=True, gc=False):
@@ -78,18 +150,29 @@ class CostReason(msgspec.Struct, frozen=True, gc=False):
     prompt_tokens: int
     next_s: float
     """Cost of the next best candidate; inf if there is none."""
+    due: Due | None = None
+    slowed_s: float = 0.0
+    """By how much its decoding slows others, as far as `due` counts that."""
 
     @property
     def cost(self) -> Cost:
         """Of the one that was chosen."""
-        return cost_from(self.parts, self.crowding)
+        return cost_from(self.parts, self.crowding, self.due, self.slowed_s)
 
     def __str__(self) -> str:
-        cost = self.cost
-        return (
-            f"{cost.total_s:.3f} s = queue {cost.queue_s:.3f} + prefill {cost.prefill_s:.3f} "
+        cost, due = self.cost, self.due
+        own = (
+            f"queue {cost.queue_s:.3f} + prefill {cost.prefill_s:.3f} "
             f"({self.cached:.0f} of {self.prompt_tokens} tokens cached) + decode "
-            f"{cost.decode_s:.3f} + delay of others {cost.delay_s:.3f}; next best "
+            f"{cost.decode_s:.3f}"
+        )
+        late = ""
+        if cost.own_weight != 1:
+            own = f"{cost.own_weight:g} x ({own})"
+        elif due is not None:
+            late = f" + {LATE_WEIGHT:g} x late {cost.late_s:.3f}"
+        return (
+            f"{cost.total_s:.3f} s = {own} + delay of others {cost.delay_s:.3f}{late}; next best "
             f"{self.next_s:.3f} s"
         )
 
@@ -105,16 +188,84 @@ def parts_of(request: RequestView, instance: InstanceView) -> Parts:
     return queue_s, prefill_s, tpot_s * request.output_tokens, STALL_WEIGHT * num_others
 
 
-def cost_from(parts: Parts, crowding: float) -> Cost:
+def due_of(request: RequestView) -> Due | None:
+    """How the time of a request counts by its promise; None if it has none of its own."""
+    slo = request.slo
+    if slo is None:
+        return None
+    output = request.output_tokens
+    if slo.is_offline:
+        return Due(OFFLINE_WEIGHT, slo.ttft_s, slo.tpot_s * output, output)
+    return Due(1.0, slo.ttft_s, slo.tpot_s * output, 0.0)
+
+
+def caring_of(num_others: int, num_offline: int) -> float:
+    """How much of what an instance's requests lose counts, for a request with a promise.
+
+    Args:
+        num_others: requests there.
+        num_offline: those of them that are offline.
+    """
+    if num_offline <= 0 or num_others <= 0:  # of other processes they come one after the other
+        return 1.0
+    return max(OFFLINE_WEIGHT, 1.0 - (1.0 - OFFLINE_WEIGHT) * num_offline / num_others)
+
+
+def promised_s(due: Due, instance: InstanceView, parts: Parts, crowding: float) -> float:
+    """What a request with a promise costs at `instance`.
+
+    Args:
+        due: of `due_of`.
+        instance: a candidate.
+        parts: of `parts_of`.
+        crowding: of `crowding_of`.
+    """
+    queue_s, prefill_s, decode_s, _ = parts
+    num_others = instance.in_flight + instance.foreign_requests
+    caring = caring_of(num_others, instance.offline_requests)
+    pace_s = instance.speed.tpot_s_per_request
+    return due.total_s(queue_s, prefill_s, decode_s, num_others * caring, crowding * caring, pace_s)
+
+
+def reason_of(
+    request: RequestView, instance: InstanceView, crowding: float, next_s: float
+) -> CostReason:
+    """Why `instance` was chosen.
+
+    Args:
+        request: that was placed.
+        instance: where.
+        crowding: of `crowding_of`.
+        next_s: cost of the next best; inf if there is none.
+    """
+    parts, due = parts_of(request, instance), due_of(request)
+    held, prompt = request.cached_tokens.get(instance.name, 0.0), request.prompt_tokens
+    if due is None:
+        return CostReason(parts, crowding, held, prompt, next_s)
+    queue_s, prefill_s, decode_s, _ = parts
+    num_others = instance.in_flight + instance.foreign_requests
+    caring = caring_of(num_others, instance.offline_requests)
+    parts = queue_s, prefill_s, decode_s, STALL_WEIGHT * (num_others * caring)
+    slowed_s = due.slowing_tokens * instance.speed.tpot_s_per_request * (num_others * caring)
+    return CostReason(parts, crowding * caring, held, prompt, next_s, due, slowed_s)
+
+
+def cost_from(parts: Parts, crowding: float, due: Due | None = None, slowed_s: float = 0.0) -> Cost:
     """Add to what a request loses itself what others lose by its prefill.
 
     Args:
         parts: of `parts_of`.
         crowding: of `crowding_of`.
+        due: of `due_of`.
+        slowed_s: as in `CostReason`.
     """
     queue_s, prefill_s, decode_s, stall = parts
     delay_s = prefill_s * (stall + crowding * (queue_s + prefill_s / 2))
-    return Cost(queue_s, prefill_s, decode_s, delay_s)
+    if due is None:
+        return Cost(queue_s, prefill_s, decode_s, delay_s)
+    late_s = due.late_s(queue_s + prefill_s, decode_s)
+    delay_s += slowed_s
+    return Cost(queue_s, prefill_s, decode_s, delay_s, 0.0, late_s, due.own_weight)
 
 
 def crowding_of(num_others: int, stay_s: float) -> float:
@@ -155,10 +306,19 @@ def cost_in_seconds(request: RequestView, candidates: Sequence[InstanceView]) ->
         stay_s += queue_s + prefill_s + decode_s
         parts.append((queue_s, prefill_s, decode_s, STALL_WEIGHT * num_others))
     crowding = crowding_of(all_others, stay_s)
-    totals = [
-        queue_s + prefill_s + decode_s + prefill_s * (stall + crowding * (queue_s + prefill_s / 2))
-        for queue_s, prefill_s, decode_s, stall in parts
-    ]
+    due = None if request.slo is None else due_of(request)
+    if due is None:
+        totals = [
+            queue_s
+            + prefill_s
+            + decode_s
+            + prefill_s * (stall + crowding * (queue_s + prefill_s / 2))
+            for queue_s, prefill_s, decode_s, stall in parts
+        ]
+    else:
+        totals = [
+            promised_s(due, one, own, crowding) for one, own in zip(candidates, parts, strict=True)
+        ]
     least_s = min(totals)
     # Begin at another one each time, so that equals take turns.
     begin = request.sequence % len(totals)
@@ -169,7 +329,12 @@ def cost_in_seconds(request: RequestView, candidates: Sequence[InstanceView]) ->
     chosen = candidates[best]
     del totals[best]
     held = cached.get(chosen.name, 0.0) if cached else 0.0
-    reason = CostReason(parts[best], crowding, held, prompt, min(totals, default=_INFINITE))
+    next_s = min(totals, default=_INFINITE)
+    reason = (
+        CostReason(parts[best], crowding, held, prompt, next_s)
+        if due is None
+        else reason_of(request, chosen, crowding, next_s)
+    )
     return Choice(best, reason, cause_of(held, cached))
 
 

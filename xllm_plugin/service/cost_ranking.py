@@ -8,6 +8,9 @@ Rule 3: bounds are computed by the operations of the cost itself, in their order
 order, so a bound is never above the cost that it bounds, not by a bit either.
 Rule 4: bounds are for what most candidates hold of the prompt, and so for those that hold less
 too; those that hold more are all looked at.
+Rule 5: who is offline at a candidate makes it cheaper for requests with a promise.  So its row says
+how many are; where the rest of a group is passed over, it is taken to be as cheap by them as the
+cheapest of that group.
 """
 
 from __future__ import annotations
@@ -17,7 +20,17 @@ from bisect import bisect_left, insort
 from collections.abc import Container, Mapping, Sequence
 
 from xllm_plugin.service.cached import usual_and_others
-from xllm_plugin.service.cost import STALL_WEIGHT, CostReason, cause_of, crowding_of, parts_of
+from xllm_plugin.service.cost import (
+    STALL_WEIGHT,
+    Due,
+    caring_of,
+    cause_of,
+    crowding_of,
+    due_of,
+    parts_of,
+    promised_s,
+    reason_of,
+)
 from xllm_plugin.service.policy import Choice, InstanceView, RequestView
 from xllm_plugin.service.speed import Speed
 
@@ -27,8 +40,8 @@ _GROUP_SIZE = 32
 _INFINITE = float("inf")
 
 
-_Row = tuple[int, float, int]
-"""Of a candidate: requests there, prompt tokens in its queue, its index."""
+_Row = tuple[int, float, int, int]
+"""Of a candidate: requests there, prompt tokens in its queue, its index, offline requests there."""
 
 
 class _Group:
@@ -40,6 +53,7 @@ class _Group:
 
     __slots__ = (
         "is_uniform",
+        "least_caring",
         "prefill_s_per_token",
         "rows",
         "tpot_base_s",
@@ -50,6 +64,8 @@ class _Group:
     def __init__(self, speeds: Sequence[Speed]) -> None:
         self.rows: list[_Row] = []
         """Of those that are open, sorted."""
+        self.least_caring = 1.0
+        """Of all rows (`caring_of`), those included that were here since the group was made."""
         self.is_uniform = all(one == speeds[0] for one in speeds)
         self.ttft_base_s = min(one.ttft_base_s for one in speeds)
         self.prefill_s_per_token = min(one.prefill_s_per_token for one in speeds)
@@ -66,13 +82,18 @@ class _Search:
         crowding: among those that are open.
     """
 
-    __slots__ = ("_candidates", "_crowding", "_output", "least_s", "limit_s", "next_s", "ties")
+    __slots__ = (
+        *("_candidates", "_crowding", "_due", "_output", "_request"),
+        *("least_s", "limit_s", "next_s", "ties"),
+    )
 
     def __init__(
         self, request: RequestView, candidates: Sequence[InstanceView], crowding: float
     ) -> None:
         self._candidates = candidates
         self._crowding = crowding
+        self._request = request
+        self._due = due_of(request)
         self._output = request.output_tokens
         self.least_s = self.next_s = _INFINITE
         self.limit_s = _INFINITE
@@ -83,6 +104,10 @@ class _Search:
     def look_at(self, index: int, uncached: float) -> None:
         """Take candidate `index` into account, where `uncached` tokens have to be computed."""
         one = self._candidates[index]
+        if self._due is not None:
+            parts = parts_of(self._request, one)
+            self._take(index, promised_s(self._due, one, parts, self._crowding))
+            return
         speed = one.speed
         num_others = one.in_flight + one.foreign_requests
         queue_s = speed.prefill_s_per_token * one.prefill_tokens
@@ -107,11 +132,14 @@ class _Search:
             less: at those that hold less of the prompt.
             known: those that hold more, and were looked at.
         """
+        if self._due is not None:
+            self._look_by_promise(self._due, group, uncached, less, known)
+            return
         crowding, output, is_uniform = self._crowding, self._output, group.is_uniform
         prefill_s = group.ttft_base_s + group.prefill_s_per_token * uncached
         last, last_tokens = -1, -1.0
         decode_s = stall = bound_s = 0.0
-        for num_others, tokens, index in group.rows:
+        for num_others, tokens, index, _ in group.rows:
             if num_others != last:
                 last, last_tokens, stall = num_others, -1.0, STALL_WEIGHT * num_others
                 tpot_s = group.tpot_base_s + group.tpot_s_per_request * (num_others + 1)
@@ -132,6 +160,45 @@ class _Search:
                 self._take(index, bound_s)
             else:
                 self.look_at(index, uncached)
+
+    def _look_by_promise(
+        self,
+        due: Due,
+        group: _Group,
+        uncached: float,
+        less: Mapping[int, float],
+        known: Container[int],
+    ) -> None:
+        """`look_into` for a request with a promise."""
+        crowding, output, pace_s = self._crowding, self._output, group.tpot_s_per_request
+        prefill_s = group.ttft_base_s + group.prefill_s_per_token * uncached
+        least_caring = group.least_caring
+        last, decode_s = -1, 0.0
+        for num_others, tokens, index, num_offline in group.rows:
+            if num_others != last:
+                last = num_others
+                decode_s = (group.tpot_base_s + pace_s * (num_others + 1)) * output
+                caring = num_others * least_caring
+                least_s = due.total_s(
+                    0.0, prefill_s, decode_s, caring, crowding * least_caring, pace_s
+                )
+                if least_s > self.limit_s:
+                    return  # all that follow have as many requests or more
+            caring = caring_of(num_others, num_offline)
+            bound_s = due.total_s(
+                group.prefill_s_per_token * tokens,
+                prefill_s,
+                decode_s,
+                num_others * caring,
+                crowding * caring,
+                pace_s,
+            )
+            if bound_s > self.limit_s or index in known:
+                continue
+            if group.is_uniform and index not in less:
+                self._take(index, bound_s)
+            else:
+                self.look_at(index, less.get(index, uncached))
 
     def _take(self, index: int, total_s: float) -> None:
         if total_s == self.least_s:
@@ -176,7 +243,8 @@ class CostRanking:
     def put(self, index: int) -> None:
         """Candidate `index` can take a request; it is new, or looks different."""
         one = self.candidates[index]
-        row = (one.in_flight + one.foreign_requests, one.prefill_tokens, index)
+        num_others = one.in_flight + one.foreign_requests
+        row = (num_others, one.prefill_tokens, index, one.offline_requests)
         before = self._rows[index]
         if one.speed is not self._speeds[index]:
             self._is_grouped = False  # all change together, about once a second
@@ -216,11 +284,9 @@ class CostRanking:
         turn = self._open[request.sequence % len(self._open)]
         ties = sorted(search.ties)
         best = ties[bisect_left(ties, turn) % len(ties)]
-        chosen = self.candidates[best]
-        held = cached.get(chosen.name, 0.0)
+        held = cached.get(self.candidates[best].name, 0.0)
         next_s = search.least_s if len(ties) > 1 else search.next_s
-        parts = parts_of(request, chosen)
-        reason = CostReason(parts, crowding, held, request.prompt_tokens, next_s)
+        reason = reason_of(request, self.candidates[best], crowding, next_s)
         return Choice(best, reason, cause_of(held, cached))
 
     # -- parts ----------------------------------------------------------------------------------
@@ -311,9 +377,12 @@ class CostRanking:
 
     def _count(self, row: _Row, sign: int) -> None:
         """Add a row to the sums, or take it away."""
-        num_others, tokens, index = row
+        num_others, tokens, index, num_offline = row
         speed = self._speeds[index]
         tpot_s = speed.tpot_base_s + speed.tpot_s_per_request * (num_others + 1)
+        if num_offline:
+            group = self._group_of[index]
+            group.least_caring = min(group.least_caring, caring_of(num_others, num_offline))
         self._num_others += sign * num_others
         self._queue_s += sign * speed.prefill_s_per_token * tokens
         self._ttft_base_s += sign * speed.ttft_base_s

@@ -184,7 +184,7 @@ class Exchange:
         self.grant: Grant | None = None
         """The key that was shown, if keys are asked for."""
         self.promised: dict[str, str] | None = None
-        """What headers promise, if anybody here wants to know."""
+        """What headers promise, where they have been read."""
         self.wishes = NO_WISHES
         self.waiting: Waiting | None = None
         """Its time in the queue, if it had to wait."""
@@ -265,8 +265,13 @@ class Exchange:
                 self.route.path.removeprefix("/v1/responses").strip("/").split("/")[0]
             )
         self.draw = random.getrandbits(64)
-        if self.promised is not None:
-            self._read_wishes(self.promised, seen)
+        if (
+            self.promised
+            or seen.vllm_xargs is not None
+            or seen.sampling_params is not None
+            or self.proxy.reads_promises
+        ):
+            self._read_wishes(self.promised or {}, seen)
 
     def _read_wishes(self, headers: dict[str, str], seen: Peek) -> None:
         try:
@@ -277,7 +282,8 @@ class Exchange:
             if self.grant is not None:
                 self.wishes = self.grant.account.bind(self.wishes)
         except Refusal as refusal:
-            self.refusal = refusal
+            if self.proxy.reads_promises:  # else they only help to choose; an instance refuses it
+                self.refusal = refusal
 
     def _arm(self, seen: Peek) -> None:
         if self.unframes or self.method != b"POST":
@@ -680,11 +686,13 @@ class Exchange:
         if not self.visited or self.visited[-1] is not instance:  # else it is connected to anew
             self.visited = (*self.visited, instance)
         self._booked_tokens = self.cost_tokens
-        self.proxy.fleet.book(instance, self._booked_tokens)
+        is_offline = self.wishes.is_offline
+        self.proxy.fleet.book(instance, self._booked_tokens, is_offline=is_offline)
 
     def _leave(self) -> None:
         assert self.instance is not None
-        self.proxy.fleet.release(self.instance, self._booked_tokens)
+        is_offline = self.wishes.is_offline
+        self.proxy.fleet.release(self.instance, self._booked_tokens, is_offline=is_offline)
         self.proxy.router.left(self)
         self.instance.stats.bytes_to += len(self.head) + len(self.body)
         self.instance.stats.bytes_from += self.num_bytes - self._num_counted_bytes

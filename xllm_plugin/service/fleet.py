@@ -132,6 +132,7 @@ class Instance:
         self.slot = -1
         """Its column in counters that several processes share (`processes/`)."""
         self.in_flight = 0
+        self.offline_requests = 0
         self.outstanding_tokens = 0
         self.foreign_requests = 0
         self.num_waiting = 0
@@ -332,15 +333,17 @@ class Fleet:
         for changed in self._watchers:
             changed.add(instance)
 
-    def book(self, instance: Instance, cost_tokens: int) -> None:
+    def book(self, instance: Instance, cost_tokens: int, *, is_offline: bool = False) -> None:
         """Count a request as running there, from dispatch on."""
         instance.in_flight += 1
+        instance.offline_requests += is_offline
         instance.outstanding_tokens += cost_tokens
         self.touched(instance)
 
-    def release(self, instance: Instance, cost_tokens: int) -> None:
+    def release(self, instance: Instance, cost_tokens: int, *, is_offline: bool = False) -> None:
         """Take back what `book` counted."""
         instance.in_flight -= 1
+        instance.offline_requests -= is_offline
         instance.outstanding_tokens -= cost_tokens
         self.touched(instance)
 
@@ -352,10 +355,12 @@ class Fleet:
     def check_integrity(self) -> None:
         """Raise `InternalError` unless the counters are those of no request."""
         for instance in self:
-            if instance.in_flight or instance.outstanding_tokens or instance.prefill_tokens:
+            counts = instance.in_flight, instance.outstanding_tokens, instance.prefill_tokens
+            if any(counts) or instance.offline_requests:
                 raise InternalError(
                     f"idle, but {instance.name} counts {instance.in_flight} requests, "
-                    f"{instance.outstanding_tokens} tokens and {instance.prefill_tokens} to compute"
+                    f"{instance.outstanding_tokens} tokens, {instance.prefill_tokens} to compute "
+                    f"and {instance.offline_requests} offline requests"
                 )
 
     def _forget_candidates(self) -> None:

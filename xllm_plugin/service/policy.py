@@ -8,13 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from xllm_plugin.service.speed import Speed
 
-__all__ = ["Choice", "InstanceView", "Ranking", "RequestView", "RoutingPolicy"]
+__all__ = ["Choice", "InstanceView", "Ranking", "RequestView", "RoutingPolicy", "Slo"]
+
+
+class Slo(NamedTuple):
+    """What one request was promised itself; inf where nothing was."""
+
+    ttft_s: float = float("inf")
+    """From now to its first token; negative if that is late already."""
+    tpot_s: float = float("inf")
+    """From one token to the next, on average."""
+    is_offline: bool = False
+    """Nobody waits for it; then both are inf."""
 
 
 class RequestView(Protocol):
@@ -48,6 +59,10 @@ class RequestView(Protocol):
     def cached_tokens(self) -> Mapping[str, float]:
         """Instance's name -> tokens of the prompt that it need not compute; 0 where it lacks."""
 
+    @property
+    def slo(self) -> Slo | None:
+        """Its own promise; None if it has none, which most have not."""
+
 
 class InstanceView(Protocol):
     """What a policy may know of an instance.  Every candidate can take the request."""
@@ -67,6 +82,10 @@ class InstanceView(Protocol):
     @property
     def in_flight(self) -> int:
         """Requests sent there and not finished, counted from dispatch."""
+
+    @property
+    def offline_requests(self) -> int:
+        """Those of them that nobody waits for."""
 
     @property
     def outstanding_tokens(self) -> int:

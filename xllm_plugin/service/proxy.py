@@ -155,6 +155,7 @@ class Proxy:
         self.router.forget_rosters()
         self._reconfigure_keys(config)
         self.reads_promises = self.flow is not None or self.keys is not None
+        """Whether a request with a wrong one is refused here; else they only help to choose."""
 
     def _reconfigure_flow(self, config: ServiceConfig) -> None:
         before, retry_after_s = self.flow, config.routing.retry_after_s

@@ -11,7 +11,7 @@ import msgspec
 
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.lifecycle import State
-from xllm_plugin.service.policy import Choice, RoutingPolicy
+from xllm_plugin.service.policy import Choice, RoutingPolicy, Slo
 from xllm_plugin.service.replies import Refusal, unknown_model
 from xllm_plugin.service.roster import MANY, Roster
 from xllm_plugin.service.routes import Kind
@@ -34,6 +34,7 @@ _TICKS_PER_S: Final = 1000
 """How finely it is told apart when prompts are predicted to be computed: a timer for each tick."""
 _BYTES_PER_TOKEN: Final = 4  # as an exchange estimates its cost_tokens
 _MAX_PROMPT_TOKENS: Final = 100_000
+_INFINITE: Final = float("inf")
 
 
 class Decision(msgspec.Struct, frozen=True, array_like=True):
@@ -70,6 +71,7 @@ class Asked(msgspec.Struct, frozen=True, gc=False):
     prompt_tokens: int
     output_tokens: int
     cached_tokens: Mapping[str, float]
+    slo: Slo | None = None
 
 
 class Sent(msgspec.Struct, eq=False):
@@ -206,6 +208,7 @@ class Router:
     def _asked(request: Exchange) -> Asked:
         sent = request.sent or _NOTHING
         estimated = min(len(request.body) // _BYTES_PER_TOKEN, _MAX_PROMPT_TOKENS)
+        slo = request.wishes.slo
         return Asked(
             request.sequence,
             request.draw,
@@ -214,6 +217,7 @@ class Router:
             sent.prompt_tokens or estimated,
             max(1, request.cost_tokens - estimated),
             sent.cached_tokens,
+            None if slo is None else _left_of(slo, request),
         )
 
     def _send(self, request: Exchange, asked: Asked, instance: Instance) -> None:
@@ -361,3 +365,10 @@ class Router:
         if counted not in self.causes and len(self.causes) >= _MAX_CAUSES:
             counted = (policy, "")  # a plugin that gives each choice a cause of its own
         self.causes[counted] = self.causes.get(counted, 0) + count
+
+
+def _left_of(slo: Slo, request: Exchange) -> Slo:
+    """What is left of a promise: the time to the first token runs from the request's arrival."""
+    if request.ttft_s >= 0:  # another instance continues its stream
+        return slo._replace(ttft_s=_INFINITE)
+    return slo._replace(ttft_s=slo.ttft_s - (request.proxy.loop.time() - request.started_s))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from xllm_plugin.service.fleet import Instance
+from xllm_plugin.service.flow.wishes import NO_WISHES, Wishes
 from xllm_plugin.service.router import Decision, Sent
 from xllm_plugin.service.routes import route_of
 
@@ -45,7 +46,9 @@ class FakeExchange:
         self.response_id = ""
         self.session_key = session_key
         self.sequence = 0
-        self.sent_s = 0.0
+        self.started_s = self.sent_s = 0.0
+        self.ttft_s = -1.0
+        self.wishes: Wishes = NO_WISHES
         self.tried: tuple[Instance, ...] = ()
         self.sent: Sent | None = None
         self.wants_stream = True

@@ -22,6 +22,7 @@ class FakeView:
     name_hash: int = 0
     capacity: float = 1.0
     in_flight: int = 0
+    offline_requests: int = 0
     outstanding_tokens: int = 0
     foreign_requests: int = 0
     prefill_tokens: float = 0.0

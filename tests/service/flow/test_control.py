@@ -437,7 +437,7 @@ def test_what_is_not_work_does_not_wait(run: Any) -> None:
 
 
 def test_nothing_set_nothing_read(run: Any) -> None:
-    """Without flow control and keys, promises are the instance's business alone."""
+    """Without flow control and keys, only the instance refuses a wrong promise."""
 
     async def check() -> None:
         async with serving(FakeInstance()) as harness:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from xllm_plugin.scheduler.promise import Promise, ServiceClass
-from xllm_plugin.service.flow.wishes import HEADERS, NO_WISHES, read_wishes, with_ttft_left
+from xllm_plugin.service.flow.wishes import (
+    HEADERS,
+    NO_WISHES,
+    for_tenant,
+    read_wishes,
+    with_ttft_left,
+)
+from xllm_plugin.service.policy import Slo
 from xllm_plugin.service.replies import Refusal
 
 
@@ -17,7 +24,7 @@ def test_the_headers_are_those_of_an_instance() -> None:
 def test_nothing_said_is_nothing_promised() -> None:
     assert read_wishes({}, None, None) is NO_WISHES
     assert read_wishes({}, "no dict", True) is NO_WISHES
-    assert NO_WISHES.max_wait_s == float("inf")
+    assert (NO_WISHES.max_wait_s, NO_WISHES.slo) == (float("inf"), None)
 
 
 def test_the_body_wins_over_headers_and_both_over_the_field_of_vllm() -> None:
@@ -34,6 +41,25 @@ def test_only_a_promise_that_was_asked_for_bounds_the_wait() -> None:
     assert read_wishes({"xllm_ttft_ms": "250"}, None, None).max_wait_s == 0.25
     offline = {"xllm_ttft_ms": "250", "xllm_class": "offline"}
     assert read_wishes(offline, None, None).max_wait_s == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("headers", "xargs", "slo"),
+    [
+        ({"xllm_ttft_ms": "250"}, None, Slo(ttft_s=0.25)),
+        ({"xllm_ttft_ms": "250"}, {"xllm_tpot_ms": 20}, Slo(0.25, 0.02)),
+        ({"xllm_ttft_ms": "250"}, {"xllm_ttft_ms": 500}, Slo(ttft_s=0.5)),
+        ({"xllm_class": "online", "xllm_priority": "-1", "xllm_tenant": "t"}, None, None),
+        ({"xllm_class": "offline"}, {"xllm_ttft_ms": 250}, Slo(is_offline=True)),
+    ],
+)
+def test_a_policy_weighs_what_the_request_has_named_itself(
+    headers: dict[str, str], xargs: dict[str, int] | None, slo: Slo | None
+) -> None:
+    """No default stands in for what it does not say, and offline targets do not count."""
+    wishes = read_wishes(headers, xargs, None)
+    assert wishes.slo == slo
+    assert for_tenant(wishes, "other").slo == slo
 
 
 def test_a_wrong_value_is_named_where_it_stood() -> None:

@@ -96,7 +96,7 @@ def test_a_worker_chooses_by_what_others_have_booked() -> None:
     post.join("a", "b")
     one, other = post.workers
     first = chosen(one)
-    one.book(first, 100)
+    one.book(first, 100, is_offline=True)
     one.expect_prefill(first, 50)
     post.now_s += 0.001
     second = chosen(other)
@@ -104,10 +104,12 @@ def test_a_worker_chooses_by_what_others_have_booked() -> None:
     seen = other.get(first.name)
     assert seen is not None
     assert (seen.in_flight, seen.outstanding_tokens, seen.prefill_tokens) == (1, 100, 50)
+    assert seen.offline_requests == 1
     (control,) = [found for found in post.fleet if found.name == first.name]
     assert (control.in_flight, control.outstanding_tokens) == (1, 100)
+    assert control.offline_requests == 1
     one.expect_prefill(first, -50)
-    one.release(first, 100)
+    one.release(first, 100, is_offline=True)
     post.now_s += 0.001
     for fleet in (one, other):
         fleet.candidates("m")

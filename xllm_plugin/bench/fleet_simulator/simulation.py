@@ -25,6 +25,7 @@ from xllm_plugin.registration import Load
 from xllm_plugin.service.config import InstanceEntry
 from xllm_plugin.service.exchange import Exchange, Peek, cost_tokens_of
 from xllm_plugin.service.fleet import Fleet, Instance
+from xllm_plugin.service.flow.wishes import NO_WISHES
 from xllm_plugin.service.kv_index.index import Cache, PrefixIndex, packed
 from xllm_plugin.service.kv_index.places import Places
 from xllm_plugin.service.kv_index.wire import BlockRemoved, BlockStored, Event
@@ -154,8 +155,8 @@ class _Ticket:
 
     __slots__ = (
         *("body", "cost_tokens", "decision", "draw", "instance", "model", "proxy", "response_id"),
-        *("sent", "sent_s", "sequence", "session_key", "tried", "served", "arrival"),
-        "wants_stream",
+        *("sent", "sent_s", "sequence", "session_key", "started_s", "tried", "ttft_s"),
+        *("served", "arrival", "wants_stream", "wishes"),
     )
 
     def __init__(self, arrival: Arrival, served: Served, proxy: _Proxy, draw: int) -> None:
@@ -169,7 +170,10 @@ class _Ticket:
         self.cost_tokens = cost_tokens_of(arrival.prompt_tokens * _BYTES_PER_TOKEN, Peek())
         self.response_id = self.session_key = ""
         self.sequence = 0
+        self.started_s = proxy.loop.now_s
         self.sent_s = 0.0
+        self.ttft_s = -1.0
+        self.wishes = NO_WISHES if arrival.slo is None else NO_WISHES._replace(slo=arrival.slo)
         self.tried: tuple[Instance, ...] = ()
         self.sent: Sent | None = None
         self.decision: Decision | None = None
@@ -280,7 +284,8 @@ class _Simulation:
         ticket.body = self._body[: prompt * _BYTES_PER_TOKEN]
         instance = self._choose(ticket)
         ticket.instance = instance
-        self._fleet.book(instance, ticket.cost_tokens)
+        is_offline = ticket.wishes.is_offline
+        self._fleet.book(instance, ticket.cost_tokens, is_offline=is_offline)
         ticket.sent_s = self._loop.now_s
         served.instance = self._number_of[instance.name]
         self._loop.call_later(self._delays.network_s, self._reach, ticket)
@@ -303,7 +308,8 @@ class _Simulation:
             raise InternalError(f"request {ticket.served.number} ends twice")
         assert ticket.instance is not None
         ticket.served.done_s = self._loop.now_s
-        self._fleet.release(ticket.instance, ticket.cost_tokens)
+        is_offline = ticket.wishes.is_offline
+        self._fleet.release(ticket.instance, ticket.cost_tokens, is_offline=is_offline)
         self._router.left(cast("Exchange", ticket))
         self._num_left -= 1
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from xllm_plugin.errors import ConfigError
+from xllm_plugin.service.policy import Slo
 
 __all__ = ["Arrival", "Recorded", "Trace", "arrivals", "read_trace"]
 
@@ -53,6 +54,8 @@ class Arrival:
     prompt_tokens: int
     output_tokens: int
     blocks: tuple[int, ...]
+    slo: Slo | None = None
+    """That it tells the service."""
 
 
 def read_trace(

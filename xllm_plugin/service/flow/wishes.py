@@ -12,10 +12,12 @@ from xllm_plugin.scheduler.promise import (
     KEYS,
     PRIORITY_KEY,
     TENANT_KEY,
+    TPOT_KEY,
     TTFT_KEY,
     Promise,
     read_promise,
 )
+from xllm_plugin.service.policy import Slo
 from xllm_plugin.service.replies import Refusal
 
 __all__ = [
@@ -34,6 +36,7 @@ HEADERS: Final = {b"x-" + key.replace("_", "-").encode(): key for key in KEYS}
 TENANT_HEADER: Final = b"x-xllm-tenant"
 _DEFAULT: Final = Promise()
 _TTFT_LINE: Final = re.compile(rb"(\r\nx-xllm-ttft-ms:)[^\r\n]*", re.IGNORECASE)
+_INFINITE: Final = float("inf")
 
 
 class Wishes(NamedTuple):
@@ -42,12 +45,19 @@ class Wishes(NamedTuple):
     promise: Promise
     has_ttft: bool = False
     has_tenant: bool = False
+    slo: Slo | None = None
+    """What of it a policy weighs, from the request's arrival on; None: it has named none."""
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether nobody waits for it."""
+        return self.slo is not None and self.slo.is_offline
 
     @property
     def max_wait_s(self) -> float:
         """Seconds from arrival after which the answer would be too late; inf without a promise."""
         is_bound = self.has_ttft and self.promise.is_online
-        return self.promise.ttft_ms / 1e3 if is_bound else float("inf")
+        return self.promise.ttft_ms / 1e3 if is_bound else _INFINITE
 
 
 NO_WISHES: Final = Wishes(_DEFAULT)
@@ -77,7 +87,7 @@ def read_wishes(headers: Mapping[str, str], xargs: Any, priority: Any) -> Wishes
         promise = read_promise(given, _DEFAULT)
     except PromiseError as error:
         raise _wrong(error, headers, xargs) from error
-    return Wishes(promise, TTFT_KEY in given, TENANT_KEY in given)
+    return Wishes(promise, TTFT_KEY in given, TENANT_KEY in given, _slo(promise, given))
 
 
 def for_tenant(wishes: Wishes, tenant: str) -> Wishes:
@@ -95,6 +105,17 @@ def with_ttft_left(head: bytes, left_ms: float) -> bytes:
         left_ms: until its first token is due.
     """
     return _TTFT_LINE.sub(rb"\1 %d" % max(1, int(left_ms)), head)
+
+
+def _slo(promise: Promise, given: Mapping[str, Any]) -> Slo | None:
+    if not promise.is_online:
+        return Slo(is_offline=True)
+    if TTFT_KEY not in given and TPOT_KEY not in given:
+        return None
+    return Slo(
+        promise.ttft_ms / 1e3 if TTFT_KEY in given else _INFINITE,
+        promise.tpot_ms / 1e3 if TPOT_KEY in given else _INFINITE,
+    )
 
 
 def _wrong(error: PromiseError, headers: Mapping[str, str], xargs: Any) -> Refusal:

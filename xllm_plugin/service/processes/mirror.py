@@ -13,7 +13,7 @@ from xllm_plugin.service.config import InstanceEntry
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.lifecycle import Life, State, Timings
 from xllm_plugin.service.processes.messages import Failure, FleetNews, InstanceNews
-from xllm_plugin.service.processes.news import IN_FLIGHT, PREFILL, TOKENS
+from xllm_plugin.service.processes.news import IN_FLIGHT, LOAD_WORDS, OFFLINE, PREFILL, TOKENS
 from xllm_plugin.service.processes.shared import CounterTable
 from xllm_plugin.service.upstream import Pool
 
@@ -82,16 +82,20 @@ class MirrorFleet(Fleet):
         self._look()
         return super().candidates(model)
 
-    def book(self, instance: Instance, cost_tokens: int) -> None:
+    def book(self, instance: Instance, cost_tokens: int, *, is_offline: bool = False) -> None:
         """Count a request as running there, for all workers to see."""
-        super().book(instance, cost_tokens)
+        super().book(instance, cost_tokens, is_offline=is_offline)
         self._loads.add(instance.slot, IN_FLIGHT, 1)
+        if is_offline:
+            self._loads.add(instance.slot, OFFLINE, 1)
         self._loads.add(instance.slot, TOKENS, cost_tokens)
 
-    def release(self, instance: Instance, cost_tokens: int) -> None:
+    def release(self, instance: Instance, cost_tokens: int, *, is_offline: bool = False) -> None:
         """Take back what `book` counted."""
-        super().release(instance, cost_tokens)
+        super().release(instance, cost_tokens, is_offline=is_offline)
         self._loads.add(instance.slot, IN_FLIGHT, -1)
+        if is_offline:
+            self._loads.add(instance.slot, OFFLINE, -1)
         self._loads.add(instance.slot, TOKENS, -cost_tokens)
 
     def expect_prefill(self, instance: Instance, num_tokens: int) -> None:
@@ -160,12 +164,18 @@ class MirrorFleet(Fleet):
         if now_s == self._looked_s:
             return
         self._looked_s = now_s
-        in_flight, tokens, prefill = (
-            self._loads.totals(word, self._num_slots) for word in (IN_FLIGHT, TOKENS, PREFILL)
+        in_flight, tokens, prefill, offline = (
+            self._loads.totals(word, self._num_slots) for word in LOAD_WORDS
         )
         for instance in self._instances.values():
             slot = instance.slot
-            load = in_flight[slot], tokens[slot], prefill[slot]
-            if load != (instance.in_flight, instance.outstanding_tokens, instance.prefill_tokens):
-                instance.in_flight, instance.outstanding_tokens, instance.prefill_tokens = load
+            load = in_flight[slot], tokens[slot], prefill[slot], offline[slot]
+            if load != (
+                instance.in_flight,
+                instance.outstanding_tokens,
+                instance.prefill_tokens,
+                instance.offline_requests,
+            ):
+                instance.in_flight, instance.outstanding_tokens, instance.prefill_tokens, _ = load
+                instance.offline_requests = offline[slot]
                 self.touched(instance)

@@ -20,12 +20,13 @@ from xllm_plugin.service.processes.shared import CounterTable
 from xllm_plugin.service.processes.slots import Slots
 from xllm_plugin.service.upstream import Pool
 
-__all__ = ["IN_FLIGHT", "LOAD_WORDS", "PREFILL", "TOKENS", "Audience", "ControlFleet"]
+__all__ = ["IN_FLIGHT", "LOAD_WORDS", "OFFLINE", "PREFILL", "TOKENS", "Audience", "ControlFleet"]
 
 IN_FLIGHT: Final = 0
 TOKENS: Final = 1
 PREFILL: Final = 2
-LOAD_WORDS: Final = (IN_FLIGHT, TOKENS, PREFILL)
+OFFLINE: Final = 3
+LOAD_WORDS: Final = (IN_FLIGHT, TOKENS, PREFILL, OFFLINE)
 """Words of an instance's line."""
 
 
@@ -117,6 +118,7 @@ class ControlFleet(Fleet):
         instance.in_flight = total(slot, IN_FLIGHT)
         instance.outstanding_tokens = total(slot, TOKENS)
         instance.prefill_tokens = total(slot, PREFILL)
+        instance.offline_requests = total(slot, OFFLINE)
 
 
 class Audience:
