@@ -146,6 +146,9 @@ class RoutingConfig(_Section):
     retry_share: float = Field(
         default=0.2, ge=0, le=1, description="retries of what is refused or silent, of all requests"
     )
+    hedge_after_s: float | None = Field(
+        default=None, gt=0, description="no answer by then, and a second instance is asked too"
+    )
     retry_after_s: float = Field(default=1.0, gt=0, description="told to clients with a 503")
 
 

@@ -154,7 +154,11 @@ class Proxy:
         self._reconfigure_flow(config)
         self.router.forget_rosters()
         self._reconfigure_keys(config)
-        self.reads_promises = self.flow is not None or self.keys is not None
+        self.hedge_after_s = config.routing.hedge_after_s
+        """Until a second instance is asked for what one has not begun to answer; None: never."""
+        self.reads_promises = (
+            self.flow is not None or self.keys is not None or self.hedge_after_s is not None
+        )
 
     def _reconfigure_flow(self, config: ServiceConfig) -> None:
         before, retry_after_s = self.flow, config.routing.retry_after_s
