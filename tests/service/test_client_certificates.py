@@ -218,6 +218,31 @@ def test_a_reload_brings_new_authorities_and_forgets_the_old(
     run(check())
 
 
+def ask(
+    context: ssl.SSLContext, number: int, session: ssl.SSLSession | None
+) -> tuple[bytes, ssl.SSLSession | None]:
+    """The beginning of an answer, and a session to go on with."""
+    with (
+        socket.create_connection(("127.0.0.1", number), timeout=PATIENCE_S) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1", session=session) as secure,
+    ):
+        secure.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        return secure.recv(1000), secure.session
+
+
+def test_an_earlier_session_is_no_reason_to_refuse_who_may_come(run: Any, files: Files) -> None:
+    shown = context_of(files, files.client)
+
+    async def check() -> None:
+        async with running(settings(port(files))) as service:
+            _, session = await asyncio.to_thread(ask, shown, service.port, None)
+            service.reload()
+            answer, _ = await asyncio.to_thread(ask, shown, service.port, session)
+            assert answer.startswith(b"HTTP/1.1 503")
+
+    run(check())
+
+
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_an_earlier_session_does_not_outlive_its_authority(
     run: Any, files: Files, tmp_path: Path, version: ssl.TLSVersion
@@ -227,23 +252,15 @@ def test_an_earlier_session_does_not_outlive_its_authority(
     shown = context_of(files, files.client)
     shown.maximum_version = version
 
-    def ask(number: int, session: ssl.SSLSession | None) -> tuple[bytes, ssl.SSLSession | None]:
-        with (
-            socket.create_connection(("127.0.0.1", number), timeout=PATIENCE_S) as plain,
-            shown.wrap_socket(plain, server_hostname="127.0.0.1", session=session) as secure,
-        ):
-            secure.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
-            return secure.recv(1000), secure.session
-
     async def check() -> None:
         async with running(settings(port(files, authorities=authorities))) as service:
-            answer, session = await asyncio.to_thread(ask, service.port, None)
+            answer, session = await asyncio.to_thread(ask, shown, service.port, None)
             assert answer.startswith(b"HTTP/1.1 503")
             shutil.copy(files.others.certificate, authorities)
             service.reload()
             with contextlib.suppress(OSError):
                 answer = b""
-                answer, _ = await asyncio.to_thread(ask, service.port, session)
+                answer, _ = await asyncio.to_thread(ask, shown, service.port, session)
             assert not answer
 
     run(check())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from xllm_plugin.service import access_log, lifecycle
+from xllm_plugin.service import lifecycle
 from xllm_plugin.service.fleet import Instance, Stats
 from xllm_plugin.service.keys import KeyRecord, hash_of, write
 from xllm_plugin.service.lifecycle import State
@@ -136,6 +136,29 @@ def test_who_answers_in_time_is_the_only_one_that_is_asked(run: Any) -> None:
     run(check())
 
 
+def test_a_stream_that_has_begun_may_take_its_time(run: Any) -> None:
+    async def check() -> None:
+        let = asyncio.Event()
+
+        async def slow(_: Received, writer: asyncio.StreamWriter) -> None:
+            writer.write(STREAM_HEAD + b"9\r\ndata: a\n\n\r\n")
+            await let.wait()
+            writer.write(b"0\r\n\r\n")
+
+        one, two = FakeInstance(script=slow), FakeInstance()
+        async with serving(one, two, policy=first, **SOON) as harness:
+            client = await harness.connect()
+            client.send(request(UNARMED))
+            await client.reader.readuntil(b"data: a")
+            await asyncio.sleep(0.1)
+            assert not two.requests
+            let.set()
+            assert (await client.reader.readuntil(b"0\r\n\r\n")).endswith(b"\n\n\r\n0\r\n\r\n")
+            await harness.settle()
+
+    run(check())
+
+
 def test_the_time_to_the_first_token_that_was_promised_is_not_used_up_by_waiting(run: Any) -> None:
     async def check() -> None:
         one, two = FakeInstance(script=silent), FakeInstance(script=answer(b"two"))
@@ -244,6 +267,21 @@ def test_where_both_fail_a_third_is_asked(run: Any) -> None:
     run(check())
 
 
+def test_where_the_hedge_fails_another_one_is_sent(run: Any) -> None:
+    """The first is silent for ever."""
+
+    async def check() -> None:
+        scripts = (silent, BUSY, answer(b"three"))
+        instances = [FakeInstance(script=script) for script in scripts]
+        async with serving(*instances, policy=first, **SOON) as harness:
+            assert (await harness.ask(request()))[1] == b"three"
+            await until(instances[0].requests[0].gone.is_set)
+            assert hedges(harness) == [{}, {"lost": 1}, {"won": 1}]
+            await harness.settle()
+
+    run(check())
+
+
 def test_the_last_answer_of_two_that_refuse_is_passed_on(run: Any) -> None:
     async def check() -> None:
         fail = asyncio.Event()
@@ -334,6 +372,53 @@ def test_only_the_one_that_is_heard_is_measured(run: Any) -> None:
     run(check())
 
 
+def test_the_first_is_measured_from_its_own_sending(run: Any) -> None:
+    async def check() -> None:
+        asked = asyncio.Event()
+
+        async def slow(received: Received, _: asyncio.StreamWriter) -> None:
+            asked.set()
+            await received.gone.wait()
+
+        one = FakeInstance(script=after(asked, stream(b"data: a\n\n")))
+        two = FakeInstance(script=slow)
+        routing = {"hedge_after_s": 0.1}
+        async with serving(one, two, policy=first, routing=routing) as harness:
+            await harness.ask(request(UNARMED))
+            await harness.settle()
+            winner, loser = known(harness)
+            assert winner.paces.ttft.y > 0.09
+            assert loser.paces.ttft.weight == 0.0
+
+    run(check())
+
+
+def test_a_hedge_comes_after_those_that_wait(run: Any) -> None:
+    async def check() -> None:
+        instances = FakeInstance(script=silent), FakeInstance(script=answer(b"two"))
+        flow = {"enabled": True, "max_in_flight": 1, "max_waiting": 0}
+        sections: dict[str, Any] = {"flow": flow, "routing": {"hedge_after_s": 0.05}}
+        async with serving(*instances, policy=first, sweep_s=600.0, **sections) as harness:
+            other = known(harness)[1]
+            other.num_waiting = 1
+            held = await harness.connect()
+            held.send(request())
+            await until(lambda: instances[0].requests)
+            waiting = asyncio.create_task(harness.ask(request(headers=OFFLINE)))
+            flow_control = harness.proxy.flow
+            assert flow_control is not None
+            await until(lambda: flow_control.queue)
+            other.num_waiting = 0  # nobody has looked yet
+            await asyncio.sleep(0.15)
+            assert not instances[1].requests
+            flow_control.sweep()
+            assert (await waiting)[1] == b"two"
+            held.writer.transport.abort()
+            await harness.settle()
+
+    run(check())
+
+
 def test_a_hedge_needs_room(run: Any) -> None:
     async def check() -> None:
         let = asyncio.Event()
@@ -409,27 +494,6 @@ def test_a_stream_that_was_hedged_outlives_who_has_won(run: Any) -> None:
             assert events[-1] == "[DONE]"
             assert "".join(one["choices"][0]["text"] for one in events[:-1]) == "abcd"
             await harness.settle()
-
-    run(check())
-
-
-def test_a_hedge_is_in_the_access_log_and_in_the_span(run: Any, caplog: Any) -> None:
-    async def check() -> None:
-        asked = asyncio.Event()
-
-        async def slow(received: Received, _: asyncio.StreamWriter) -> None:
-            asked.set()
-            await received.gone.wait()
-
-        one, two = FakeInstance(script=after(asked, answer(b"one"))), FakeInstance(script=slow)
-        settings: dict[str, Any] = {"log": {"access": True}, **SOON}
-        async with serving(one, two, policy=first, **settings) as harness:
-            caplog.set_level("INFO", access_log.logger.name)
-            await harness.ask(request())
-            await harness.settle()
-            (line,) = [json.loads(record.message) for record in caplog.records]
-            assert line["instances"] == [name_of(two), name_of(one)]
-            assert (line["instance"], line["status"]) == (name_of(one), 200)
 
     run(check())
 
