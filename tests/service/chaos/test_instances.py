@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -146,6 +147,23 @@ def test_instances_that_are_asked_twice_all_the_time(trial: Run, chaos: Chaos) -
         assert chaos.metric("xllm_service_hedges_total") > before
 
     trial(fault)
+
+
+def test_several_processes_ask_twice(run: Any, tmp_path: Path) -> None:
+    """What the other sending had booked is released in the memory that they share."""
+    routing = {"policy": "session", "hedge_after_s": 0.1, "retry_share": 1.0}
+    with Chaos(tmp_path, service={"processes": 2}, routing=routing) as chaos:
+
+        async def fault(it: Trial) -> None:
+            await it.behave("a", fault="silence", times=10)
+            streams = await asyncio.gather(*(it.stream() for _ in range(20)))
+            for told in streams:
+                told.require_whole()
+            async with asyncio.timeout(30):
+                while chaos.metric("xllm_service_hedges_total") < 10:
+                    await asyncio.sleep(0.05)
+
+        run(chaos.trial(fault))
 
 
 @pytest.mark.full
