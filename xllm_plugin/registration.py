@@ -13,6 +13,7 @@ Both sides skip fields that they do not know, so that each can be the older one.
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
@@ -120,6 +121,16 @@ class RegistrationConfig(BaseModel):
     token: SecretStr | None = None
     """What the service has as `instances.registration_token`.  Best given in the environment:
     command lines are seen by everybody on the machine."""
+
+    ssl_ca_certs: Path | None = None
+    """PEM: authorities that the admin port's certificate is checked with, if it speaks HTTPS.
+    None: the system's."""
+
+    ssl_certfile: Path | None = None
+    """PEM: our certificate, for an admin port that asks for a client's."""
+
+    ssl_keyfile: Path | None = None
+    """PEM.  None: in the certificate's file."""
 
     advertise_url: str = ""
     """Where the service reaches this server.  Empty means the address that leads to the service, or

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from xllm_plugin.service import access_log
 from xllm_plugin.service.kv_index.index import packed
 from xllm_plugin.service.kv_index.tokens import Prompt
 from xllm_plugin.service.policy import Choice, RoutingPolicy
-from xllm_plugin.testing.fake_instance import FakeInstance, answer, answer_raw
+from xllm_plugin.testing.fake_instance import FakeInstance, Received, answer, answer_raw
 from xllm_plugin.testing.fake_streams import Death, FakeModel, stream_instance
 from xllm_plugin.testing.service_harness import Harness, request, serving
 
@@ -74,6 +75,29 @@ def test_a_continued_stream_names_both_instances_and_its_tokens(run: Any, file: 
     run(check())
     assert "hush" not in file.read_text()
     assert "s3cret" not in file.read_text()
+
+
+def test_a_hedged_request_names_both_and_last_who_has_answered(run: Any, file: Path) -> None:
+    async def check() -> None:
+        asked = asyncio.Event()
+
+        async def silent(received: Received, _: asyncio.StreamWriter) -> None:
+            asked.set()
+            await received.gone.wait()
+
+        async def slow(received: Received, writer: asyncio.StreamWriter) -> None:
+            await asked.wait()
+            await answer(b"one")(received, writer)
+
+        one, two = FakeInstance(script=slow), FakeInstance(script=silent)
+        sections: dict[str, Any] = {"log": {"access": True}, "routing": {"hedge_after_s": 0.02}}
+        async with serving(one, two, policy=_first, **sections) as harness:
+            line = await logged(harness, file, request(headers=CLOSE))
+            names = [f"127.0.0.1:{each.port}" for each in (two, one)]
+            assert (line["instances"], line["instance"]) == (names, names[-1])
+            assert (line["status"], line["ending"]) == (200, "complete")
+
+    run(check())
 
 
 def test_each_ending_has_its_line(run: Any, file: Path) -> None:

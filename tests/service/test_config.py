@@ -39,6 +39,7 @@ def test_what_kubernetes_sets_beside_a_service_called_xllm_is_not_ours(
         ({"listen": {"prt": 1}}, "unknown setting 'listen.prt'"),
         ({"listne": {}}, "unknown setting 'listne'"),
         ({"listen": {"port": 70000}}, "listen.port=70000"),
+        ({"listen": {"ssl_cert_reqs": 2}}, "give ssl_ca_certs"),
         ({"instances": {"static": ["ftp://a"]}}, "write http://host:port"),
         ({"instances": {"static": ["http://a/v1"]}}, "only scheme, host and port"),
         ({"instances": {"static": ["http://a:x"]}}, "http://a:x"),

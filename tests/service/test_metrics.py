@@ -53,6 +53,7 @@ def test_an_exposition_with_traffic_can_be_read(run: Any) -> None:
             (known,) = harness.proxy.fleet
             known.load = Load(num_running=1)
             known.stats.count_error("broken")
+            known.stats.count_hedge("won")
             harness.proxy.fleet.troubles["file"] = "cannot be read"
             await harness.ask(request(b'{"model":"fake","stream":true,"prompt":"x"}'))
             await harness.ask(request(b'{"model":"none"}'))
@@ -68,6 +69,7 @@ def test_an_exposition_with_traffic_can_be_read(run: Any) -> None:
     }
     assert samples["xllm_service_slo_requests_total", "kept"] == 1
     assert samples["xllm_service_degraded", "file"] == 1
+    assert samples["xllm_service_hedges_total", "won"] == 1
     assert samples["xllm_service_output_tokens_total", None] == 2
     for kind in ("ttft", "tpot", "duration"):
         assert samples[f"xllm_service_{kind}_seconds_count", None] == 1

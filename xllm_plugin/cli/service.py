@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -14,6 +16,7 @@ import yaml
 
 from xllm_plugin.cli.service_keys import keys
 from xllm_plugin.errors import ConfigError, MisuseError, NotNowError, PlatformError
+from xllm_plugin.tls import ClientFiles
 
 __all__ = ["service"]
 
@@ -26,6 +29,8 @@ ADMIN_URL = "http://127.0.0.1:8001"
 @click.option("--port", type=int, help="Public port.  [default: 8000]")
 @click.option("--ssl-certfile", help="PEM; the public port speaks HTTPS.")
 @click.option("--ssl-keyfile", help="PEM.  [default: in the certificate file]")
+@click.option("--ssl-ca-certs", help="PEM; authorities of clients' certificates.")
+@click.option("--ssl-cert-reqs", type=int, help="A client's certificate: 1 may, 2 must be there.")
 @click.option("--admin-host", help="[default: 127.0.0.1]")
 @click.option("--admin-port", type=int, help="[default: 8001]")
 @click.option("--instance", "instances", multiple=True, metavar="URL", help="Repeat for each.")
@@ -45,6 +50,8 @@ def service(
     port: int | None,
     ssl_certfile: str | None,
     ssl_keyfile: str | None,
+    ssl_ca_certs: str | None,
+    ssl_cert_reqs: int | None,
     admin_host: str | None,
     admin_port: int | None,
     instances: tuple[str, ...],
@@ -67,6 +74,8 @@ def service(
             "listen.port": port,
             "listen.ssl_certfile": ssl_certfile,
             "listen.ssl_keyfile": ssl_keyfile,
+            "listen.ssl_ca_certs": ssl_ca_certs,
+            "listen.ssl_cert_reqs": ssl_cert_reqs,
             "admin.host": admin_host,
             "admin.port": admin_port,
             "instances.static": list(instances) or None,
@@ -110,12 +119,67 @@ def _flags(known: dict[str, Any], others: tuple[str, ...]) -> dict[str, Any]:
     return nested
 
 
+@dataclass(frozen=True)
+class _Admin:
+    """The admin port of a running service."""
+
+    url: str
+    given_token: str | None
+    files: ClientFiles
+
+    @property
+    def token(self) -> str:
+        """The one that was given, or that the service has left for this user."""
+        return self.given_token or _found_token(self.url)
+
+    def ask(self, method: str, path: str) -> Any:
+        """One request.
+
+        Raises:
+            NotNowError: nobody answers there.
+            MisuseError: the answer is an error.
+            ConfigError: a certificate cannot be used.
+        """
+        verify = self.files.context() if self.url.lower().startswith("https:") else True
+        try:
+            headers = {"Authorization": f"Bearer {self.token}"}
+            url = self.url.rstrip("/") + path
+            reply = httpx.request(method, url, headers=headers, timeout=10, verify=verify)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise NotNowError(
+                f"no service answers on {self.url} ({error}); start one, or give --admin-url."
+            ) from error
+        if reply.status_code != httpx.codes.OK:
+            raise MisuseError(f"{self.url}: {_message(reply)}")
+        return reply.json()
+
+
 def _remote(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options by which a running service is found."""
-    function = click.option(
+    """Add the options by which a running service is found, and give it as `admin`."""
+
+    @functools.wraps(function)
+    def command(
+        admin_url: str,
+        token: str | None,
+        ssl_ca_certs: Path | None,
+        ssl_certfile: Path | None,
+        ssl_keyfile: Path | None,
+        **arguments: Any,
+    ) -> None:
+        files = ClientFiles(ssl_ca_certs, ssl_certfile, ssl_keyfile)
+        function(admin=_Admin(admin_url, token, files), **arguments)
+
+    path, found = click.Path(path_type=Path), command
+    for name, what in (
+        ("--ssl-keyfile", "Its key, PEM.  [default: in the certificate file]"),
+        ("--ssl-certfile", "Our certificate, PEM, if the service asks for one."),
+        ("--ssl-ca-certs", "Authorities of the service's certificate.  [default: the system's]"),
+    ):
+        found = click.option(name, type=path, help=what)(found)
+    found = click.option(
         "--token", help="[default: XLLM_SERVICE_ADMIN__TOKEN, else what the service left]"
-    )(function)
-    return click.option("--admin-url", default=ADMIN_URL, show_default=True)(function)
+    )(found)
+    return click.option("--admin-url", default=ADMIN_URL, show_default=True)(found)
 
 
 service.add_command(keys)
@@ -123,13 +187,13 @@ service.add_command(keys)
 
 @service.command("instances")
 @_remote
-def instances_command(admin_url: str, token: str | None) -> None:
+def instances_command(admin: _Admin) -> None:
     """List the instances and their states."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("name", "state", "since", "in flight", "tokens", "models", "reason")
-    found = _ask("GET", admin_url, "/v1/instances", token)
+    found = admin.ask("GET", "/v1/instances")
     for one in found["instances"]:
         table.add_row(
             one["name"],
@@ -149,26 +213,26 @@ def instances_command(admin_url: str, token: str | None) -> None:
 @service.command("drain")
 @click.argument("name")
 @_remote
-def drain_command(name: str, admin_url: str, token: str | None) -> None:
+def drain_command(name: str, admin: _Admin) -> None:
     """Send an instance nothing new; what runs there may finish."""
-    one = _ask("POST", admin_url, f"/v1/instances/{name}/drain", token)
+    one = admin.ask("POST", f"/v1/instances/{name}/drain")
     click.echo(f"{name}: {one['state']}, {one['in_flight']} in flight")
 
 
 @service.command("undrain")
 @click.argument("name")
 @_remote
-def undrain_command(name: str, admin_url: str, token: str | None) -> None:
+def undrain_command(name: str, admin: _Admin) -> None:
     """Take a drain back."""
-    one = _ask("POST", admin_url, f"/v1/instances/{name}/undrain", token)
+    one = admin.ask("POST", f"/v1/instances/{name}/undrain")
     click.echo(f"{name}: {one['state']}")
 
 
 @service.command("decisions")
 @_remote
-def decisions_command(admin_url: str, token: str | None) -> None:
+def decisions_command(admin: _Admin) -> None:
     """Show the last routing decisions, the newest last."""
-    for one in _ask("GET", admin_url, "/v1/decisions", token)["decisions"]:
+    for one in admin.ask("GET", "/v1/decisions")["decisions"]:
         click.echo(
             f"{one['unix_s']:.3f} {one['model'] or '-'} -> {one['instance']} "
             f"({one['policy']}: {one['reason']}; attempt {one['attempt']} of "
@@ -178,30 +242,10 @@ def decisions_command(admin_url: str, token: str | None) -> None:
 
 @service.command("dashboard")
 @_remote
-def dashboard_command(admin_url: str, token: str | None) -> None:
+def dashboard_command(admin: _Admin) -> None:
     """Print the address of the live page, token included: for your browser alone."""
-    token = token or _found_token(admin_url)
-    _ask("GET", admin_url, "/v1/overview", token)  # it is there, and the token is right
-    click.echo(f"{admin_url.rstrip('/')}/dashboard#{urlencode({'token': token})}")
-
-
-def _ask(method: str, admin_url: str, path: str, token: str | None) -> Any:
-    """One request to the admin port.
-
-    Raises:
-        NotNowError: nobody answers there.
-        MisuseError: the answer is an error.
-    """
-    try:
-        headers = {"Authorization": f"Bearer {token or _found_token(admin_url)}"}
-        reply = httpx.request(method, admin_url.rstrip("/") + path, headers=headers, timeout=10)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise NotNowError(
-            f"no service answers on {admin_url} ({error}); start one, or give --admin-url."
-        ) from error
-    if reply.status_code != httpx.codes.OK:
-        raise MisuseError(f"{admin_url}: {_message(reply)}")
-    return reply.json()
+    admin.ask("GET", "/v1/overview")  # it is there, and the token is right
+    click.echo(f"{admin.url.rstrip('/')}/dashboard#{urlencode({'token': admin.token})}")
 
 
 def _message(reply: httpx.Response) -> str:

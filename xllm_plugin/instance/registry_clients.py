@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import ssl
 from collections import deque
 from typing import Protocol
 from urllib.parse import quote
@@ -23,6 +22,7 @@ from xllm_plugin.registration import (
     RegistrationConfig,
     name_of_url,
 )
+from xllm_plugin.tls import ClientFiles
 
 __all__ = ["EtcdRegistry", "RegistryClient", "ServiceRegistry", "registry_client"]
 
@@ -46,7 +46,7 @@ class RegistryClient(Protocol):
 
 
 def registry_client(config: RegistrationConfig) -> RegistryClient:
-    """The client for `config.url`.  Raises `ConfigError` if a TLS file of etcd cannot be read."""
+    """The client for `config.url`.  Raises `ConfigError` if a TLS file cannot be read."""
     if not config.is_at_etcd:
         return ServiceRegistry(config, make_client(config))
     address = parse_url(config.url)
@@ -64,7 +64,7 @@ def make_client(config: RegistrationConfig) -> httpx.Client:
     return httpx.Client(
         headers=headers,
         timeout=_TIMEOUT_S,
-        verify=ssl.create_default_context(),
+        verify=ClientFiles.of(config, "registration.").context(),
         trust_env=False,  # proxies of the environment lead out of the cluster
     )
 

@@ -2,7 +2,7 @@
 
 The way of one request: `client.py` (bytes to a request; `known_head.py`: one like the last) ->
 `exchange.py` (one request on its way: choose, send, retry, relay; `body.py`: what its body says;
-`retry_budget.py`: how much may be sent again) ->
+`retry_budget.py`: how much may be sent again; `hedging.py`: what is asked of two at once) ->
 `router.py`, `policies.py` and `cost.py` (which instance; of many: `roster.py`, `ranking.py`,
 `cost_ranking.py`) -> `upstream.py` (one connection to an instance, and the pool; `chunks.py`: one
 event by itself) -> `continuation.py` (what the client has of a stream, for another instance to go

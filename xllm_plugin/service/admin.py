@@ -270,6 +270,7 @@ def _described(instance: Instance, now_s: float) -> dict[str, Any]:
         "errors": instance.stats.errors,
         "retries": instance.stats.retries,
         "resumes": instance.stats.resumes,
+        "hedges": instance.stats.hedges,
     }
 
 

@@ -29,7 +29,8 @@ from xllm_plugin.service.etcd_registry import EtcdRegistry
 from xllm_plugin.service.probes import Prober
 from xllm_plugin.service.process import loop_factory, prepare_process
 from xllm_plugin.service.registry import Embedded, Registry, StaticList, WatchedFile, read_entries
-from xllm_plugin.service.tls import load_certificate, server_context
+from xllm_plugin.service.tls import PortTls, server_context
+from xllm_plugin.tls import ClientFiles
 
 __all__ = ["Service", "check", "run", "token_path"]
 
@@ -46,8 +47,13 @@ def check(config: ServiceConfig) -> None:
         _check_processes(config, num_keys)
     server_context(config.listen, "listen")
     server_context(config.admin, "admin")
+    _client_files(config).context()
     if config.etcd.url:
         tls_context(config.etcd)
+
+
+def _client_files(config: ServiceConfig) -> ClientFiles:
+    return ClientFiles.of(config.instances, "instances.")
 
 
 def _check_processes(config: ServiceConfig, num_keys: int) -> None:
@@ -82,8 +88,7 @@ class Service:
         check(config)
         self.config = config
         self._load = load or (lambda: config)
-        self._admin_tls = server_context(config.admin, "admin")
-        self._admin = config.admin
+        self._admin_tls = PortTls(config.admin, "admin")
         self._stack = contextlib.AsyncExitStack()
         self.carrier = self._make_carrier()
         self.fleet = self.carrier.fleet
@@ -126,15 +131,16 @@ class Service:
         try:
             config = self._load()
             self._check(config)
-            self.carrier.renew_certificate()
-            if self._admin_tls is not None:
-                load_certificate(self._admin_tls, self._admin, "admin")
+            self.carrier.renew_certificates()
+            self._admin_tls.renew()
         except ConfigError as error:
             logger.error("not reloaded, the settings stay as they were: %s", error)  # noqa: TRY400
             return
         for section in ("listen", "admin", "etcd", "tracing", "service"):
             if getattr(config, section) != getattr(self.config, section):
                 logger.warning("%s settings have changed and need a restart", section)
+        if _client_files(config) != _client_files(self.config):
+            logger.warning("instances.ssl_* settings have changed and need a restart")
         self.config = config
         self.carrier.reconfigure(config)
         self._prober.config = config.instances
@@ -200,7 +206,7 @@ class Service:
         runner = web.AppRunner(api.application(), access_log=None, handle_signals=False)
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
-        site = web.TCPSite(runner, admin.host, admin.port, ssl_context=self._admin_tls)
+        site = web.TCPSite(runner, admin.host, admin.port, ssl_context=self._admin_tls.context)
         await opened(site.start(), "admin", admin.host, admin.port)
         port = int(runner.addresses[0][1])
         if admin.token is None:

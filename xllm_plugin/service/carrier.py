@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import ssl
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -24,9 +23,10 @@ from xllm_plugin.service.lifecycle import Timings
 from xllm_plugin.service.policy import RoutingPolicy
 from xllm_plugin.service.proxy import Proxy
 from xllm_plugin.service.router import Router
-from xllm_plugin.service.tls import load_certificate, server_context
+from xllm_plugin.service.tls import PortTls
 from xllm_plugin.service.tracing import Tracing, exporting_provider
 from xllm_plugin.service.upstream import Pool
+from xllm_plugin.tls import ClientFiles
 
 __all__ = ["Carrier", "MakePool", "chosen_policy", "opened", "said"]
 
@@ -60,12 +60,13 @@ class Carrier:
         make_proxy: Callable[[ServiceConfig, Fleet, Router], Proxy] = Proxy,
     ) -> None:
         self.config = config
-        self.tls = ssl.create_default_context()
+        self._client_files = ClientFiles.of(config.instances, "instances.")
+        self.tls = self._client_files.context()
         """Of connections to instances."""
         self.directory: KvDirectory | None = None
         self._prompts: PromptReader | None = None
         self._listen = config.listen
-        self._listen_tls = server_context(config.listen, "listen")
+        self._listen_tls = PortTls(config.listen, "listen")
         self.fleet = make_fleet(config.instances.timings(), self._make_pool)
         self.router = Router(
             self.fleet,
@@ -102,7 +103,7 @@ class Carrier:
             NotNowError: it is taken.
         """
         listen = self._listen
-        opening = self.proxy.listen(tls=self._listen_tls, port=port)
+        opening = self.proxy.listen(tls=self._listen_tls.context, port=port)
         found: int = await opened(opening, "listen", listen.host, port or listen.port)
         return found
 
@@ -117,10 +118,10 @@ class Carrier:
         if num_cut:
             logger.warning("%d clients were cut off after the drain's time", num_cut)
 
-    def renew_certificate(self) -> None:
-        """Show a certificate that was renewed under the same name.  Raises `ConfigError`."""
-        if self._listen_tls is not None:
-            load_certificate(self._listen_tls, self._listen, "listen")
+    def renew_certificates(self) -> None:
+        """Use what was renewed under the same names.  Raises `ConfigError`."""
+        self._listen_tls.renew()
+        self._client_files.load(self.tls)
 
     def reconfigure(self, config: ServiceConfig) -> None:
         """Take new settings, which were checked; connections stay."""

@@ -60,19 +60,45 @@ def _needs_certificate(section: Any) -> Any:
     return section
 
 
-class ListenConfig(_Section):
+class _Port(_Section):
+    """A port that may speak HTTPS; the settings are named as vLLM's flags."""
+
+    ssl_certfile: Path | None = Field(default=None, description="PEM, its chain included: HTTPS")
+    ssl_keyfile: Path | None = Field(default=None, description="PEM; None: in the certificate's")
+    ssl_ca_certs: Path | None = Field(
+        default=None, description="PEM: authorities of clients' certificates"
+    )
+    ssl_cert_reqs: int = Field(
+        default=0, ge=0, le=2, description="a client's certificate: 0 not asked for, 1 may, 2 must"
+    )
+
+    _key_has_certificate = model_validator(mode="after")(_needs_certificate)
+
+    @model_validator(mode="after")
+    def _knows_whom_to_ask(self) -> Self:
+        given = f"ssl_cert_reqs={self.ssl_cert_reqs}"
+        if self.ssl_ca_certs is None and self.ssl_cert_reqs:
+            raise ValueError(f"{given} asks for certificates of unknown origin; give ssl_ca_certs")
+        if self.ssl_ca_certs is not None and not self.ssl_cert_reqs:
+            # vLLM takes this, and then asks nobody.
+            raise ValueError(
+                f"ssl_ca_certs is given, and {given} asks no client for a certificate; "
+                "set ssl_cert_reqs to 2 (required) or 1 (optional)"
+            )
+        if self.ssl_ca_certs is not None and self.ssl_certfile is None:
+            raise ValueError("ssl_ca_certs is given without ssl_certfile; HTTPS takes that too")
+        return self
+
+
+class ListenConfig(_Port):
     """The public port."""
 
     host: str = Field(default="0.0.0.0", description="as `vllm serve` listens")  # noqa: S104
     port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")
     backlog: int = Field(default=2048, ge=1, description="connections waiting to be accepted")
-    ssl_certfile: Path | None = Field(default=None, description="PEM, its chain included: HTTPS")
-    ssl_keyfile: Path | None = Field(default=None, description="PEM; None: in the certificate's")
-
-    _key_has_certificate = model_validator(mode="after")(_needs_certificate)
 
 
-class AdminConfig(_Section):
+class AdminConfig(_Port):
     """The admin port: metrics, instances, decisions, registration, control routes."""
 
     host: str = Field(default="127.0.0.1", description="other machines reach it only if changed")
@@ -85,10 +111,6 @@ class AdminConfig(_Section):
         default=5.0, gt=0, description="between two points of the dashboard's charts"
     )
     num_samples: int = Field(default=720, ge=1, description="points kept: 720 are an hour")
-    ssl_certfile: Path | None = Field(default=None, description="PEM, its chain included: HTTPS")
-    ssl_keyfile: Path | None = Field(default=None, description="PEM; None: in the certificate's")
-
-    _key_has_certificate = model_validator(mode="after")(_needs_certificate)
 
 
 class LimitsConfig(_Section):
@@ -145,6 +167,9 @@ class RoutingConfig(_Section):
     num_retries: int = Field(default=2, ge=0, description="other instances tried before an answer")
     retry_share: float = Field(
         default=0.2, ge=0, le=1, description="retries of what is refused or silent, of all requests"
+    )
+    hedge_after_s: float | None = Field(
+        default=None, gt=0, description="no answer by then, and a second instance is asked too"
     )
     retry_after_s: float = Field(default=1.0, gt=0, description="told to clients with a 503")
 
@@ -256,6 +281,13 @@ class InstancesConfig(_Section):
     api_key: SecretStr | None = Field(
         default=None, description="`--api-key` of instances: sent with probes, and with `keys.file`"
     )
+    ssl_ca_certs: Path | None = Field(
+        default=None, description="PEM: authorities of instances with HTTPS; None: the system's"
+    )
+    ssl_certfile: Path | None = Field(
+        default=None, description="PEM: shown to instances that ask for a client's certificate"
+    )
+    ssl_keyfile: Path | None = Field(default=None, description="PEM; None: in the certificate's")
     probe_interval_s: float = Field(default=1.0, gt=0, description="between two probes of one")
     probe_timeout_s: float = Field(default=2.0, gt=0, description="for all parts of a probe")
     failures_to_suspect: int = Field(
@@ -265,6 +297,8 @@ class InstancesConfig(_Section):
     suspect_s: float = Field(default=30.0, gt=0, description="a lapsed lease is forgotten after it")
     joining_s: float = Field(default=600.0, gt=0, description="a registered instance may load")
     drain_s: float = Field(default=300.0, gt=0, description="requests may run on after a drain")
+
+    _key_has_certificate = model_validator(mode="after")(_needs_certificate)
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

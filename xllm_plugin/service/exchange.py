@@ -8,6 +8,8 @@
 
     relaying --broken--> connecting to another instance, if the stream is armed (`continuation.py`)
 
+    waiting for the answer --for too long--> waiting for that of a second one too (`hedging.py`)
+
 The load that was booked at an instance is released in exactly one place, `_leave`.
 """
 
@@ -27,6 +29,7 @@ from xllm_plugin.service import lifecycle
 from xllm_plugin.service.body import StreamWishes
 from xllm_plugin.service.continuation import ArmedStream, arm, with_body
 from xllm_plugin.service.flow.wishes import NO_WISHES, read_wishes
+from xllm_plugin.service.hedging import Hedging, Leg, hedge_wait_s
 from xllm_plugin.service.lifecycle import DRAINED, LEFT, State
 from xllm_plugin.service.replies import Refusal, error_body
 from xllm_plugin.service.routes import Kind, Route
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
     from xllm_plugin.service.kv_index.tokens import Prompt
     from xllm_plugin.service.proxy import Proxy
     from xllm_plugin.service.router import Decision, Sent
-    from xllm_plugin.service.upstream import UpstreamConnection
+    from xllm_plugin.service.upstream import Pool, UpstreamConnection
 
 __all__ = ["Exchange", "Peek", "cost_tokens_of", "peek", "prompt_tokens_of"]
 
@@ -124,6 +127,7 @@ class Exchange:
         "early",
         "grant",
         "head",
+        "hedging",
         "instance",
         "is_answering",
         "is_done",
@@ -214,6 +218,8 @@ class Exchange:
         self.span: Span | None = None
         self.stream: ArmedStream | None = None
         """What the client has of an answer that another instance could continue."""
+        self.hedging: Hedging | None = None
+        """If another instance may be asked while one is silent."""
         self.is_answering = self.is_done = False
         self.stalled_reads = -1
         self.stalled_since_s = 0.0
@@ -301,6 +307,16 @@ class Exchange:
             self.refuse(refusal)
             return
         self._send(instance)
+        if self.proxy.hedge_after_s is not None:
+            self._may_be_hedged(self.proxy.hedge_after_s)
+
+    def _may_be_hedged(self, after_s: float) -> None:
+        if self.hedging is None:
+            wait_s = hedge_wait_s(self, after_s)
+            if wait_s is None:
+                return
+            self.hedging = Hedging(self, wait_s)
+        self.hedging.wait()
 
     def _send(self, instance: Instance) -> None:
         self._enter(instance)
@@ -315,14 +331,16 @@ class Exchange:
         try:
             connection = await instance.pool.connect()
         except OSError as error:
+            self._turn_to(instance.pool)
             self._connecting = None
             reason = "refused" if isinstance(error, ConnectionError) else "unreachable"
             self.attempt_failed(reason, f"cannot be reached ({error or 'timeout'})", is_sent=False)
             return
-        self._connecting = None
         if self.is_done:
             connection.transport.abort()
             return
+        self._turn_to(instance.pool)
+        self._connecting = None
         self._begin(connection)
 
     def _begin(self, connection: UpstreamConnection) -> None:
@@ -330,15 +348,65 @@ class Exchange:
         self.sent_s = self.proxy.loop.time()
         connection.begin(self)
 
+    # -- one of two legs (`hedging.py`) ---------------------------------------------------------
+
+    def leg(self) -> Leg:
+        """The sending that its fields are about."""
+        assert self.instance is not None
+        return Leg(
+            self.instance,
+            self._booked_tokens,
+            self.sent,
+            self.sent_s,
+            self.decision,
+            self._connection,
+            self._connecting,
+        )
+
+    def put(self, leg: Leg) -> None:
+        """Have its fields be about another sending."""
+        self.instance = leg.instance
+        self._booked_tokens = leg.booked_tokens
+        self.sent, self.sent_s = leg.sent, leg.sent_s
+        self.decision = leg.decision
+        self._connection, self._connecting = leg.connection, leg.connecting
+
+    def send_too(self, instance: Instance) -> None:
+        """Send it once more; the sending that its fields were about goes on."""
+        self._connection = self._connecting = None
+        self._send(instance)
+
+    def give_up(self) -> None:
+        """End the sending that its fields are about; its instance is to stop at once."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+            self._connecting = None
+        if self._connection is not None:
+            self._connection.abandon()
+        self._leave()
+
+    def _turn_to(self, pool: Pool) -> None:
+        """Have its fields be about the sending to the instance with that pool."""
+        if self.hedging is not None:
+            self.hedging.turn_to(pool)
+
     # -- the way back ---------------------------------------------------------------------------
 
     def begin_answer(
-        self, status: int, head: bytes, lower: bytes, *, until_close: bool
+        self,
+        status: int,
+        head: bytes,
+        lower: bytes,
+        *,
+        until_close: bool,
+        connection: UpstreamConnection,
     ) -> bytes | None:
         """The head of an answer as the client is to get it; empty if it has one already.
 
-        None if the answer is not wanted: another instance is asked instead.
+        None if the answer is not wanted: another instance is asked instead, or was.
         """
+        if self.hedging is not None and self.hedging.is_overruled(connection, status):
+            return None
         assert self.instance is not None
         stream = self.stream
         if stream is not None:
@@ -352,6 +420,8 @@ class Exchange:
             self.stream = stream
             self._retry()
             return None
+        if self.hedging is not None:
+            self.hedging.won()
         self.status = status
         self.is_answering = True
         self._lower_head = lower
@@ -438,7 +508,13 @@ class Exchange:
         self._finish(Ending.COMPLETE)
 
     def attempt_failed(
-        self, reason: str, detail: str, *, is_stale: bool = False, is_sent: bool = True
+        self,
+        reason: str,
+        detail: str,
+        *,
+        is_stale: bool = False,
+        is_sent: bool = True,
+        connection: UpstreamConnection | None = None,
     ) -> None:
         """The instance gave no answer: try another one, or answer with an error.
 
@@ -448,7 +524,10 @@ class Exchange:
             is_stale: an idle connection was closed as we used it, which says nothing of the
                 instance.
             is_sent: whether the instance may have seen the request.
+            connection: that it has failed on, where there may be two.
         """
+        if connection is not None:
+            self._turn_to(connection.pool)
         instance = self.instance
         assert instance is not None
         if is_stale and self._may_repeat():
@@ -458,6 +537,8 @@ class Exchange:
         instance.stats.count_error(reason)
         is_certain = reason not in ("timeout", "garbage")
         self.proxy.fleet.report(instance, lifecycle.Failed(detail, certain=is_certain))
+        if self.hedging is not None and self.hedging.go_on():
+            return
         if self.stream is not None and self.stream.is_begun:
             self._try_next(f"Instance {instance.name} {detail}.")
             return
@@ -530,6 +611,9 @@ class Exchange:
         self.is_done = True
         if self.waiting is not None and self.proxy.flow is not None:
             self.proxy.flow.leave(self)
+        if self.hedging is not None and self.hedging.rival is not None:
+            self.hedging.rival.instance.stats.count_error("client gone")
+            self.hedging.drop_rival()
         if self._connecting is not None:
             self._connecting.cancel()
         if self._connection is not None and self.status == _SWITCHED:
@@ -547,13 +631,13 @@ class Exchange:
 
     def pause(self) -> None:
         """The client reads more slowly than the instance writes."""
-        if self._connection is not None:
-            self._connection.transport.pause_reading()
+        for connection in self._connections():
+            connection.transport.pause_reading()
 
     def resume(self) -> None:
         """The client has caught up."""
-        if self._connection is not None:
-            self._connection.transport.resume_reading()
+        for connection in self._connections():
+            connection.transport.resume_reading()
 
     def refuse(self, refusal: Refusal) -> None:
         """Answer with an error of ours."""
@@ -578,6 +662,12 @@ class Exchange:
         self, now_s: float, first_byte_s: float | None, stalled_s: float | None
     ) -> None:
         """Give up on an instance that is silent for too long; called about once a second."""
+        self._check_leg(now_s, first_byte_s, stalled_s)
+        if self.hedging is not None and self.hedging.rival is not None:
+            self.hedging.swap()
+            self._check_leg(now_s, first_byte_s, stalled_s)
+
+    def _check_leg(self, now_s: float, first_byte_s: float | None, stalled_s: float | None) -> None:
         connection = self._connection
         if connection is None or self.is_done or self.status == _SWITCHED:
             return
@@ -590,10 +680,11 @@ class Exchange:
             self.attempt_failed("drained", "did not answer before its time to drain was over")
             return
         if not self.is_answering:
-            if first_byte_s is not None and now_s - self.sent_s > first_byte_s:
+            limit_s = stalled_s if connection.holds_head else first_byte_s
+            if limit_s is not None and now_s - self.sent_s > limit_s:
                 self._connection = None
                 connection.abandon()
-                self.attempt_failed("timeout", f"did not answer within {first_byte_s:g} s")
+                self.attempt_failed("timeout", f"did not answer within {limit_s:g} s")
             return
         if connection.num_reads != self.stalled_reads or self.client.is_write_paused:
             self.stalled_reads, self.stalled_since_s = connection.num_reads, now_s
@@ -663,7 +754,7 @@ class Exchange:
         if (
             life.state is not State.DRAINING
             or proxy.fleet.clock() - life.since_s <= proxy.config.instances.drain_s
-            or not any(one.resumes for one in self._ready_others())
+            or not any(one.resumes for one in self.ready_others())
         ):
             return False
         if not stream.is_begun:
@@ -689,8 +780,16 @@ class Exchange:
         is_offline = self.wishes.is_offline
         self.proxy.fleet.book(instance, self._booked_tokens, is_offline=is_offline)
 
+    def _connections(self) -> list[UpstreamConnection]:
+        found = [self._connection]
+        if self.hedging is not None and self.hedging.rival is not None:
+            found.append(self.hedging.rival.connection)
+        return [connection for connection in found if connection is not None]
+
     def _leave(self) -> None:
         assert self.instance is not None
+        if self.hedging is not None:
+            self.hedging.left(self.instance)
         is_offline = self.wishes.is_offline
         self.proxy.fleet.release(self.instance, self._booked_tokens, is_offline=is_offline)
         self.proxy.router.left(self)
@@ -711,20 +810,25 @@ class Exchange:
 
     def _refused(self) -> bool:
         """The instance answers 503; return whether another one is asked."""
-        instance = self.instance
-        assert instance is not None
-        if self.route.kind is Kind.INFERENCE and self._ready_others() and instance.in_flight == 1:
-            # Who refuses whatever comes looks idle, and would get all that comes.  Who refuses
-            # because it has too much to do has other requests, and is to get on with them.
-            self.proxy.fleet.report(instance, lifecycle.Failed("answers 503 and has nothing to do"))
+        assert self.instance is not None
+        self.blame_if_idle(self.instance)
         may_be = self._may_repeat() and self._may_retry() and self._has_alternative()
         return may_be and self._take_retry()
+
+    def blame_if_idle(self, instance: Instance) -> None:
+        """It answers 503: who refuses whatever comes looks idle, and would get all that comes.
+
+        Who refuses because it has too much to do has other requests, and is to get on with them.
+        """
+        if self.route.kind is Kind.INFERENCE and self.ready_others() and instance.in_flight == 1:
+            self.proxy.fleet.report(instance, lifecycle.Failed("answers 503 and has nothing to do"))
 
     def _take_retry(self) -> bool:
         """Whether there is a retry left for what others may be too busy for, too; it is taken."""
         return self.proxy.retry_budget.take(self.proxy.router.num_routed)
 
-    def _ready_others(self) -> list[Instance]:
+    def ready_others(self) -> list[Instance]:
+        """Who can take it and is ready, but for the one that has it."""
         return [
             one
             for one in self.proxy.fleet.candidates(self.model)
@@ -773,7 +877,10 @@ class Exchange:
         if not self.keep_alive:
             kept.append(b"connection: close")
         if self.wants_reason and self.decision is not None:
-            kept.append(b"x-xllm-explain: " + json.dumps(self.decision.described()).encode())
+            said = self.decision.described()
+            if self.hedging is not None and self.hedging.has_hedged:
+                said["asked"] = [one.name for one in self.visited]
+            kept.append(b"x-xllm-explain: " + json.dumps(said).encode())
         return b"\r\n".join((status_line, *kept, b"", b""))
 
     def _finish(self, ending: Ending) -> None:
@@ -790,6 +897,7 @@ class Exchange:
         if self.grant is not None:
             self.grant.settle(self, self.proxy.loop.time())
         self.proxy.ended(self, ending)
+        self.hedging = None  # they know each other, and should go without the garbage collector
 
 
 def _usage(tail: bytes, name: bytes) -> int:

@@ -49,6 +49,8 @@ class Stats:
     """Attempts that failed here and went on elsewhere."""
     resumes: int = 0
     """Streams that broke here and were to go on elsewhere."""
+    hedges: dict[str, int] = field(default_factory=dict)
+    """Requests sent here as another instance was silent, by what became of that."""
     bytes_to: int = 0
     bytes_from: int = 0
     output_tokens: int = 0
@@ -63,12 +65,17 @@ class Stats:
         """Count one attempt that failed."""
         self.errors[reason] = self.errors.get(reason, 0) + 1
 
+    def count_hedge(self, outcome: str) -> None:
+        """Count one hedge that has ended: `won` or `lost`."""
+        self.hedges[outcome] = self.hedges.get(outcome, 0) + 1
+
     @property
     def is_empty(self) -> bool:
         """Whether nothing was counted."""
         times = (self.ttft, self.tpot, self.duration)
         counts = (self.retries, self.resumes, self.bytes_to, self.bytes_from, self.output_tokens)
-        return not (self.answered or self.errors or any(counts) or any(one.sum_s for one in times))
+        by_kind = (self.answered, self.errors, self.hedges)
+        return not (any(by_kind) or any(counts) or any(one.sum_s for one in times))
 
     def take(self) -> Stats:
         """What was counted so far; this object, which several may hold, begins anew."""
@@ -81,6 +88,7 @@ class Stats:
         """Count what another process has counted."""
         add_counts(self.answered, other.answered)
         add_counts(self.errors, other.errors)
+        add_counts(self.hedges, other.hedges)
         self.retries += other.retries
         self.resumes += other.resumes
         self.bytes_to += other.bytes_to

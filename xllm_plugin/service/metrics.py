@@ -67,6 +67,7 @@ class ServiceCollector(Collector):
         errors = _counter("attempt_errors", "Attempts without a whole answer.", "server", "reason")
         retries = _counter("retries", "Requests that went on to another instance.", "server")
         resumes = _counter("resumes", "Streams that broke and were continued.", "server")
+        hedges = _counter("hedges", "Requests asked there too.", "server", "outcome")
         carried = _counter("bytes", "Bytes relayed.", "server", "direction")
         tokens = _counter("output_tokens", "Of answers whose tokens are known.", "server")
         for instance in self._proxy.fleet:
@@ -77,10 +78,12 @@ class ServiceCollector(Collector):
                 errors.add_metric([name, reason], count)
             retries.add_metric([name], stats.retries)
             resumes.add_metric([name], stats.resumes)
+            for outcome, count in stats.hedges.items():
+                hedges.add_metric([name, outcome], count)
             carried.add_metric([name, "to_instance"], stats.bytes_to)
             carried.add_metric([name, "from_instance"], stats.bytes_from)
             tokens.add_metric([name], stats.output_tokens)
-        yield from (requests, errors, retries, resumes, carried, tokens)
+        yield from (requests, errors, retries, resumes, hedges, carried, tokens)
 
     def _decisions(self) -> Iterator[Metric]:
         refusals = _counter("refusals", "Errors that the service answered with itself.", "status")

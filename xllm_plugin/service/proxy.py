@@ -154,6 +154,8 @@ class Proxy:
         self._reconfigure_flow(config)
         self.router.forget_rosters()
         self._reconfigure_keys(config)
+        self.hedge_after_s = config.routing.hedge_after_s
+        """Until a second instance is asked for what one has not begun to answer; None: never."""
         self.reads_promises = self.flow is not None or self.keys is not None
         """Whether a request with a wrong one is refused here; else they only help to choose."""
 

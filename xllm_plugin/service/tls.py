@@ -5,12 +5,12 @@ from __future__ import annotations
 import ssl
 from typing import TYPE_CHECKING
 
-from xllm_plugin.errors import ConfigError
+from xllm_plugin.tls import load_authorities, load_pair
 
 if TYPE_CHECKING:
     from xllm_plugin.service.config import AdminConfig, ListenConfig
 
-__all__ = ["load_certificate", "server_context"]
+__all__ = ["PortTls", "server_context"]
 
 
 def server_context(section: ListenConfig | AdminConfig, name: str) -> ssl.SSLContext | None:
@@ -21,31 +21,62 @@ def server_context(section: ListenConfig | AdminConfig, name: str) -> ssl.SSLCon
         name: of the section, for messages.
 
     Raises:
-        ConfigError: certificate and key cannot be read, or do not fit.
+        ConfigError: a file cannot be read, or certificate and key do not fit.
     """
     if section.ssl_certfile is None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.set_alpn_protocols(["http/1.1"])
-    load_certificate(context, section, name)
+    load_pair(context, section.ssl_certfile, section.ssl_keyfile, f"{name}.")
+    if section.ssl_ca_certs is not None:
+        load_authorities(context, section.ssl_ca_certs, f"{name}.ssl_ca_certs")
+        context.verify_mode = ssl.VerifyMode(section.ssl_cert_reqs)
+        # Who goes on with an earlier session shows no certificate, and its authority may be gone.
+        context.options |= ssl.OP_NO_TICKET
+        context.num_tickets = 0
     return context
 
 
-def load_certificate(
-    context: ssl.SSLContext, section: ListenConfig | AdminConfig, name: str
-) -> None:
-    """Show another certificate from the next connection on.  Raises `ConfigError`."""
-    assert section.ssl_certfile is not None
-    try:
-        context.load_cert_chain(section.ssl_certfile, section.ssl_keyfile, password=_no_password)
-    except OSError as error:  # ssl.SSLError is one
-        raise ConfigError(
-            f"{name}.ssl_certfile {section.ssl_certfile} and {name}.ssl_keyfile "
-            f"{section.ssl_keyfile} cannot be used ({error}); give a PEM certificate and its key, "
-            "which must not ask for a password."
-        ) from error
+class PortTls:
+    """The context of a port whose files can be read again.
 
+    A context forgets no authority that it has read.  So every reading makes a new one, and the one
+    that the port was opened with hands each connection to the newest.
 
-def _no_password() -> str:
-    """Without this OpenSSL would ask on the terminal, and wait."""
-    return ""
+    Args:
+        section: settings of the port.
+        name: of the section, for messages.
+
+    Raises:
+        ConfigError: as `server_context`.
+    """
+
+    def __init__(self, section: ListenConfig | AdminConfig, name: str) -> None:
+        self._section = section
+        self._name = name
+        self.context = self._newest = server_context(section, name)
+        """To open the port with; None: it speaks plain HTTP."""
+        if self.context is not None:
+            self.context.sni_callback = self._hand_over
+
+    def renew(self) -> None:
+        """Read the files again, for connections from now on.  Raises `ConfigError`."""
+        self._newest = server_context(self._section, self._name)
+
+    def _hand_over(
+        self, connection: ssl.SSLObject, server_name: str | None, context: ssl.SSLContext
+    ) -> int | None:
+        """A client has begun its handshake, whether it names a server or not.
+
+        Returns:
+            The alert that refuses it; None: it may go on.
+        """
+        del server_name, context
+        newest = self._newest
+        assert newest is not None
+        # TLS 1.2 has sessions without tickets, too, for five minutes.
+        is_old = connection.session_reused and newest is not self.context
+        if is_old and newest.verify_mode is not ssl.CERT_NONE:
+            return ssl.ALERT_DESCRIPTION_ACCESS_DENIED
+        connection.context = newest
+        return None

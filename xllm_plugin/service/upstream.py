@@ -97,6 +97,11 @@ class UpstreamConnection(asyncio.Protocol):
         else:
             self.transport.writelines((head, body))
 
+    @property
+    def holds_head(self) -> bool:
+        """Whether the head of a stream has come, and waits for its first event."""
+        return self._reading_head and self._head.endswith(_HEAD_END)
+
     def abandon(self) -> None:
         """The exchange is over on the client's side: stop the instance's work at once."""
         self.exchange = None
@@ -144,7 +149,10 @@ class UpstreamConnection(asyncio.Protocol):
         elif self._reading_head:
             is_stale = self.num_uses > 1 and not self.num_reads
             exchange.attempt_failed(
-                "closed", "closed the connection before it answered", is_stale=is_stale
+                "closed",
+                "closed the connection before it answered",
+                is_stale=is_stale,
+                connection=self,
             )
         else:
             exchange.broken(self, "the instance closed the connection in mid-answer")
@@ -199,8 +207,13 @@ class UpstreamConnection(asyncio.Protocol):
             elif not data.startswith(b"HTTP/1."[: len(data)]):
                 self._fail(exchange, "its answer is not HTTP")
             return
+        end += 4
+        is_hedgeable = exchange.hedging is not None and exchange.hedging.is_open
+        if is_hedgeable and end == len(data) and _is_event_stream(data):
+            self._head = data  # whose first event comes first is relayed, not whose head does
+            return
         self._head = b""
-        self._answer(exchange, data, end + 4)
+        self._answer(exchange, data, end)
 
     def _answer(self, exchange: Exchange, data: bytes, end: int) -> None:
         head = data[:end]
@@ -220,7 +233,9 @@ class UpstreamConnection(asyncio.Protocol):
             return
         lower = head.lower()
         self._frame(exchange, status, lower)
-        answer = exchange.begin_answer(status, head, lower, until_close=self._until_close)
+        answer = exchange.begin_answer(
+            status, head, lower, until_close=self._until_close, connection=self
+        )
         if answer is None:
             self.abandon()
             return
@@ -293,7 +308,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _fail(self, exchange: Exchange, reason: str) -> None:
         self.abandon()
-        exchange.attempt_failed("garbage", reason)
+        exchange.attempt_failed("garbage", reason, connection=self)
 
     def _begin_tunnel(self, exchange: Exchange, head: bytes, rest: bytes) -> None:
         if not exchange.upgrades:
@@ -316,6 +331,10 @@ class _Collector:
         self.on_chunk_complete = connection.on_chunk_complete
         self.on_message_complete = connection.on_message_complete
         self.on_body = stream.parts.append
+
+
+def _is_event_stream(head: bytes) -> bool:
+    return b"\r\ncontent-type: text/event-stream" in head.lower()
 
 
 def _is_chunked(lower: bytes) -> bool:

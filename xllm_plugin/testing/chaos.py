@@ -94,7 +94,7 @@ class Chaos:
                 "probe_timeout_s": 20.0,
                 "registration_token": TOKEN,
             },
-            "routing": {"policy": "session"},
+            "routing": {"policy": "session", "hedge_after_s": None},
             "limits": {"max_body_bytes": MAX_BODY_BYTES},
         }
         for name, values in sections.items():

@@ -6,13 +6,14 @@ import asyncio
 import itertools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
 from xllm_plugin.testing.chaos import CHAT, COMPLETIONS, Chaos, Fault, Trial
-from xllm_plugin.testing.chaos_instance import TOKENS
+from xllm_plugin.testing.chaos_instance import TEXT, TOKENS
 from xllm_plugin.testing.instance_faults import BEFORE_AN_ANSWER, HALF_ANSWERS, STREAM_HEAD
 
 Run = Callable[[Fault], None]
@@ -113,6 +114,56 @@ def test_an_instance_that_accepts_and_never_answers(trial: Run) -> None:
             assert await it.require_whole() == ["b"]
 
     trial(fault)
+
+
+def test_an_instance_that_accepts_and_never_answers_under_hedging(trial: Run, chaos: Chaos) -> None:
+    """Nobody waits for it; it is ready all the time, and nothing says what is wrong with it."""
+
+    async def fault(it: Trial) -> None:
+        async with it.settings(routing={"policy": "session", "hedge_after_s": 0.2}):
+            await it.behave("a", fault="silence", times=24)
+            by = await asyncio.gather(*(it.require_whole() for _ in range(12)))
+            assert by == [["b"]] * 12
+            answers = await asyncio.gather(*(it.ask({}) for _ in range(12)))
+            assert [status for status, _ in answers] == [200] * 12
+        assert chaos.metric("xllm_service_hedges_total") >= 24
+
+    trial(fault)
+
+
+def test_instances_that_are_asked_twice_all_the_time(trial: Run, chaos: Chaos) -> None:
+    """Whoever is first: each client gets one answer, whole."""
+
+    async def fault(it: Trial) -> None:
+        routing = {"policy": "session", "hedge_after_s": 0.001, "retry_share": 1.0}
+        before = chaos.metric("xllm_service_hedges_total")
+        async with it.settings(routing=routing):
+            for _ in range(4):
+                streams = (it.stream(first=name) for name in ("a", "b") * 10)
+                for told in await asyncio.gather(*streams):
+                    told.require_whole()
+                for _, body in await asyncio.gather(*(it.ask({}) for _ in range(10))):
+                    assert json.loads(body)["choices"][0]["text"] == TEXT
+        assert chaos.metric("xllm_service_hedges_total") > before
+
+    trial(fault)
+
+
+def test_several_processes_ask_twice(run: Any, tmp_path: Path) -> None:
+    """What the other sending had booked is released in the memory that they share."""
+    routing = {"policy": "session", "hedge_after_s": 0.1, "retry_share": 1.0}
+    with Chaos(tmp_path, service={"processes": 2}, routing=routing) as chaos:
+
+        async def fault(it: Trial) -> None:
+            await it.behave("a", fault="silence", times=10)
+            streams = await asyncio.gather(*(it.stream() for _ in range(20)))
+            for told in streams:
+                told.require_whole()
+            async with asyncio.timeout(30):
+                while chaos.metric("xllm_service_hedges_total") < 10:
+                    await asyncio.sleep(0.05)
+
+        run(chaos.trial(fault))
 
 
 @pytest.mark.full

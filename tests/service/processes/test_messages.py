@@ -91,7 +91,8 @@ def test_a_start_arrives_whole() -> None:
 
 
 def test_a_report_arrives_whole() -> None:
-    stats, measured, flow = Stats(answered={200: 3}, errors={"refused": 1}), Measured(), FlowStats()
+    stats = Stats(answered={200: 3}, errors={"refused": 1}, hedges={"won": 2})
+    measured, flow = Measured(), FlowStats()
     for histogram in (stats.ttft, stats.duration, measured.tpot, flow.waits):
         for seconds in (0.0, 0.01, 0.5, 1e6):
             histogram.observe(seconds)
@@ -115,6 +116,7 @@ def test_a_report_arrives_whole() -> None:
     assert found.decisions == [decision]
     assert found.instances["one"].ttft.counts == stats.ttft.counts
     assert found.instances["one"].ttft.quantile_s(0.5) == stats.ttft.quantile_s(0.5)
+    assert found.instances["one"].hedges == {"won": 2}
     assert found.measured.outcomes == {Outcome.KEPT: 2}
 
 

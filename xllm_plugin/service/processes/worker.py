@@ -286,9 +286,9 @@ class Worker:
     def _reconfigure(self, settings: Settings) -> None:
         self.keys = settings.keys
         try:
-            self.carrier.renew_certificate()
+            self.carrier.renew_certificates()
         except ConfigError as error:  # the control process could read it a moment ago
-            logger.error("%s The certificate stays as it was.", error)  # noqa: TRY400
+            logger.error("%s The certificates stay as they were.", error)  # noqa: TRY400
         self.carrier.reconfigure(settings_from(settings.sections))
         if self.keys is not None:
             self._take_keys(self.keys)
