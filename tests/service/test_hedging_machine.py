@@ -257,10 +257,16 @@ class World:
 class Hedges(RuleBasedStateMachine):
     """One client asks one thing after the other."""
 
-    @initialize(share=st.sampled_from([0.0, 0.002, 1.0]), num_retries=st.integers(0, 3))
-    def begin(self, share: float, num_retries: int) -> None:
+    @initialize(
+        share=st.sampled_from([1.0, 1.0, 0.002, 0.0]),
+        num_retries=st.sampled_from([2, 2, 1, 3, 0]),
+        is_idle=st.booleans(),
+    )
+    def begin(self, share: float, num_retries: int, is_idle: bool) -> None:
         self.share, self.num_retries = share, num_retries
         self.world = World(share, num_retries)
+        for instance in self.world.fleet:
+            instance.pool.has_idle = is_idle
         self.connect()
         self.num_hedges = 0
         self.kind = ""
@@ -397,7 +403,7 @@ class Hedges(RuleBasedStateMachine):
 
     # -- time -----------------------------------------------------------------------------------
 
-    @rule(seconds=st.sampled_from([0.4, 1.0, 3.0, 30.0]))
+    @rule(seconds=st.sampled_from([1.0, 1.0, 1.0, 0.4, 3.0, 30.0]))
     def wait(self, seconds: float) -> None:
         before = self.world.ends()
         self.world.loop.pass_time(seconds)
