@@ -258,7 +258,7 @@ REFUSED = {
         completion(ARGUMENTS, vllm_xargs={"other": 1}),
         "A stream with extra arguments cannot be continued",
     ),
-    "n": refused(chat(SEVERAL, "Name a colour.", n=2, seed=1), "`n` is not 1", AT_BORDER),
+    "n": refused(chat(SEVERAL, "Name a colour.", n=2, temperature=1.0), "`n` is not 1", AT_BORDER),
     "best_of": refused(completion(SEVERAL, best_of=2), "`best_of` is not 1", AT_BORDER),
     "a beam search": refused(
         chat(SEVERAL, "Name a colour.", use_beam_search=True), "it is a beam search", AT_BORDER
