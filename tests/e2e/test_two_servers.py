@@ -81,6 +81,11 @@ SCHEMA = {
 RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "p", "schema": SCHEMA}}
 
 
+EARLY = Cut(2)
+AT_BORDER = Cut(num_bytes=len("\r\n"))
+"""After one event, and the end of its chunk: what is passed on as it comes can only end there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One request.
@@ -100,7 +105,7 @@ class Case:
     body: dict[str, Any]
     shows: tuple[str, ...] = ("text",)
     why: str = ""
-    cut: Cut = Cut(2)
+    cut: Cut = EARLY
     is_http_1_0: bool = False
 
 
@@ -121,7 +126,7 @@ def completion(
     return Case(line, COMPLETION, {"prompt": prompt, "max_tokens": 20, **changes}, shows)
 
 
-def refused(case: Case, why: str, cut: Cut = Cut(2)) -> Case:
+def refused(case: Case, why: str, cut: Cut = EARLY) -> Case:
     return Case(case.line, case.path, case.body, (), why, cut)
 
 
@@ -242,9 +247,6 @@ MAYBE = {
     ),
 }
 """By name: the stream goes on as a sample would."""
-
-AT_BORDER = Cut(num_bytes=len("\r\n"))
-"""After one event, and the end of its chunk: what is passed on as it comes can only end there."""
 
 REFUSED = {
     "a thinking budget": refused(
@@ -395,7 +397,9 @@ def score(fleet: RelayedFleet, said: Said) -> tuple[str, list[float]]:
 
 def table() -> dict[str, bool]:
     """Each line of README's table, and whether it says yes."""
-    _, _, after = README.read_text(encoding="utf-8").partition("| request | continued |\n|---|---|\n")
+    _, _, after = README.read_text(encoding="utf-8").partition(
+        "| request | continued |\n|---|---|\n"
+    )
     rows = [row.strip("| ").split(" | ") for row in after.partition("\n\n")[0].split("\n")]
     assert {len(row) for row in rows} == {2}
     assert all(verdict.startswith(("yes", "no")) for _, verdict in rows)

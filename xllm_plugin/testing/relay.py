@@ -1,7 +1,7 @@
 """A TCP relay before a server; it breaks a stream off where it is told to, as a crash would.
 
-What the server wrote before is there, what it writes after is not, and its connection is closed.  So
-a test has a server that dies at a certain byte, without the time that it takes to start another.
+What the server wrote before is there, what it writes after is not, and its connection is closed.
+So a test has a server that dies at a certain byte, without the time to start another.
 """
 
 from __future__ import annotations
