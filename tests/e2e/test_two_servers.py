@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -232,7 +233,7 @@ EXACT = {
 }
 """By name: the stream is the undisturbed one."""
 
-SAMPLE = {**IDS, **USAGE, "ignore_eos": True}
+SAMPLE = {**IDS, **USAGE, "ignore_eos": True, "skip_special_tokens": False}
 MAYBE = {
     "a sample": completion(
         SAMPLED, shows=("token_ids", "log_probs"), temperature=1.0, logprobs=1, **SAMPLE
@@ -333,22 +334,22 @@ KINDS: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
 
 
 @pytest.fixture(scope="module")
-def fleet(
-    threads: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RelayedFleet]:
-    """Two servers, which compute on every core."""
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayedFleet]:
+    """Two servers, each on a core of its own: both run at a time, and a sum depends on threads."""
+    cores = sorted(os.sched_getaffinity(0))
     folder = tmp_path_factory.mktemp("fleet")
     template = folder / "template.jinja"
     template.write_text(CHAT_TEMPLATE)
 
     def make(kind: str, number: int) -> PeerServer:
         model, flags, environment = KINDS[kind]
+        core = str(cores[number % len(cores)])
         return xllm_server(
             str(prepare(model)),
             f"{kind} {number}",
             "",
             flags=(*FLAGS, "--chat-template", str(template), *flags),
-            environment={**threads, **environment},
+            environment={"VLLM_CPU_OMP_THREADS_BIND": core, **environment},
         )
 
     paths = (CHAT, COMPLETION, RESPONSES, MESSAGES, RESUME_PATH)
