@@ -145,13 +145,9 @@ SERVER = """
         else:
             compute()
         os.kill(os.getpid(), signal.SIGTERM)
-        pipe.send({
-            **found,
-            "method": os.environ[METHOD_ENV],
-            "pid": os.getpid(),
-            "ended": bool(ended),
-        })
-        ended.clear()
+        found |= {"method": os.environ[METHOD_ENV], "ended": bool(ended)}
+        ended.clear()  # before the server hears of it, and ends
+        pipe.send(found)
         while not ended:
             time.sleep(0.01)
         os.write(1, b"ended with the server")

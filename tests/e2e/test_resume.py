@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from typing import Any
 
 import httpx
 import pytest
 
 from xllm_plugin.instance.resumption import RESUME_PATH
+from xllm_plugin.testing.streams import DONE, events_in, is_same
 from xllm_plugin.worker.resumed import RESUMED_ARG
 
 pytestmark = pytest.mark.e2e
@@ -31,7 +30,6 @@ SCHEMA = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
-TOOL_ID = "chatcmpl-tool-"
 USAGE = {"stream_options": {"include_usage": True}}
 
 
@@ -114,9 +112,9 @@ def post(url: str, body: dict[str, Any]) -> httpx.Response:
 
 def events(reply: httpx.Response) -> list[Any]:
     assert reply.status_code == 200, reply.text
-    parts = [part.removeprefix("data: ") for part in reply.text.split("\n\n") if part]
-    assert parts.pop() == "[DONE]"
-    return [json.loads(part) for part in parts]
+    *found, last = events_in(reply.text)
+    assert last == DONE
+    return found
 
 
 def resumption(path: str, body: dict[str, Any], had: list[Any]) -> dict[str, Any]:
@@ -136,22 +134,6 @@ def resumption(path: str, body: dict[str, Any], had: list[Any]) -> dict[str, Any
             reasons = {key: choice.get(key) for key in ("finish_reason", "stop_reason")}
             asked["finish"] = {**reasons, "num_events": 0}
     return asked
-
-
-def is_same(one: Any, other: Any) -> bool:
-    """Equal but for rounding: tokens that were decoded one by one are now read together.
-
-    An id of a tool call that the client has not seen yet is another one.
-    """
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, abs_tol=1e-3)
-    if isinstance(one, str) and one.startswith(TOOL_ID):
-        return isinstance(other, str) and other.startswith(TOOL_ID)
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(is_same(one[key], other[key]) for key in one)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(is_same, one, other))
-    return bool(one == other)
 
 
 def check(url: str, name: str, stride: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +17,7 @@ from xllm_plugin.testing.dialogues import (
     wait_for_metric,
     wait_until_idle,
 )
+from xllm_plugin.testing.streams import DONE, events_in
 
 pytestmark = pytest.mark.e2e
 
@@ -75,9 +75,8 @@ def test_a_stream_is_the_instances_own_bytes(xllm_url: str, service_url: str) ->
     def events(url: str) -> list[Any]:
         reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120, trust_env=False)
         assert reply.headers["content-type"].startswith("text/event-stream")
-        lines = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
-        assert lines.pop() == "[DONE]"
-        found = [json.loads(line) for line in lines]
+        *found, last = events_in(reply.text)
+        assert last == DONE
         for one in found:
             del one["id"], one["created"]
         return found

@@ -6,10 +6,13 @@ policy around them.  `SimulatedEngine` stands in for all of that where hours of 
 
 from __future__ import annotations
 
+import os
 import random
 from collections import deque
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -22,6 +25,13 @@ pytestmark = pytest.mark.engine  # imports vLLM, some seconds
 
 NUM_BLOCKS, BLOCK_TOKENS, MAX_SEQUENCES, MAX_TOKENS = 60, 16, 8, 128
 CLASSES = ("online", "offline")
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Restored: a configuration binds OpenMP and preloads libraries for processes to come."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="module")

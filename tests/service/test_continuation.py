@@ -551,6 +551,21 @@ def test_instances_that_cannot_continue_are_passed_over(run: Any) -> None:
     run(check())
 
 
+def test_an_instance_that_refuses_says_why(run: Any) -> None:
+    async def refuse(_: Received, writer: asyncio.StreamWriter) -> None:
+        head = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 2\r\nX-Xllm-Reason: too odd\r\n\r\n"
+        writer.write(head + b"{}")
+
+    async def check() -> None:
+        dying = stream_instance(FakeModel(PIECES), Death(600))
+        async with serving(dying, FakeInstance(script=refuse), policy=first) as harness:
+            message = error_in(await ask(harness, COMPLETION, body_of(COMPLETION)))
+            assert "cannot continue the stream (HTTP 400: too odd)." in message
+            await harness.settle()
+
+    run(check())
+
+
 def test_resumes_of_one_stream_are_bounded(run: Any) -> None:
     async def check() -> None:
         model = FakeModel(PIECES)
@@ -565,21 +580,23 @@ def test_resumes_of_one_stream_are_bounded(run: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "changes"),
+    ("path", "changes", "reason"),
     [
-        (COMPLETION, {"n": 2}),
-        (COMPLETION, {"best_of": 2}),
-        (COMPLETION, {"echo": True}),
-        (COMPLETION, {"use_beam_search": True}),
-        (COMPLETION, {"prompt": ["a", "b"]}),
-        (COMPLETION, {"prompt": [[1], [2]]}),
-        (CHAT, {"n": 2}),
-        (CHAT, {"include_reasoning": False}),
-        ("/v1/messages", {}),
+        (COMPLETION, {"n": 2}, "`n` is not 1"),
+        (COMPLETION, {"best_of": 2}, "`best_of` is not 1"),
+        (COMPLETION, {"echo": True}, "it echoes its prompt"),
+        (COMPLETION, {"use_beam_search": True}, "it is a beam search"),
+        (COMPLETION, {"prompt": ["a", "b"]}, "it has several prompts"),
+        (COMPLETION, {"prompt": [[1], [2]]}, "it has several prompts"),
+        (CHAT, {"n": 2}, "`n` is not 1"),
+        (CHAT, {"include_reasoning": False}, "`include_reasoning` is false"),
+        ("/v1/messages", {}, "only completions and chats can be"),
+        ("/v1/responses", {}, "only completions and chats can be"),
+        ("/v1/audio/transcriptions", {}, "only completions and chats can be"),
     ],
 )
 def test_what_cannot_be_continued_ends_in_an_error_event(
-    run: Any, path: str, changes: dict[str, Any]
+    run: Any, path: str, changes: dict[str, Any], reason: str
 ) -> None:
     async def check() -> None:
         model = FakeModel(PIECES)
@@ -587,7 +604,7 @@ def test_what_cannot_be_continued_ends_in_an_error_event(
         dying, good = stream_instance(model, Death(600)), stream_instance(model)
         async with serving(dying, good, policy=first) as harness:
             _, answered = await harness.ask(request(json.dumps(body).encode(), path.encode()))
-            assert b'"error"' in answered
+            assert f"The stream cannot be continued: {reason}.".encode() in answered
             assert dying.requests[0].body == json.dumps(body).encode()  # as it came
             assert not good.requests
             await harness.settle()
@@ -603,7 +620,8 @@ def test_a_stream_of_an_http_1_0_client_ends_in_an_error_event(run: Any) -> None
         async with serving(dying, good, policy=first) as harness:
             client = await harness.connect()
             client.send(request(raw).replace(b"HTTP/1.1", b"HTTP/1.0"))
-            assert b'"error"' in await client.read_all()
+            answered = await client.read_all()
+            assert b"The stream cannot be continued: its client speaks HTTP/1.0." in answered
             assert dying.requests[0].body == raw  # as it came
             assert not good.requests
             await harness.settle()
@@ -618,7 +636,7 @@ def test_it_can_be_switched_off(run: Any) -> None:
         async with serving(dying, good, policy=first, continuation={"enabled": False}) as harness:
             raw = json.dumps(body_of(COMPLETION)).encode()
             _, answered = await harness.ask(request(raw))
-            assert b'"error"' in answered
+            assert b"The stream cannot be continued: `continuation.enabled` is off." in answered
             assert dying.requests[0].body == raw
             await harness.settle()
 

@@ -13,15 +13,18 @@ from typing import Any
 
 import msgspec
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 
-from xllm_plugin.instance.resumption import Resumption
+from xllm_plugin.instance.promises import error_response
+from xllm_plugin.instance.resumption import REASON_HEADER, Resumption
 
 __all__ = ["resume"]
 
 _decode = msgspec.json.Decoder(Resumption).decode
 _CREATED = re.compile(r'"created":\d+')
 _PREFIXES = {"/v1/completions": "cmpl-", "/v1/chat/completions": "chatcmpl-"}
+_BAD_REQUEST = "BadRequestError"
+_MAX_REASON = 500
 
 
 async def resume(raw_request: Request) -> Response:
@@ -33,13 +36,24 @@ async def resume(raw_request: Request) -> Response:
 
     try:
         resumption = _decode(await raw_request.body())
+        generator, engine = await _begin(resumption, raw_request)
     except msgspec.DecodeError as error:
-        raise VLLMValidationError(f"This is no request to resume a stream: {error}.") from error
-    generator, engine = await _begin(resumption, raw_request)
+        return _refused(400, _BAD_REQUEST, f"This is no request to resume a stream: {error}.")
+    except VLLMValidationError as error:
+        return _refused(400, _BAD_REQUEST, str(error), param=error.parameter)
     if not hasattr(generator, "__aiter__"):  # vLLM's ErrorResponse
-        return JSONResponse(generator.model_dump(), status_code=generator.error.code)
+        fault = generator.error
+        return _refused(fault.code, fault.type, fault.message, param=fault.param)
     stream = _new_events(generator, engine, resumption)
     return StreamingResponse(stream, media_type="text/event-stream")
+
+
+def _refused(status_code: int, kind: str, message: str, *, param: str | None = None) -> Response:
+    """An error, said in a header as well: the service reads no more of what is no stream."""
+    answer = error_response(status_code, kind, message, param=param)
+    reason = " ".join(message.split())[:_MAX_REASON].encode("ascii", "replace")
+    answer.headers[REASON_HEADER] = reason.decode()
+    return answer
 
 
 async def _begin(resumption: Resumption, raw_request: Request) -> tuple[Any, Any]:

@@ -9,10 +9,12 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["RESUME_PATH", "Finish", "Resumption"]
+__all__ = ["REASON_HEADER", "RESUME_PATH", "Finish", "Resumption"]
 
 RESUME_PATH = "/v1/xllm/resume"
 """Under /v1, because vLLM's `--api-key` guards that prefix; generating is not only reading."""
+REASON_HEADER = "x-xllm-reason"
+"""Of an answer that is no stream: why it is none, in one line of ASCII."""
 
 
 class Finish(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ from xllm_plugin.service.body import StreamWishes
 from xllm_plugin.service.chunks import chunk_of
 from xllm_plugin.service.routes import Route
 
-__all__ = ["ArmedStream", "arm", "with_body"]
+__all__ = ["ArmedStream", "arm", "unarmed_reason", "with_body"]
 
 _MAX_EVENT_BYTES = 64 * 2**20
 _IDS = b'"token_ids":['
@@ -81,27 +81,33 @@ _decode_chunks = msgspec.json.Decoder(list[list[int]]).decode
 
 
 def arm(route: Route, body: bytes, wishes: StreamWishes) -> ArmedStream | None:
-    """The stream that `body` asks for, or None if its tokens cannot be known.
-
-    `echo` of a completion and hidden reasoning change with `return_token_ids`; several choices or
-    prompts are not continued.
-    """
-    if (
-        wishes.stream is not True
-        or route.path not in _PATHS
-        or wishes.n not in (None, 1)
-        or wishes.best_of not in (None, 1)
-        or wishes.use_beam_search
-        or wishes.include_reasoning is False
-    ):
-        return None
-    if route.path == "/v1/completions" and (wishes.echo or not _is_one_prompt(wishes.prompt)):
+    """The stream that `body` asks for, or None if its tokens cannot be known (`unarmed_reason`)."""
+    if wishes.stream is not True or unarmed_reason(route, wishes):
         return None
     if wishes.return_token_ids is True:
         return ArmedStream(route.path, body, hides_ids=False)
     # The last of two equal names counts, for vLLM as for every common parser.
     end = body.rstrip()[:-1]
     return ArmedStream(route.path, end + b',"return_token_ids":true}', hides_ids=True)
+
+
+def unarmed_reason(route: Route, wishes: StreamWishes) -> str:
+    """Why nobody could continue the stream that is asked for; empty if that may be possible.
+
+    `echo` of a completion and hidden reasoning change with `return_token_ids`; several choices or
+    prompts are not continued.
+    """
+    is_completion = route.path == "/v1/completions"
+    return (
+        (route.path not in _PATHS and "only completions and chats can be")
+        or (wishes.n not in (None, 1) and "`n` is not 1")
+        or (wishes.best_of not in (None, 1) and "`best_of` is not 1")
+        or (wishes.use_beam_search and "it is a beam search")
+        or (wishes.include_reasoning is False and "`include_reasoning` is false")
+        or (is_completion and wishes.echo and "it echoes its prompt")
+        or (is_completion and not _is_one_prompt(wishes.prompt) and "it has several prompts")
+        or ""
+    )
 
 
 def _is_one_prompt(prompt: msgspec.Raw | msgspec.UnsetType) -> bool:

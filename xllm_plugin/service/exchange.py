@@ -25,9 +25,10 @@ from urllib.parse import parse_qs
 
 import msgspec
 
+from xllm_plugin.instance.resumption import REASON_HEADER
 from xllm_plugin.service import lifecycle
 from xllm_plugin.service.body import StreamWishes
-from xllm_plugin.service.continuation import ArmedStream, arm, with_body
+from xllm_plugin.service.continuation import ArmedStream, arm, unarmed_reason, with_body
 from xllm_plugin.service.flow.wishes import NO_WISHES, read_wishes
 from xllm_plugin.service.hedging import Hedging, Leg, hedge_wait_s
 from xllm_plugin.service.lifecycle import DRAINED, LEFT, State
@@ -68,6 +69,7 @@ _CLIENT_GONE = 499  # nginx's, for the access log alone
 _IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"})
 _MODEL_FIELD = re.compile(rb'name="?model"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')
 _RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[^"]{1,200})"')
+_REASON = re.compile(rb"\r\n%b: *([^\r\n]{1,999})" % REASON_HEADER.encode(), re.IGNORECASE)
 _NO_HEADERS: dict[bytes, bytes] = {}
 _HOP_BY_HOP = (b"connection:", b"keep-alive:", b"proxy-connection:", b"upgrade:")
 
@@ -412,7 +414,7 @@ class Exchange:
         if stream is not None:
             is_stream = status == _OK and _is_chunked_stream(lower)
             if stream.is_begun:
-                return self._begin_continuation(status, is_stream=is_stream)
+                return self._begin_continuation(status, head, is_stream=is_stream)
             if not is_stream:
                 self.stream = None
         if status == _RETRYABLE_STATUS and self._refused():
@@ -573,7 +575,8 @@ class Exchange:
         self.keep_alive = False
         is_stream = b"text/event-stream" in self._lower_head
         if is_stream and (self.unframes or is_at_border):
-            event = b"data: " + error_body(502, f"Instance {instance.name}: {why}.") + b"\n\n"
+            message = f"Instance {instance.name}: {why}. {self._unarmed_reason()}"
+            event = b"data: " + error_body(502, message) + b"\n\n"
             self._write(event if self.unframes else b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event))
             self._finish(Ending.BROKEN)
             return
@@ -731,12 +734,14 @@ class Exchange:
         self.head, self.body = self.stream.next_request(self.head, self.route.target)
         self._send(instance)
 
-    def _begin_continuation(self, status: int, *, is_stream: bool) -> bytes | None:
+    def _begin_continuation(self, status: int, head: bytes, *, is_stream: bool) -> bytes | None:
         instance = self.instance
         assert instance is not None
         if not is_stream:
             instance.stats.count_error("not continued")
-            self._try_next(f"Instance {instance.name} cannot continue the stream (HTTP {status}).")
+            said = _REASON.search(head)
+            why = f"HTTP {status}" + (f": {said[1].decode('latin-1')}" if said else "")
+            self._try_next(f"Instance {instance.name} cannot continue the stream ({why}).")
             return None
         self.is_answering = True
         return b""
@@ -761,6 +766,16 @@ class Exchange:
             return self._may_retry() and self._has_alternative()
         is_left = stream.num_resumes < proxy.config.continuation.max_resumes
         return is_left and not stream.may_be_refused and stream.can_resume
+
+    def _unarmed_reason(self) -> str:
+        """Why no other instance goes on with a stream that is not armed: a sentence."""
+        if not self.proxy.config.continuation.enabled:
+            reason = "`continuation.enabled` is off"
+        elif self.unframes:
+            reason = "its client speaks HTTP/1.0"
+        else:
+            reason = unarmed_reason(self.route, peek(self.body, self.content_type))
+        return f"The stream cannot be continued: {reason or 'its answer is no stream of chunks'}."
 
     def _end_in_error(self, message: str) -> None:
         """Nobody can continue the stream: its last event says so."""

@@ -17,11 +17,13 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from xllm_plugin.errors import NotNowError
+from xllm_plugin.testing.streams import say_together
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -158,20 +160,7 @@ def chat_stream(talk: Talk) -> Any:
 
 def streamed(chunks: Iterable[Any]) -> Any:
     """All fields of a stream's chunks, whatever their number: two tokens may come in one."""
-    text = ""
-    log_probs: dict[str, list[Any]] = {}
-    usages: list[Any] = []
-    rest: list[Any] = []
-    for chunk in map(stable, chunks):
-        usages.append(chunk.pop("usage", None))
-        for choice in chunk["choices"]:
-            holder, name = (choice, "text") if "text" in choice else (choice["delta"], "content")
-            text += holder.pop(name) or ""
-            for kind, values in (choice.pop("logprobs") or {}).items():
-                log_probs.setdefault(kind, []).extend(values or ())
-        if chunk not in rest:
-            rest.append(chunk)
-    return {"text": text, "log_probs": log_probs, "usage": usages[-1], "rest": rest}
+    return asdict(say_together(map(stable, chunks)))
 
 
 def chat_chunks(talk: Talk) -> Any:

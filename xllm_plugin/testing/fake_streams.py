@@ -18,6 +18,7 @@ import msgspec
 
 from xllm_plugin.instance.resumption import RESUME_PATH, Resumption
 from xllm_plugin.testing.fake_instance import FakeInstance, Received, answer
+from xllm_plugin.testing.streams import events_in
 
 __all__ = ["Death", "FakeModel", "continued", "events_of", "send_events", "stream_instance"]
 
@@ -121,14 +122,11 @@ def _event(is_chat: bool, **fields: Any) -> bytes:
 
 def events_of(body: bytes) -> list[Any]:
     """The events of a chunked body, as JSON where they are."""
-    raw, found = b"", []
+    raw = b""
     while body:
         size, _, body = body.partition(b"\r\n")
         raw, body = raw + body[: int(size, 16)], body[int(size, 16) + 2 :]
-    for event in raw.removesuffix(b"\n\n").split(b"\n\n"):
-        text = event.removeprefix(b"data: ")
-        found.append(json.loads(text) if text.startswith(b"{") else text.decode())
-    return found
+    return events_in(raw.decode())
 
 
 def stream_instance(
