@@ -46,7 +46,11 @@ def found(bench: ModuleType, elastic_ms: float, asked: list[Any] | None = None) 
         "contiguous": FakeChild(bench, "contiguous", 12.0, asked),
     }
     with Reporter(Console(quiet=True), 96, first="-") as reporter:
-        return bench.measure(children, range(100), (1, 8), 24, reporter)
+        starts = [
+            bench.measure(children, range(100), (1, 8), range(3 * n, 3 * n + 3), reporter)
+            for n in range(8)
+        ]
+    return {batch: [times[batch] for times in starts] for batch in (1, 8)}
 
 
 def test_all_of_a_round_get_the_same_prompts_and_no_two_rounds_do(bench: ModuleType) -> None:
@@ -58,6 +62,18 @@ def test_all_of_a_round_get_the_same_prompts_and_no_two_rounds_do(bench: ModuleT
     names = [name for name, _ in asked]
     order = ["fixed", "elastic", "contiguous"]
     assert names[:12] == order * 2 + order[::-1] * 2
+
+
+def test_of_a_start_counts_the_median_of_its_rounds(bench: ModuleType) -> None:
+    times = bench.Times()
+    times.step_ms = {"fixed": [10.0, 20.0, 10.0], "elastic": [30.0, 20.0, 11.0], "contiguous": []}
+    assert bench.ratios([times], "step_ms", "elastic") == [pytest.approx(1.1)]
+
+
+def test_the_luck_of_a_start_is_within_the_interval(bench: ModuleType) -> None:
+    lucky = [0.98, 0.99, 1.0, 1.0, 1.01, 1.01, 1.02, 1.02]
+    low, high = bench.ratio_interval(lucky)
+    assert 0.985 < low < 1.0 < high < 1.02
 
 
 def test_the_engines_take_turns_within_a_run(bench: ModuleType) -> None:
