@@ -81,7 +81,7 @@ class Times:
 
 
 Kind = Literal["step_ms", "run_ms"]
-Found = Mapping[int, Sequence[Times]]
+TimesByBatch = Mapping[int, Sequence[Times]]
 """By batch size: the times of each start."""
 
 
@@ -104,7 +104,7 @@ def ratio_interval(quotients: Sequence[float]) -> tuple[float, float]:
     return math.exp(low), math.exp(high)
 
 
-def rows(found: Found) -> list[Row]:
+def rows(found: TimesByBatch) -> list[Row]:
     """Each batch size: the times, and their ratios to the fixed one's with their interval."""
     made = []
     kinds: Mapping[str, Kind] = {
@@ -125,7 +125,7 @@ def rows(found: Found) -> list[Row]:
 
 def compared(quotients: Sequence[float]) -> list[Figure]:
     """The ratios, and their interval if there are enough of them."""
-    figures = [Figure.of("times fixed, by start", "", quotients)]
+    figures = [Figure.of("ratio to fixed, by start", "", quotients)]
     if len(quotients) >= MIN_PAIRS:
         low, high = ratio_interval(quotients)
         figures.append(Figure.of("95 % interval from", "", [low]))
@@ -133,7 +133,7 @@ def compared(quotients: Sequence[float]) -> list[Figure]:
     return figures
 
 
-def checks(found: Found, *, is_quick: bool) -> list[Check]:
+def checks(found: TimesByBatch, *, is_quick: bool) -> list[Check]:
     """The interval of a step's ratio lies within the bounds; a quick run is too short to say.
 
     Only for the default form: what `contiguous` costs is told, not promised.
@@ -194,6 +194,11 @@ def take_turns(
     return steps
 
 
+def in_turn(number: int) -> Sequence[Memory]:
+    """Of any two sides, each comes first every other time."""
+    return MEMORIES[::-1] if number % 2 else MEMORIES
+
+
 def measure(
     children: Mapping[Memory, sides.Child],
     tokens: Sequence[int],
@@ -204,7 +209,7 @@ def measure(
     """Run the rounds of one start; each goes through the memories the other way round."""
     found = {batch: Times() for batch in batches}
     for number in rounds:
-        order = MEMORIES if number % 2 == 0 else MEMORIES[::-1]
+        order = in_turn(number)
         for batch, times in found.items():
             reporter.doing(f"{batch} requests")
             taken = take_turns(children, run_job(tokens, batch, number), order)
@@ -308,11 +313,10 @@ def command(
 def started(
     job: Mapping[str, Any], number: int, logs: Path, reporter: Reporter
 ) -> Iterator[dict[Memory, sides.Child]]:
-    """All engines, for the length of a `with` block; another one is started first each time."""
-    first = number % len(MEMORIES)
+    """All engines, for the length of a `with` block, started in the other order each time."""
     with contextlib.ExitStack() as stack:
         children = {}
-        for memory in (*MEMORIES[first:], *MEMORIES[:first]):
+        for memory in in_turn(number):
             log = logs / f"{memory}-{number}.log"
             child = stack.enter_context(sides.Child(memory, environment(memory), log))
             require(memory, child.ask(job, timeout_s=sides.START_TIMEOUT_S))
