@@ -137,7 +137,7 @@ def _chats_are_rendered_by_what_was_resolved() -> None:
 def _takes(path: str, names: str) -> None:
     found = ", ".join(inspect.signature(_attribute(path)).parameters)
     if found != names:
-        raise TypeError(f"{path} takes {found}")
+        raise TypeError(f"{path} takes {found} instead of {names}")
 
 
 def _schedule_reads_its_limits_each_time() -> None:

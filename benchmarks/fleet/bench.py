@@ -303,7 +303,7 @@ def promised_aims(bench: Bench, cases: Sequence[Case], policies: Sequence[str]) 
             for load in case.loads
             for name in others
         )
-        what = "least that it keeps more than another, any load, points"
+        what = "smallest lead in promises kept, any load and policy, points"
         found.append(_aim(case, what, "at least 0", ahead * 100))
     return found
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 import httpx
@@ -489,14 +489,44 @@ def rows(bench: Bench, routers: Sequence[Router]) -> list[Row]:
     return found
 
 
+EQUAL: Final = "equal"
+REWRITTEN: Final = "written anew, the same to a client"
+
+
+def compared(answer: tuple[Any, str], direct: tuple[Any, str]) -> str:
+    """What a router made of the backend's answers, whole and streamed."""
+    if answer == direct:
+        return EQUAL
+    return REWRITTEN if read(*answer) == read(*direct) else "differ"
+
+
+def read(whole: Any, streamed: str) -> Any:
+    """What a client reads of both: texts, why they end, and usage."""
+    lines = [line.removeprefix("data:").strip() for line in streamed.splitlines()]
+    events = [json.loads(line) for line in lines if line.startswith("{")]
+    choices = [event["choices"][0] for event in events]
+    return (
+        whole["choices"][0]["message"]["content"],
+        whole["choices"][0]["finish_reason"],
+        whole["usage"],
+        "".join(choice["delta"].get("content") or "" for choice in choices),
+        [choice["finish_reason"] for choice in choices if choice.get("finish_reason")],
+        "[DONE]" in lines,
+    )
+
+
 def checks(bench: Bench, routers: Sequence[Router]) -> list[Check]:
-    """Every router gives what the backend gives, and loses nothing; ours breaks no stream."""
+    """Every router gives what the backend gives, and loses nothing; ours breaks no stream.
+
+    Peers may write an answer in their own way, as long as a client reads the same.
+    """
     found = []
     for name in (DIRECT, *(router.name for router in routers)):
         runs = [run for case in CASES for run in bench.found.get((name, case.name), ())]
         errors = sum(run["errors"] for run in runs)
-        is_equal = bench.answers[name] == bench.answers[DIRECT]
-        detail = f"{errors:.0f} errors; answers {'equal' if is_equal else 'differ'}"
+        equality = compared(bench.answers[name], bench.answers[DIRECT])
+        is_equal = equality == EQUAL or (equality == REWRITTEN and not name.startswith(OURS))
+        detail = f"{errors:.0f} errors; answers {equality}"
         if name in bench.cached:
             detail += f"; {bench.cached[name]} tokens of the first prompt known to be cached"
         found.append(Check(name=name, passed=is_equal and not errors, detail=detail))

@@ -78,11 +78,12 @@ class Sample:
 
     Attributes:
         at_s: seconds from the first sample.
-        told: number of the engine's picture; it makes one when a step ends.
-        live_bytes: of blocks that requests hold or the prefix cache may find, by the engine.
+        told: number of the engine's picture; it makes one when a step ends, ten a second at most.
+        live_bytes: of blocks that requests hold or the prefix cache may find, and of vLLM's null
+            block, by the engine.
         slab_bytes: the unit in which memory comes and goes.
         num_dropped_slabs: that were cached and have not been used for long, total.
-        num_requests: that run or wait.
+        num_requests: that run, or wait and may have a slab when the step ends.
         kv_bytes: resident pages of the KV cache, by the kernel.
         all_bytes: the engine's resident memory, by the kernel.
     """
@@ -146,7 +147,7 @@ def allowed_bytes(samples: Sequence[Sample], at: int) -> int:
     """What may be resident at a sample: live KV, a slab a request, and the reserve.
 
     The reserve is what was live until `RESERVE_S` before, for what is given back stays a while for
-    whoever needs it next, and the slabs of the null block and mapped ahead.  What a step takes is
+    whoever needs it next, and the slab mapped ahead.  What a step takes is
     resident when it runs and told of when it ends, so what is told next counts as well.  What the
     cache has dropped since the sample before was live until then, beside what was taken meanwhile.
     """
@@ -159,13 +160,19 @@ def allowed_bytes(samples: Sequence[Sample], at: int) -> int:
         two.live_bytes + (two.num_dropped_slabs - one.num_dropped_slabs) * two.slab_bytes
         for one, two in pairwise([before, *recent])
     )
-    slabs = max(sample.num_requests for sample in recent) + 1 + PREMAP_SLABS
+    slabs = max(sample.num_requests for sample in recent) + PREMAP_SLABS
     return live + slabs * now.slab_bytes
+
+
+def other_bytes(samples: Sequence[Sample]) -> int:
+    """Shared memory of the engine that is none of the KV cache's, which comes in whole slabs."""
+    return min(sample.kv_bytes % sample.slab_bytes for sample in samples)
 
 
 def excess_bytes(samples: Sequence[Sample]) -> int:
     """The most by which resident KV was beyond what is allowed; negative if it never was."""
-    return max(one.kv_bytes - allowed_bytes(samples, at) for at, one in enumerate(samples))
+    beyond = (one.kv_bytes - allowed_bytes(samples, at) for at, one in enumerate(samples))
+    return max(beyond) - other_bytes(samples)
 
 
 def peer(model: str) -> PeerServer:
@@ -328,8 +335,10 @@ def notes(plan: Plan) -> tuple[str, ...]:
         (
             f"The reserve: what was live up to {RESERVE_S:g} s before (keep_idle_s, the "
             f"{KEEPER_S:g} s between two looks of the keeper, and {LAG_S:g} s for two samples), "
-            "the null block's slab, and one slab mapped ahead. What the step under way takes is "
-            "resident already; the engine tells of it when the step ends."
+            "and one slab mapped ahead. What the step under way takes is resident already; the "
+            "engine tells of it when the step ends. What the cache dropped between two samples was "
+            "live between them. A request that waits counts as one, for it may run when the step "
+            "ends."
         ),
         (
             f"Idle, before: {IDLE_S:g} s after {WARM_UP_REQUESTS} requests of the largest size "

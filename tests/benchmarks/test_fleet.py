@@ -7,8 +7,10 @@ from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from xllm_plugin.bench import readme, schema
+from xllm_plugin.bench.fleet_simulator.promises import ShareSummary
 from xllm_plugin.errors import ConfigError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "fleet"
@@ -30,6 +32,24 @@ def test_a_quick_run_compares_all_policies(bench: ModuleType, tmp_path: Path) ->
     assert [row.labels["policy"] for row in promised] == list(bench.WITH_PROMISES)
     assert all(0 <= row.figure("interactive kept").median <= 100 for row in promised)
     assert bench.BLIND in {peer.name for peer in result.peers}
+
+
+def test_the_lead_is_in_promises_kept_where_it_is_smallest(bench: ModuleType) -> None:
+    case = bench.PROMISED[0]
+    made = bench.Bench(4, 1, Console(quiet=True))
+    kept = {bench.DEFAULT: 80, bench.BLIND: 70, "least-loaded": 85}
+    for load in case.loads:
+        for name, num_kept in kept.items():
+            made.shares[case.name, load, name] = [
+                {
+                    "interactive": ShareSummary(100, num_kept, 1.0, 0.1, 2.0),
+                    "offline": ShareSummary(100, 100, 9.0, 0.9, 9.0),
+                }
+            ]
+    (ahead,) = bench.promised_aims(made, [case], list(kept))
+    assert ahead.figure("found").median == pytest.approx(-5)
+    (ahead,) = bench.promised_aims(made, [case], [bench.DEFAULT, bench.BLIND])
+    assert ahead.figure("found").median == pytest.approx(10)
 
 
 @pytest.mark.parametrize(

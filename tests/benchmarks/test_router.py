@@ -186,3 +186,19 @@ def test_streams_are_whole_only_with_every_token_in_order(
     found = asyncio.run(bench._killed(1, 2, 3, {}))
     assert found == {"in_flight": 2.0, "broken": 3.0}
     assert killed == [3]
+
+
+def test_an_answer_in_another_form_is_told_from_another_answer(bench: ModuleType) -> None:
+    whole = {
+        "choices": [{"message": {"content": " a b"}, "finish_reason": "stop"}],
+        "usage": {"completion_tokens": 2},
+    }
+    chunk = '{"choices": [{"delta": {"content": " a"}, "finish_reason": %s}], "logprobs": null}'
+    streamed = f"data: {chunk % 'null'}\n\ndata: {chunk % json.dumps('stop')}\n\ndata: [DONE]\n\n"
+    direct = (whole, streamed)
+    assert bench.compared(direct, direct) == bench.EQUAL
+    anew = streamed.replace(', "logprobs": null', "")
+    assert bench.compared((whole, anew), direct) == bench.REWRITTEN
+    assert bench.compared((whole, streamed.replace(" a", "", 1)), direct) == "differ"
+    assert bench.compared((whole, streamed.replace("data: [DONE]", "")), direct) == "differ"
+    assert bench.compared(({**whole, "usage": None}, streamed), direct) == "differ"

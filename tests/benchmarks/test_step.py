@@ -6,13 +6,14 @@ import json
 import struct
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from xllm_plugin.bench import readme, schema
+from xllm_plugin.bench.commands import beside
 from xllm_plugin.bench.peers import COMMON_ENVIRONMENT, peer_servers
 from xllm_plugin.bench.traces import Vocabulary
 from xllm_plugin.errors import ConfigError, InternalError, ModelError, SeamError
@@ -120,6 +121,30 @@ def test_a_step_that_fails_is_closed_too(bench: ModuleType) -> None:
 def test_an_engine_without_the_method_is_told(bench: ModuleType) -> None:
     with pytest.raises(SeamError, match="FakeEngine has no method '_bookkeeping_sync'"):
         bench.parts.PartTimer().attach(FakeEngine(Clock()), "_bookkeeping_sync", "bookkeeping")
+
+
+class FakeSteps:
+    """An `LLMEngine` with so many steps left."""
+
+    def __init__(self, engine: Any, num_left: int) -> None:
+        self.engine, self.num_left = engine, num_left
+
+    def has_unfinished_requests(self) -> bool:
+        return self.num_left > 0
+
+    def step(self) -> None:
+        self.num_left -= 1
+        self.engine.steps.append(self.engine.kind(tokens=(1,), parts_ms={"forward": 1.0}))
+
+
+def test_an_engine_goes_on_by_turns_and_says_when_it_is_done(bench: ModuleType) -> None:
+    driver = beside(FOLDER, "driver")
+    engine = driver.Engine.__new__(driver.Engine)
+    engine.kind, engine.steps = bench.parts.Step, []
+    engine.llm = SimpleNamespace(llm_engine=FakeSteps(engine, 5))
+    turns = [driver.go_on(engine, {"num_steps": 4}) for _ in range(2)]
+    assert [len(turn["steps"]) for turn in turns] == [4, 1]
+    assert [turn["has_more"] for turn in turns] == [True, False]
 
 
 def test_methods_belong_to_known_parts(bench: ModuleType) -> None:
