@@ -170,6 +170,17 @@ class RegistrationConfig(BaseModel):
             _require_web("advertise_url", self.advertise_url)
         return self
 
+    @model_validator(mode="after")
+    def _certificates_are_of_use(self) -> Self:
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ValueError("ssl_keyfile is given without ssl_certfile; give both")
+        if self.is_at_etcd and (self.ssl_ca_certs or self.ssl_certfile):
+            raise ValueError(
+                f"ssl_ca_certs and ssl_certfile are for an admin port, and url {self.url!r} is an "
+                "etcd; give etcd.cacert, etcd.cert and etcd.key"
+            )
+        return self
+
     @property
     def is_at_etcd(self) -> bool:
         """Whether `url` names an etcd."""

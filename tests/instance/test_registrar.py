@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import ssl
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Histogram
 
 from xllm_plugin.channel.messages import EngineIdentity, EngineLoad, Reading, Snapshot
-from xllm_plugin.errors import ConfigError
+from xllm_plugin.errors import ConfigError, NotNowError
 from xllm_plugin.instance.latency import LatencyMeter
 from xllm_plugin.instance.registrar import (
     Registrar,
@@ -26,7 +27,14 @@ from xllm_plugin.instance.registrar import (
     load_of,
 )
 from xllm_plugin.instance.registry_clients import ServiceRegistry, make_client, registry_client
-from xllm_plugin.registration import Load, Registration, RegistrationConfig, Role
+from xllm_plugin.registration import (
+    Heartbeat,
+    Lease,
+    Load,
+    Registration,
+    RegistrationConfig,
+    Role,
+)
 from xllm_plugin.service.app import Service
 from xllm_plugin.service.config import (
     AdminConfig,
@@ -64,7 +72,7 @@ class Scripted:
 def scripted_client(
     config: RegistrationConfig, answer: Callable[[httpx.Request], httpx.Response]
 ) -> httpx.Client:
-    headers = make_client(config).headers
+    headers = make_client(config, ssl.create_default_context()).headers
     return httpx.Client(transport=httpx.MockTransport(answer), headers=headers)
 
 
@@ -391,3 +399,27 @@ def test_a_server_joins_outlives_its_service_and_leaves(
     loop_thread(service.stop())
     loop_thread(server.die())
     assert "join" not in caplog.text.replace("joining", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"ssl_keyfile": "key.pem"}, "ssl_keyfile is given without ssl_certfile"),
+        ({"url": "etcd://one:2379/x", "ssl_ca_certs": "ca.pem"}, "give etcd.cacert"),
+    ],
+)
+def test_certificates_that_would_be_of_no_use_are_refused(given: dict[str, str], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        RegistrationConfig.model_validate({"url": "https://one:8001", **given})
+
+
+def test_certificates_are_read_again_when_a_service_cannot_be_asked() -> None:
+    def away(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("certificate has expired", request=request)
+
+    renewed: list[int] = []
+    client = httpx.Client(transport=httpx.MockTransport(away))
+    registry = ServiceRegistry(CONFIG, client, lambda: renewed.append(1))
+    with pytest.raises(NotNowError, match="certificate has expired"):
+        registry.beat(Lease(name="a", lease_s=6.0), Heartbeat(incarnation="1"))
+    assert renewed == [1]

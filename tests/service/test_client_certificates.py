@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -25,6 +26,7 @@ from xllm_plugin.service.app import Service, check
 from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.fleet import Instance
 from xllm_plugin.service.lifecycle import State
+from xllm_plugin.service.tls import PortTls
 from xllm_plugin.testing.fake_instance import FakeInstance, stream
 from xllm_plugin.testing.service_harness import PATIENCE_S
 
@@ -241,6 +243,22 @@ def test_an_earlier_session_is_no_reason_to_refuse_who_may_come(run: Any, files:
             assert answer.startswith(b"HTTP/1.1 503")
 
     run(check())
+
+
+def test_a_session_is_judged_by_when_it_was_made(files: Files) -> None:
+    now_s = 1000.0
+    section = ServiceConfig.model_validate({"listen": port(files)}).listen
+    tls = PortTls(section, "listen", clock=lambda: now_s)
+    tls.renew()
+
+    def alert(made_s: float) -> int | None:
+        session = SimpleNamespace(time=made_s)
+        connection: Any = SimpleNamespace(session_reused=True, session=session, context=None)
+        assert tls.context is not None
+        return tls._hand_over(connection, None, tls.context)
+
+    assert alert(1000) == ssl.ALERT_DESCRIPTION_ACCESS_DENIED
+    assert alert(1001) is None
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])

@@ -262,7 +262,7 @@ def _found_token(admin_url: str) -> str:
     if given:
         return given
     url = httpx.URL(admin_url)
-    path = token_path(url.port or 80)
+    path = token_path(url.port or (443 if url.scheme == "https" else 80))
     try:
         return path.read_text()
     except OSError as error:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import ssl
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 from urllib.parse import quote
 
 import httpx
 from pydantic import ValidationError
 
-from xllm_plugin.errors import NotNowError
+from xllm_plugin.errors import ConfigError, NotNowError
 from xllm_plugin.etcd import wire
 from xllm_plugin.etcd.client import EtcdClient
 from xllm_plugin.etcd.config import parse_url
@@ -48,7 +50,9 @@ class RegistryClient(Protocol):
 def registry_client(config: RegistrationConfig) -> RegistryClient:
     """The client for `config.url`.  Raises `ConfigError` if a TLS file cannot be read."""
     if not config.is_at_etcd:
-        return ServiceRegistry(config, make_client(config))
+        files = ClientFiles.of(config, "registration.")
+        context = files.context()
+        return ServiceRegistry(config, make_client(config, context), lambda: files.load(context))
     address = parse_url(config.url)
     # A member that hangs must not cost the lease: the next one is asked in time.
     timeout_s = min(config.etcd.command_timeout_s, config.lease_s / 3)
@@ -56,7 +60,7 @@ def registry_client(config: RegistrationConfig) -> RegistryClient:
     return EtcdRegistry(EtcdClient(address, access), address.prefix, config.lease_s)
 
 
-def make_client(config: RegistrationConfig) -> httpx.Client:
+def make_client(config: RegistrationConfig, context: ssl.SSLContext) -> httpx.Client:
     """A client of the service's admin port, with its token."""
     headers = {}
     if config.token is not None:
@@ -64,7 +68,7 @@ def make_client(config: RegistrationConfig) -> httpx.Client:
     return httpx.Client(
         headers=headers,
         timeout=_TIMEOUT_S,
-        verify=ClientFiles.of(config, "registration.").context(),
+        verify=context,
         trust_env=False,  # proxies of the environment lead out of the cluster
     )
 
@@ -77,12 +81,19 @@ class ServiceRegistry:
     Args:
         config: says where.
         client: brings the token.
+        renew: reads its certificates again, which may have run out.
     """
 
-    def __init__(self, config: RegistrationConfig, client: httpx.Client) -> None:
+    def __init__(
+        self,
+        config: RegistrationConfig,
+        client: httpx.Client,
+        renew: Callable[[], None] = lambda: None,
+    ) -> None:
         self.where = config.url
         self._urls = deque(config.urls)
         self._client = client
+        self._renew = renew
 
     def register(self, registration: Registration) -> Lease:
         """Ask for a lease."""
@@ -108,6 +119,10 @@ class ServiceRegistry:
             reply = self._client.request(method, self._urls[0] + path, content=content)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             self._urls.rotate(-1)
+            try:
+                self._renew()
+            except ConfigError as unusable:
+                raise NotNowError(f"{type(error).__name__}: {error}. {unusable}") from error
             raise NotNowError(f"{type(error).__name__}: {error}.") from error
         if reply.status_code == httpx.codes.CONFLICT and not isinstance(body, Registration):
             return None

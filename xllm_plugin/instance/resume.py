@@ -51,8 +51,8 @@ async def resume(raw_request: Request) -> Response:
 def _refused(status_code: int, kind: str, message: str, *, param: str | None = None) -> Response:
     """An error, said in a header as well: the service reads no more of what is no stream."""
     answer = error_response(status_code, kind, message, param=param)
-    reason = " ".join(message.split())[:_MAX_REASON].encode("ascii", "replace")
-    answer.headers[REASON_HEADER] = reason.decode()
+    words = "".join(c if c.isascii() and c.isprintable() else " " for c in message).split()
+    answer.headers[REASON_HEADER] = " ".join(words)[:_MAX_REASON]
     return answer
 
 

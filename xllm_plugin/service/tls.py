@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ssl
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from xllm_plugin.tls import load_authorities, load_pair
@@ -46,14 +48,22 @@ class PortTls:
     Args:
         section: settings of the port.
         name: of the section, for messages.
+        clock: seconds since the epoch, as OpenSSL dates sessions.
 
     Raises:
         ConfigError: as `server_context`.
     """
 
-    def __init__(self, section: ListenConfig | AdminConfig, name: str) -> None:
+    def __init__(
+        self,
+        section: ListenConfig | AdminConfig,
+        name: str,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._section = section
         self._name = name
+        self._clock = clock
+        self._renewed_s = 0.0
         self.context = self._newest = server_context(section, name)
         """To open the port with; None: it speaks plain HTTP."""
         if self.context is not None:
@@ -62,6 +72,7 @@ class PortTls:
     def renew(self) -> None:
         """Read the files again, for connections from now on.  Raises `ConfigError`."""
         self._newest = server_context(self._section, self._name)
+        self._renewed_s = self._clock()
 
     def _hand_over(
         self, connection: ssl.SSLObject, server_name: str | None, context: ssl.SSLContext
@@ -74,8 +85,10 @@ class PortTls:
         del server_name, context
         newest = self._newest
         assert newest is not None
-        # TLS 1.2 has sessions without tickets, too, for five minutes.
-        is_old = connection.session_reused and newest is not self.context
+        # TLS 1.2 has sessions without tickets, too, for five minutes: the first context keeps them,
+        # of later ones as well.
+        session = connection.session if connection.session_reused else None
+        is_old = session is not None and session.time <= self._renewed_s
         if is_old and newest.verify_mode is not ssl.CERT_NONE:
             return ssl.ALERT_DESCRIPTION_ACCESS_DENIED
         connection.context = newest
