@@ -155,6 +155,10 @@ def test_a_last_message_that_goes_on_has_no_end(
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
+ODD_CALLS: tuple[Any, ...] = (5, 0, True, 1.5, "x", {})
+ODD_CALL: tuple[Any, ...] = (5, None, "x", [])
+ODD_ROLES: tuple[Any, ...] = (5, True, ["user"], {})
+ODD_MESSAGES: tuple[Any, ...] = (5, 1.5, None, True, [USER])
 LEFT_TO_THE_INSTANCE: tuple[dict[str, Any], ...] = (
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]}]},
     {
@@ -180,6 +184,18 @@ LEFT_TO_THE_INSTANCE: tuple[dict[str, Any], ...] = (
     {"messages": [{"role": "assistant", "tool_calls": [{**CALL, "index": 0}]}]},
     {"messages": [{"role": "assistant", "tool_calls": [{**CALL, "type": "custom"}]}]},
     {"messages": [{"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f"}}]}]},
+    *(
+        {"messages": [{"role": "assistant", "tool_calls": odd}]}
+        for odd in (5, 0, True, 1.5, "x", {})
+    ),
+    *({"messages": [{"role": "assistant", "tool_calls": [odd]}]} for odd in ODD_CALL),
+    *({"messages": [{"role": odd, "content": "a"}]} for odd in ODD_ROLES),
+    *({"messages": [odd]} for odd in ODD_MESSAGES),
+    {"messages": 5},
+    {"messages": {"role": "user"}},
+    {"messages": [USER], "tools": 5},
+    {"messages": [USER] * 1001},
+    {"messages": [{"role": "user", "content": "a" * 2**18}]},
     {"messages": ["text"]},
     {"messages": []},
     {"messages": "text"},
@@ -225,16 +241,48 @@ def test_forms_that_are_none_are_refused() -> None:
             renderer(source, default_kwargs=defaults)
 
 
-def test_a_template_that_takes_too_long_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_takes_too_long_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(chats, "ChatTemplate", lambda source: ChatTemplate(source, most_s=0.02))
     one = renderer(
         "{% for m in messages %}{% if m.content %}{% for a in range(99999) %}"
         "{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}{% endfor %}"
     )
     assert text(one, {"role": "assistant"}) == ""
-    for content in ("a", ""):
+    with caplog.at_level("WARNING"):
+        for content in ("a", "b"):
+            with pytest.raises(CannotRenderError, match="too long"):
+                text(one, {"role": "user", "content": content})
+    assert ["for 'm' took" in record.getMessage() for record in caplog.records] == [True]
+    assert text(renderer("x"), USER) == "x", "another template is another matter"
+
+
+def test_a_long_chat_that_takes_too_long_costs_short_ones_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chats, "ChatTemplate", lambda source: ChatTemplate(source, most_s=0.02))
+    one = renderer(
+        "{% for m in messages %}{% if messages | length > 900 %}{% for a in range(99999) %}"
+        "{% endfor %}{% endif %}{% endfor %}done"
+    )
+    for num_messages in (1000, 999):
         with pytest.raises(CannotRenderError, match="too long"):
-            text(one, {"role": "user", "content": content})
+            text(one, *[USER] * num_messages)
+    assert text(one, *[USER] * 400) == "done"
+
+
+def test_what_fails_unexpectedly_is_left_to_the_instance(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("odd")
+
+    one = renderer(SHOW)
+    monkeypatch.setattr(chats, "_messages", fail)
+    with caplog.at_level("DEBUG"), pytest.raises(CannotRenderError, match="odd"):
+        text(one, USER)
+    assert [record.levelname for record in caplog.records] == ["DEBUG"]
 
 
 def test_every_sample_can_be_rendered() -> None:

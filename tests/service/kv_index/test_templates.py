@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 import pytest
 
+from xllm_plugin.service.kv_index import templates
 from xllm_plugin.service.kv_index.templates import CannotRenderError, ChatTemplate, TookTooLongError
 
 
@@ -68,6 +69,7 @@ def test_loops_that_are_counted_are_loops_as_ever(source: str, items: Any) -> No
 
 
 ENDLESS = (
+    "{{ range(99999) | map('string') | map('trim') | map('upper') | list | length }}",
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     (
         "{% set r = range(9999) | list %}{% for a in r %}{% for b in r %}{% for c in r %}"
@@ -126,6 +128,21 @@ def test_threads_have_a_time_each() -> None:
         "{{ messages.nothing.at.all }}",
         "{{ 1 / 0 }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ lipsum(n=99999999) }}",
+        "{{ [] | slice(999999999) | list }}",
+        "{{ [[]] | map('slice', 999999999) | list }}",
+        "{{ [[]] | map('batch', 999999999, 1) | map('list') | list }}",
+        "{{ 'x' | center(999999999) }}",
+        "{{ 'x' | wordwrap(1) }}",
+        "{{ 'x\ny' | indent(999999999) }}",
+        "{{ 1 | round(999999999, 'ceil') }}",
+        "{{ '%999999999d' | format(1) }}",
+        "{{ [1] | tojson(indent=999999999) }}",
+        "{{ 'x'.center(999999999) }}",
+        "{{ 'x'['ljust'](999999999) }}",
+        "{{ (5).to_bytes(999999999) }}",
+        "{{ '{:999999999}'.format(1) }}",
+        "{{ '{:{}}'.format_map({}) }}",
         "{% include 'x' %}",
     ],
 )
@@ -140,6 +157,36 @@ def test_what_a_template_may_not_is_an_error_of_its_own(source: str) -> None:
 def test_what_is_no_template_is_refused_when_it_is_read(source: str) -> None:
     with pytest.raises(CannotRenderError):
         ChatTemplate(source)
+
+
+def test_nothing_of_a_template_runs_while_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No meter runs then; Jinja would compute what is constant."""
+    steps: list[object] = []
+
+    def step(meter: object) -> None:
+        steps.append(meter)
+
+    monkeypatch.setattr(templates._Meter, "step", step)
+    source = (
+        "{{ [1, 2] | join }}{% if 'a' | upper %}{{ [2, 1] | sort }}{% endif %}"
+        "{% autoescape 'a' | upper %}{{ ['a'] | map('upper') | list }}{% endautoescape %}"
+    )
+    template = ChatTemplate(source)
+    assert not steps
+    assert template.render({}) == "12[1, 2][&#39;A&#39;]"
+    assert steps
+
+
+def test_filters_are_the_same_as_ever() -> None:
+    """Of all three kinds: with a context, with an environment, and with neither."""
+    source = (
+        "{{ x | selectattr('a', 'equalto', 1) | map(attribute='b') | join(',') }}"
+        "{{ x | map(attribute='a') | map('string') | list }}{{ (x | sort(attribute='b'))[0].b }}"
+        "{{ ' a ' | trim | replace('a', 'b') | upper }}{{ none | default('d', true) }}"
+        "{{ '{} {x}'.format(1, x=2) }}{% filter upper %}a{% endfilter %}{{ (x | last).a }}"
+    )
+    items = [{"a": 1, "b": "q"}, {"a": 2, "b": "p"}]
+    assert rendered(source, x=items) == jinja2.Template(source).render(x=items)
 
 
 def test_the_variables_of_a_template_are_known() -> None:

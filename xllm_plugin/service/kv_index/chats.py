@@ -26,7 +26,9 @@ __all__ = ["CannotRenderError", "ChatRenderer", "Rendered"]
 
 logger = logging.getLogger(__name__)
 
-_MOST_QUESTION_BYTES: Final = 2**22
+_MOST_QUESTION_BYTES: Final = 2**18
+_MOST_MESSAGES: Final = 1000
+"""Within both a usual template takes a part of its time; one that takes longer is to blame."""
 _FIELDS: Final = frozenset(
     {
         *("model", "messages", "tools", "add_generation_prompt", "continue_final_message"),
@@ -85,7 +87,8 @@ class ChatRenderer:
         self._with_tools = self._plain if same else _Side(form.with_tools)
         self._special_tokens = form.special_tokens
         self._defaults = form.default_kwargs
-        self._has_given_up = False
+        self._most_bytes = _MOST_QUESTION_BYTES
+        """Of a question; half of one that took too long."""
 
     @classmethod
     def read(cls, body: bytes) -> Self:
@@ -110,19 +113,28 @@ class ChatRenderer:
         Raises:
             CannotRenderError: the instance has to be asked.
         """
-        if self._has_given_up or len(question) > _MOST_QUESTION_BYTES:
+        if len(question) > self._most_bytes:
             raise CannotRenderError("too long")
         try:
             asked = json.loads(question)  # not msgspec: what is odd shall be odd as it is there
             return self._render(asked)
         except CannotRenderError:
             raise
+        except TookTooLongError as error:
+            self._most_bytes = min(self._most_bytes, len(question) // 2)
+            logger.warning(
+                "a chat of %d bytes for %r took its template too long; with this template, those "
+                "of over %d are left to instances until none that has it is known",
+                len(question),
+                asked.get("model"),
+                self._most_bytes,
+            )
+            raise CannotRenderError("too long") from error
         except (RecursionError, ValueError) as error:
             raise CannotRenderError(f"no question: {error}") from error
-        except TookTooLongError as error:
-            self._has_given_up = True
-            logger.warning("a chat template takes too long; its instances are asked instead")
-            raise CannotRenderError("too long") from error
+        except Exception as error:  # templates are programs, and questions are a client's
+            logger.debug("a chat failed in a way that is not known here", exc_info=True)
+            raise CannotRenderError(f"{type(error).__name__}: {error}") from error
 
     def _render(self, asked: Any) -> Rendered:
         if not isinstance(asked, dict) or (asked.keys() - _FIELDS):
@@ -172,6 +184,8 @@ def _flag(asked: dict[str, Any], name: str, *, default: bool) -> bool:
 def _messages(given: Any, side: _Side) -> list[dict[str, Any]]:
     if not isinstance(given, list) or not given:
         raise CannotRenderError("no messages")
+    if len(given) > _MOST_MESSAGES:
+        raise CannotRenderError("too many messages")
     found = [_message(one, takes_parts=side.takes_parts) for one in given]
     if not side.knows_developers and any(one["role"] == "developer" for one in found):
         return _without_developers(found)
@@ -215,7 +229,10 @@ def _message(given: Any, *, takes_parts: bool) -> dict[str, Any]:
     if role == "system" and any(text.startswith(_DROPPED_FROM_SYSTEM) for text in texts):
         raise CannotRenderError("a header in a system message")
     found: dict[str, Any] = {"role": role, "content": _content(texts, role, takes_parts)}
-    if calls := said.get("tool_calls"):
+    calls = said.get("tool_calls", [])
+    if not isinstance(calls, list):
+        raise CannotRenderError("tool_calls that are no list")
+    if calls:
         found["tool_calls"] = [_tool_call(call) for call in calls]
     for name in ("tool_call_id", "name"):
         if name in said:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -29,6 +32,16 @@ __all__ = ["LocalCopies", "LocalCopy", "Tokenizer"]
 logger = logging.getLogger(__name__)
 
 _TOKENIZER_PATH: Final = "/xllm/tokenizer"
+_NUM_ASIDE: Final = 2
+"""Copies that are made or tried at once."""
+_NO_IDS: Final = (
+    aiohttp.ClientError,
+    OSError,
+    ValueError,
+    msgspec.DecodeError,
+    OverflowError,
+)
+"""What asking for ids raises; the last: what came is none."""
 _T = TypeVar("_T")
 
 
@@ -92,6 +105,7 @@ class LocalCopies:
         self._shared: WeakValueDictionary[bytes, Any] = WeakValueDictionary()
         """By digest of what was handed out; gone with the last copy."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._aside = asyncio.Semaphore(_NUM_ASIDE)
 
     def of(self, instance: Instance, model: str) -> LocalCopy:
         """The copy of a model; one that is new is empty, and fetched for the next prompts."""
@@ -159,7 +173,7 @@ class LocalCopies:
         num_rendered = 0
         for chat in samples.CHATS:
             question = msgspec.json.encode({"model": model, **chat})
-            found = await asyncio.to_thread(_ids_or_none, tokenizer, renderer, question)
+            found = await self._found_aside(partial(_ids_or_none, tokenizer, renderer, question))
             if found != await self._ids_or_none(instance, question):
                 logger.warning(
                     "chats of %s are rendered otherwise by its server %s than here; it is asked "
@@ -175,19 +189,24 @@ class LocalCopies:
         digest = hashlib.blake2b(body, digest_size=16).digest()
         found: _T | None = self._shared.get(digest)
         if found is None:
-            made = await asyncio.to_thread(make, body)
+            made = await self._found_aside(partial(make, body))
             found = self._shared.setdefault(digest, made)
         return found
+
+    async def _found_aside(self, find: Callable[[], _T]) -> _T:
+        async with self._aside:
+            return await _on_thread_of_its_own(find)
 
     async def _compare(
         self, copy: LocalCopy, instance: Instance, question: bytes, tokens: bytes
     ) -> None:
         try:
-            expected = await self._ids_or_none(instance, question)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+            ids = await self._ids_or_none(instance, question)
+            expected = None if ids is None else packed(ids)
+        except _NO_IDS as error:
             logger.debug("a chat could not be compared: %s", error)
             return
-        if expected is not None and packed(expected) != tokens:  # None: its client gets an error
+        if expected is not None and expected != tokens:  # None: its client gets an error
             self.num_misread += 1
             copy.renderer = None
             logger.warning(
@@ -200,6 +219,25 @@ class LocalCopies:
             return await self._asker.tokens(instance, question)
         except RefusedPromptError:
             return None
+
+
+async def _on_thread_of_its_own(find: Callable[[], _T]) -> _T:
+    """What takes long, on a thread that a process does not wait for when it ends.
+
+    A pool's threads are joined at the end, and what an instance hands out may never come to one.
+    """
+    found: Future[_T] = Future()
+
+    def run() -> None:
+        if not found.set_running_or_notify_cancel():
+            return
+        try:
+            found.set_result(find())
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where it is awaited
+            found.set_exception(error)
+
+    threading.Thread(target=run, name="copy", daemon=True).start()
+    return await asyncio.wrap_future(found)
 
 
 def _chat_ids(tokenizer: Tokenizer, renderer: ChatRenderer, question: bytes) -> list[int]:

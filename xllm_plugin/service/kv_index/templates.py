@@ -1,8 +1,9 @@
 """Chat templates, run as Hugging Face's tokenizers run them.
 
 A template is a program out of a model's folder.  It gets Jinja's sandbox, without what would take
-for ever in one operation, and a bound on its processor time that every turn of a loop and every
-call looks at: threads cannot be ended from outside.  Its memory has no bound of its own.
+for ever in one operation, and a bound on its processor time that every turn of a loop, every call
+and every filter looks at: threads cannot be ended from outside.  Its memory has no bound of its
+own, nor has one operation on what a template has made large before.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from datetime import datetime
 from typing import Any, Final
 
 import jinja2
-from jinja2 import meta, nodes
+from jinja2 import meta, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -31,6 +32,20 @@ _MOST_RENDER_S: Final = 0.5
 _STEPS_A_LOOK: Final = 256
 _MOST_REPEATED: Final = 10**6
 _MOST_NUMBER: Final = 2**63
+_MOST_INDENT: Final = 16
+_GLOBALS: Final = frozenset({"range", "dict", "cycler", "joiner", "namespace"})
+"""Of Jinja's own; `lipsum` loops as often as it is told, and says something else each time."""
+_NOT_FILTERS: Final = frozenset(
+    {
+        *("batch", "center", "filesizeformat", "format", "indent", "round", "slice", "wordwrap"),
+        *("pprint", "striptags", "sum", "urlize", "xmlattr"),
+        "random",
+    }
+)
+"""They loop or allocate by a number, take the square of what is long, or are never the same.
+Templates with them are left to the instance."""
+_NOT_METHODS: Final = frozenset({"center", "expandtabs", "ljust", "rjust", "to_bytes", "zfill"})
+"""Nor they, of texts and numbers."""
 
 
 class CannotRenderError(ValueError):
@@ -79,6 +94,8 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own filter would escape for HTML."""
+    if indent and (len(indent) if isinstance(indent, str) else indent) > _MOST_INDENT:
+        raise SecurityError(f"tojson indents by at most {_MOST_INDENT}")
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -108,14 +125,23 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, loopcontrols],
+            optimized=False,  # it would run filters while compiling
         )
-        self.filters["tojson"] = _to_json
-        self.globals.update(HELPERS)
         self.meter = _Meter()
+        mine = {**self.filters, "tojson": _to_json}
+        self.filters = {
+            name: self._metered(use) for name, use in mine.items() if name not in _NOT_FILTERS
+        }
+        known = {name: value for name, value in self.globals.items() if name in _GLOBALS}
+        self.globals = {**known, **HELPERS}
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.meter.step()
+        if getattr(function, "__name__", None) in _NOT_METHODS:
+            raise SecurityError(f"{function.__name__}()")
         return super().call(context, function, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -130,11 +156,36 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError(f"{operator} of {type(left).__name__} and {type(right).__name__}")
         return super().call_binop(context, operator, left, right)
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """A form may tell a width."""
+        found = super().wrap_str_format(value)
+        if found is not None and ":" in value.__self__:
+            raise SecurityError("format() with more than names")
+        return found
+
     def counted(self, items: Iterable[Any]) -> Iterator[Any]:
         """What a loop goes through, with a look at the time."""
         for item in items:
             self.meter.step()
             yield item
+
+    def _metered(self, use: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter that is a step.  Those that want a context are not run while compiling."""
+        wants = getattr(use, "jinja_pass_arg", None)  # Jinja's mark; an enumeration of its own
+
+        @pass_context
+        def metered(context: Context, *args: Any, **kwargs: Any) -> Any:
+            self.meter.step()
+            match wants and wants.name:
+                case "context":
+                    return use(context, *args, **kwargs)
+                case "eval_context":
+                    return use(context.eval_ctx, *args, **kwargs)
+                case "environment":
+                    return use(context.environment, *args, **kwargs)
+            return use(*args, **kwargs)
+
+        return metered
 
 
 class ChatTemplate:
