@@ -20,8 +20,9 @@ from xllm_plugin.service.continuation import ArmedStream, arm
 from xllm_plugin.service.exchange import peek
 from xllm_plugin.service.policy import Choice
 from xllm_plugin.service.routes import route_of
-from xllm_plugin.testing.fake_instance import FakeInstance, Received, answer
+from xllm_plugin.testing.fake_instance import FakeInstance, Received, answer, answer_raw
 from xllm_plugin.testing.fake_streams import Death, FakeModel, events_of, stream_instance
+from xllm_plugin.testing.instance_faults import STREAM_HEAD
 from xllm_plugin.testing.service_harness import PATIENCE_S, Harness, request, serving
 
 CHAT = "/v1/chat/completions"
@@ -612,11 +613,27 @@ def test_what_cannot_be_continued_ends_in_an_error_event(
     run(check())
 
 
+@pytest.mark.parametrize("cut", [b"data: ha", b"data: half\n"])
+def test_an_event_that_is_cut_off_is_not_ended_for_an_http_1_0_client(run: Any, cut: bytes) -> None:
+    async def check() -> None:
+        sent = b"data: a\n\n" + cut
+        part = STREAM_HEAD + b"%x\r\n%b" % (len(sent) + 9, sent)
+        async with serving(FakeInstance(script=answer_raw(part, close=True))) as harness:
+            client = await harness.connect()
+            raw = json.dumps(body_of(COMPLETION)).encode()
+            client.send(request(raw).replace(b"HTTP/1.1", b"HTTP/1.0"))
+            assert (await client.read_all()).endswith(b"\r\n\r\n" + sent)
+            await harness.settle()
+
+    run(check())
+
+
 def test_a_stream_of_an_http_1_0_client_ends_in_an_error_event(run: Any) -> None:
     async def check() -> None:
         model = FakeModel(PIECES)
         raw = json.dumps(body_of(COMPLETION)).encode()
-        dying, good = stream_instance(model, Death(600)), stream_instance(model)
+        whole = sum(map(len, model.events(COMPLETION, body_of(COMPLETION))[:2]))
+        dying, good = stream_instance(model, Death(whole)), stream_instance(model)
         async with serving(dying, good, policy=first) as harness:
             client = await harness.connect()
             client.send(request(raw).replace(b"HTTP/1.1", b"HTTP/1.0"))

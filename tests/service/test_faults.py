@@ -141,12 +141,13 @@ def test_settings_that_are_read_again_give_no_new_burst_of_retries(run: Any) -> 
     async def check() -> None:
         async with serving(FakeInstance(script=BUSY)) as harness:
             proxy = harness.proxy
-            before = proxy.retry_budget
+            before = proxy.retry_budget, proxy.hedge_budget
             proxy.reconfigure(proxy.config)
-            assert proxy.retry_budget is before
+            assert (proxy.retry_budget, proxy.hedge_budget) == before
             routing = proxy.config.routing.model_copy(update={"retry_share": 0.5})
             proxy.reconfigure(proxy.config.model_copy(update={"routing": routing}))
-            assert proxy.retry_budget.share == 0.5
+            assert proxy.retry_budget.share == proxy.hedge_budget.share == 0.5
+            assert proxy.retry_budget is not proxy.hedge_budget
 
     run(check())
 

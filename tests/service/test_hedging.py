@@ -5,16 +5,27 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from xllm_plugin.service import lifecycle
 from xllm_plugin.service.fleet import Instance, Stats
+from xllm_plugin.service.flow.wishes import read_wishes
+from xllm_plugin.service.hedging import hedge_wait_s
 from xllm_plugin.service.keys import KeyRecord, hash_of, write
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.service.policy import Choice
-from xllm_plugin.testing.fake_instance import FakeInstance, Received, Script, answer, stream
+from xllm_plugin.service.routes import Kind
+from xllm_plugin.testing.fake_instance import (
+    FakeInstance,
+    Received,
+    Script,
+    answer,
+    chunked,
+    stream,
+)
 from xllm_plugin.testing.fake_streams import Death, FakeModel, events_of, stream_instance
 from xllm_plugin.testing.instance_faults import BEFORE_AN_ANSWER, BUSY, STREAM_HEAD
 from xllm_plugin.testing.service_harness import PATIENCE_S, Harness, request, serving
@@ -74,7 +85,7 @@ def name_of(instance: FakeInstance) -> str:
 @pytest.mark.parametrize(
     ("fault", "body", "good"),
     [
-        (silent, b'{"model":"fake"}', answer(b"good")),
+        (silent, UNARMED, answer(b"good")),
         (silent, STREAM, stream_instance(FakeModel([b"good"])).script),
         (only_head, STREAM, stream_instance(FakeModel([b"good"])).script),
         (only_head, UNARMED, stream(b"data: good\n\n")),
@@ -111,7 +122,7 @@ def test_the_first_may_still_be_faster(run: Any) -> None:
 
         one, two = FakeInstance(script=after(asked, answer(b"one"))), FakeInstance(script=slow)
         async with serving(one, two, policy=first, **SOON) as harness:
-            head, body = await harness.ask(request(headers=EXPLAINED))
+            head, body = await harness.ask(request(UNARMED, headers=EXPLAINED))
             assert body == b"one"
             await until(two.requests[0].gone.is_set)
             assert hedges(harness) == [{}, {"lost": 1}]
@@ -127,7 +138,7 @@ def test_who_answers_in_time_is_the_only_one_that_is_asked(run: Any) -> None:
     async def check() -> None:
         one, two = FakeInstance(script=answer(b"one")), FakeInstance()
         async with serving(one, two, policy=first, **LATE) as harness:
-            head, body = await harness.ask(request(headers=EXPLAINED))
+            head, body = await harness.ask(request(UNARMED, headers=EXPLAINED))
             assert body == b"one"
             assert b'"asked"' not in head
             assert not two.requests
@@ -159,32 +170,119 @@ def test_a_stream_that_has_begun_may_take_its_time(run: Any) -> None:
     run(check())
 
 
-def test_the_time_to_the_first_token_that_was_promised_is_not_used_up_by_waiting(run: Any) -> None:
+def test_the_time_to_the_first_token_that_was_promised_is_not_used_up_by_waiting(
+    run: Any, monkeypatch: Any
+) -> None:
     async def check() -> None:
         one, two = FakeInstance(script=silent), FakeInstance(script=answer(b"two"))
         async with serving(one, two, policy=first, **LATE) as harness:
-            found = await harness.ask(request(headers=b"x-xllm-ttft-ms: 40\r\n"))
+            found = await harness.ask(request(UNARMED, headers=b"x-xllm-ttft-ms: 40\r\n"))
             assert found[1] == b"two"
+            await harness.settle()
+
+    monkeypatch.setattr("xllm_plugin.service.hedging._LEAST_PART", 0.0)
+    run(check())
+
+
+@pytest.mark.parametrize(
+    ("ttft_ms", "spent_s", "wait_s"),
+    [
+        (None, 0.0, 8.0),
+        (None, 5.0, 8.0),  # nothing was promised, so nothing is late
+        ("12000", 0.0, 6.0),
+        ("12000", 3.0, 3.0),
+        ("60000", 3.0, 8.0),
+        ("12000", 5.0, 2.0),
+        ("12000", 50.0, 2.0),
+        ("1", 0.0, 2.0),
+    ],
+)
+def test_a_promise_brings_a_hedge_forward_within_bounds(
+    ttft_ms: str | None, spent_s: float, wait_s: float
+) -> None:
+    headers = {"xllm_ttft_ms": ttft_ms} if ttft_ms else {}
+    exchange: Any = SimpleNamespace(
+        route=SimpleNamespace(kind=Kind.INFERENCE),
+        wants_stream=True,
+        upgrades=False,
+        response_id="",
+        wishes=read_wishes(headers, None, None),
+        started_s=100.0,
+        proxy=SimpleNamespace(loop=SimpleNamespace(time=lambda: 100.0 + spent_s)),
+    )
+    assert hedge_wait_s(exchange, 8.0) == pytest.approx(wait_s)
+    exchange.wants_stream = False
+    assert hedge_wait_s(exchange, 8.0) is None
+
+
+def test_hedges_take_no_retries_and_retries_no_hedges(run: Any) -> None:
+    async def check(fault: Script, spent: str, found: bytes) -> None:
+        one, two = FakeInstance(script=fault), FakeInstance(script=answer(b"two"))
+        timeouts = {"first_byte_s": 600.0}
+        async with serving(one, two, policy=first, timeouts=timeouts, **SOON) as harness:
+            budget = getattr(harness.proxy, spent)
+            while budget.take(0):
+                pass
+            assert (await harness.ask(request(UNARMED)))[1] == found
+            await harness.settle()
+
+    run(check(BUSY, "hedge_budget", b"two"))
+    run(check(silent, "retry_budget", b"two"))
+    run(check(BUSY, "retry_budget", b'{"busy":1}'))
+
+
+ERROR = b'data: {"error":{"message":"no","type":"InternalServerError","code":500}}\n\n'
+
+
+@pytest.mark.parametrize("num_early", [0, len(STREAM_HEAD)])
+def test_a_stream_that_begins_with_an_error_has_not_won(run: Any, num_early: int) -> None:
+    async def check() -> None:
+        fail, let = asyncio.Event(), asyncio.Event()
+        model = FakeModel(PIECES)
+
+        async def late(received: Received, writer: asyncio.StreamWriter) -> None:
+            writer.write(STREAM_HEAD[:num_early])
+            await let.wait()
+            events = model.events(received.target.decode(), json.loads(received.body))
+            writer.write(STREAM_HEAD[num_early:] + chunked(events))
+
+        one = FakeInstance(script=after(fail, stream(ERROR)))
+        two = FakeInstance(script=late)
+        async with serving(one, two, policy=first, **SOON) as harness:
+            asking = asyncio.create_task(harness.ask(request(STREAM, headers=EXPLAINED)))
+            await until(lambda: two.requests)
+            fail.set()
+            await until(lambda: known(harness)[0].stats.retries)
+            assert [one.in_flight for one in known(harness)] == [0, 1]
+            let.set()
+            _, body = await asking
+            events = events_of(body)
+            assert events[-1] == "[DONE]"
+            assert "".join(one["choices"][0]["text"] for one in events[:-1]) == "abcd"
+            assert len(two.requests) == 1
+            assert hedges(harness) == [{}, {"won": 1}]
             await harness.settle()
 
     run(check())
 
 
 OFFLINE = b"x-xllm-class: offline\r\n"
-OFFLINE_BODY = b'{"model":"fake","vllm_xargs":{"xllm_class":"offline"}}'
+OFFLINE_BODY = b'{"model":"fake","stream":true,"vllm_xargs":{"xllm_class":"offline"}}'
 
 
 @pytest.mark.parametrize(
     ("raw", "routing"),
     [
-        (request(headers=OFFLINE), {}),
+        (request(), {}),
+        (request(b'{"model":"fake","stream":false}'), {}),
+        (request(UNARMED, headers=OFFLINE), {}),
         (request(OFFLINE_BODY), {}),
-        (request(path=b"/v1/files"), {}),
+        (request(UNARMED, path=b"/v1/files"), {}),
         (request(path=b"/version", body=b"", method=b"GET"), {}),
-        (request(path=b"/v1/responses"), {}),
-        (request(b'{"model":"fake","previous_response_id":"resp_1"}'), {}),
-        (request(), {"retry_share": 0.0}),
-        (request(), {"num_retries": 0}),
+        (request(UNARMED, path=b"/v1/responses"), {}),
+        (request(b'{"model":"fake","stream":true,"previous_response_id":"resp_1"}'), {}),
+        (request(UNARMED), {"retry_share": 0.0}),
+        (request(UNARMED), {"num_retries": 0}),
     ],
 )
 def test_what_is_never_asked_twice(run: Any, raw: bytes, routing: dict[str, Any]) -> None:
@@ -219,7 +317,7 @@ def test_a_hedge_that_fails_leaves_the_first_where_it_is(run: Any, fault: Script
         let = asyncio.Event()
         one, two = FakeInstance(script=after(let, answer(b"one"))), FakeInstance(script=fault)
         async with serving(one, two, policy=first, **SOON) as harness:
-            asking = asyncio.create_task(harness.ask(request()))
+            asking = asyncio.create_task(harness.ask(request(UNARMED)))
             await until(lambda: known(harness)[1].stats.errors)
             assert [one.in_flight for one in known(harness)] == [1, 0]
             let.set()
@@ -237,7 +335,7 @@ def test_a_first_that_fails_leaves_the_hedge_where_it_is(run: Any, fault: Script
         one = FakeInstance(script=after(fail, fault))
         two = FakeInstance(script=after(let, answer(b"two")))
         async with serving(one, two, policy=first, **SOON) as harness:
-            asking = asyncio.create_task(harness.ask(request()))
+            asking = asyncio.create_task(harness.ask(request(UNARMED)))
             await until(lambda: two.requests)
             fail.set()
             await until(lambda: known(harness)[0].stats.retries)
@@ -257,7 +355,7 @@ def test_where_both_fail_a_third_is_asked(run: Any) -> None:
         scripts = (after(fail, BEFORE_AN_ANSWER["closes the connection"]), BUSY, answer(b"three"))
         instances = [FakeInstance(script=script) for script in scripts]
         async with serving(*instances, policy=first, **SOON) as harness:
-            asking = asyncio.create_task(harness.ask(request()))
+            asking = asyncio.create_task(harness.ask(request(UNARMED)))
             await until(lambda: known(harness)[1].stats.errors)
             fail.set()
             assert (await asking)[1] == b"three"
@@ -274,7 +372,7 @@ def test_where_the_hedge_fails_another_one_is_sent(run: Any) -> None:
         scripts = (silent, BUSY, answer(b"three"))
         instances = [FakeInstance(script=script) for script in scripts]
         async with serving(*instances, policy=first, **SOON) as harness:
-            assert (await harness.ask(request()))[1] == b"three"
+            assert (await harness.ask(request(UNARMED)))[1] == b"three"
             await until(instances[0].requests[0].gone.is_set)
             assert hedges(harness) == [{}, {"lost": 1}, {"won": 1}]
             await harness.settle()
@@ -287,7 +385,7 @@ def test_the_last_answer_of_two_that_refuse_is_passed_on(run: Any) -> None:
         fail = asyncio.Event()
         instances = FakeInstance(script=after(fail, BUSY)), FakeInstance(script=BUSY)
         async with serving(*instances, policy=first, **SOON) as harness:
-            asking = asyncio.create_task(harness.ask(request()))
+            asking = asyncio.create_task(harness.ask(request(UNARMED)))
             await until(lambda: known(harness)[1].stats.errors)
             fail.set()
             head, body = await asking
@@ -402,9 +500,9 @@ def test_a_hedge_comes_after_those_that_wait(run: Any) -> None:
             other = known(harness)[1]
             other.num_waiting = 1
             held = await harness.connect()
-            held.send(request())
+            held.send(request(UNARMED))
             await until(lambda: instances[0].requests)
-            waiting = asyncio.create_task(harness.ask(request(headers=OFFLINE)))
+            waiting = asyncio.create_task(harness.ask(request(UNARMED, headers=OFFLINE)))
             flow_control = harness.proxy.flow
             assert flow_control is not None
             await until(lambda: flow_control.queue)
@@ -426,9 +524,9 @@ def test_a_hedge_needs_room(run: Any) -> None:
         sections: dict[str, Any] = {"flow": {"enabled": True, "max_in_flight": 1}, **SOON}
         async with serving(*instances, policy=first, **sections) as harness:
             other = await harness.connect()
-            asking = asyncio.create_task(harness.ask(request()))
+            asking = asyncio.create_task(harness.ask(request(UNARMED)))
             await until(lambda: instances[0].requests)
-            other.send(request(headers=OFFLINE))
+            other.send(request(UNARMED, headers=OFFLINE))
             await until(lambda: instances[1].requests)
             await asyncio.sleep(0.05)
             assert [len(one.requests) for one in instances] == [1, 1]
@@ -448,7 +546,7 @@ def test_the_room_of_the_one_that_is_not_heard_is_given_to_who_waits(run: Any) -
         instances = FakeInstance(script=silent), FakeInstance(script=answer(b"two"))
         sections: dict[str, Any] = {"flow": {"enabled": True, "max_in_flight": 1}, **SOON}
         async with serving(*instances, policy=first, **sections) as harness:
-            found = await asyncio.gather(*(harness.ask(request()) for _ in range(6)))
+            found = await asyncio.gather(*(harness.ask(request(UNARMED)) for _ in range(6)))
             assert [body for _, body in found] == [b"two"] * 6
             await harness.settle()
 
@@ -463,7 +561,9 @@ def test_a_key_pays_for_one(run: Any, tmp_path: Any) -> None:
         instances = FakeInstance(script=silent), FakeInstance(script=answer(usage))
         async with serving(*instances, policy=first, keys={"file": path}, **SOON) as harness:
             for _ in range(3):
-                head, _ = await harness.ask(request(headers=b"authorization: Bearer k\r\n"))
+                head, _ = await harness.ask(
+                    request(UNARMED, headers=b"authorization: Bearer k\r\n")
+                )
                 assert head.startswith(b"HTTP/1.1 200")
             await harness.settle()
             assert harness.proxy.keys is not None
@@ -512,7 +612,7 @@ def test_it_is_tried_again_while_nobody_has_time(run: Any, monkeypatch: Any) -> 
         async with serving(one, two, policy=first, **SOON) as harness:
             fleet = harness.proxy.fleet
             fleet.report(known(harness)[1], lifecycle.Drain())
-            asking = asyncio.create_task(harness.ask(request()))
+            asking = asyncio.create_task(harness.ask(request(UNARMED)))
             await until(lambda: one.requests)
             await asyncio.sleep(0.05)
             assert not two.requests

@@ -48,6 +48,9 @@ BODIES = {
     "unarmed": b'{"model":"fake","stream":true,"n":2}',
 }
 
+_ERROR = b'data: {"error":{"message":"no","type":"InternalServerError","code":500}}\n\n'
+ERROR_CHUNK = b"%x\r\n%b\r\n" % (len(_ERROR), _ERROR)
+
 
 class Handle:
     """A timer."""
@@ -355,6 +358,17 @@ class Hedges(RuleBasedStateMachine):
         self.answered_by = end.instance.name
         self.look()
 
+    @precondition(lambda self: self.kind == "armed")
+    @precondition(lambda self: any(one.is_connected for one in self.world.ends()))
+    @rule(data=st.data())
+    def begin_with_an_error(self, data: st.DataObject) -> None:
+        end = self.connected(data)
+        before = self.others(end)
+        head = b"" if end.connection.holds_head else STREAM_HEAD
+        end.connection.data_received(head + ERROR_CHUNK)
+        self.goes_on(before)
+        self.look()
+
     @precondition(lambda self: any(one.is_connected for one in self.world.ends()))
     @rule(data=st.data(), status=st.sampled_from([429, 500, 503]))
     def refuse(self, data: st.DataObject, status: int) -> None:
@@ -413,6 +427,7 @@ class Hedges(RuleBasedStateMachine):
             assert len(before) == 1
             assert len(after) == 2
             assert not self.is_offline
+            assert self.kind != "plain"
             assert self.share
             (added,) = set(after) - set(before)
             assert added.instance.life.state is State.READY
@@ -529,3 +544,23 @@ def one_answer(raw: bytes, *, is_closed: bool) -> tuple[int, bytes]:
 
 TestHedges: Any = Hedges.TestCase
 TestHedges.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+
+
+def test_a_head_that_waits_for_its_event_has_stalled_only_since_it_came() -> None:
+    world = World(share=0.0, num_retries=2)
+    wire, client = Wire(), ClientConnection(world.proxy)
+    client.connection_made(wire)  # type: ignore[arg-type]
+    client.data_received(request(BODIES["armed"]))
+    world.loop.tasks[0].go_on()
+    world.loop.pass_time(8.0)
+    (end,) = world.ends()
+    end.connection.data_received(STREAM_HEAD)
+    assert end.connection.holds_head
+    exchange = client.exchange
+    assert exchange is not None
+    world.loop.pass_time(4.0)
+    exchange.check_timeouts(world.loop.now_s, None, 5.0)
+    assert not wire.written
+    world.loop.pass_time(2.0)
+    exchange.check_timeouts(world.loop.now_s, None, 5.0)
+    assert wire.written.startswith(b"HTTP/1.1 504 ")

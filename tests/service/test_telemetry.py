@@ -214,3 +214,14 @@ async def _until(is_so: Callable[[], bool]) -> None:
 
 def _first(_: Any, __: Any) -> Choice:
     return Choice(0, "the first")
+
+
+def test_a_body_may_say_that_nobody_waits(run: Any) -> None:
+    async def check() -> None:
+        body = json.dumps(json.loads(STREAM) | {"vllm_xargs": {"xllm_class": "offline"}}).encode()
+        async with serving(slow(0.0, 0.0), slo={"ttft_ms": 1, "tpot_ms": 1}) as harness:
+            await harness.ask(request(body))
+            await harness.settle()
+            assert counted(harness) == {}
+
+    run(check())

@@ -166,10 +166,15 @@ class RoutingConfig(_Section):
     session_header: str = Field(default="x-session-id", description="names a request's session")
     num_retries: int = Field(default=2, ge=0, description="other instances tried before an answer")
     retry_share: float = Field(
-        default=0.2, ge=0, le=1, description="retries of what is refused or silent, of all requests"
+        default=0.2,
+        ge=0,
+        le=1,
+        description="retries of what is refused or silent, of all requests; and hedges",
     )
     hedge_after_s: float | None = Field(
-        default=None, gt=0, description="no answer by then, and a second instance is asked too"
+        default=None,
+        gt=0,
+        description="no first event of a stream by then, and another is asked too",
     )
     retry_after_s: float = Field(default=1.0, gt=0, description="told to clients with a 503")
 

@@ -422,8 +422,8 @@ class Exchange:
             self.stream = stream
             self._retry()
             return None
-        if self.hedging is not None:
-            self.hedging.won()
+        if self.hedging is not None and self.stream is None:
+            self.hedging.won()  # a stream that is read has won when its first events are understood
         self.status = status
         self.is_answering = True
         self._lower_head = lower
@@ -436,7 +436,7 @@ class Exchange:
     def relay_head(self, head: bytes) -> None:
         """Pass the head of an answer on by itself."""
         if self.stream is not None:
-            self.stream.is_begun = True
+            self._begin_stream(self.stream)
         self.num_bytes += len(head)
         self._write(head)
 
@@ -487,13 +487,13 @@ class Exchange:
             data += _LAST_CHUNK
         if not data and stream.failure:
             return stream.failure  # the head may still be another instance's
+        if head:
+            self._begin_stream(stream)
+            data = head + data
         if events and self._awaits_first:
             self._first_bytes(events)
         if self.grant is not None:
             self.grant.usage.observe_events(events)
-        if head:
-            stream.is_begun = True
-            data = head + data
         if data:
             self.num_bytes += len(data)
             self._write(data)
@@ -574,7 +574,7 @@ class Exchange:
         self._leave()
         self.keep_alive = False
         is_stream = b"text/event-stream" in self._lower_head
-        if is_stream and (self.unframes or is_at_border):
+        if is_stream and (self._is_between_events() if self.unframes else is_at_border):
             message = f"Instance {instance.name}: {why}. {self._unarmed_reason()}"
             event = b"data: " + error_body(502, message) + b"\n\n"
             self._write(event if self.unframes else b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event))
@@ -683,8 +683,10 @@ class Exchange:
             self.attempt_failed("drained", "did not answer before its time to drain was over")
             return
         if not self.is_answering:
-            limit_s = stalled_s if connection.holds_head else first_byte_s
-            if limit_s is not None and now_s - self.sent_s > limit_s:
+            is_held = connection.holds_head
+            limit_s = stalled_s if is_held else first_byte_s
+            since_s = connection.held_since_s if is_held else self.sent_s
+            if limit_s is not None and now_s - since_s > limit_s:
                 self._connection = None
                 connection.abandon()
                 self.attempt_failed("timeout", f"did not answer within {limit_s:g} s")
@@ -795,6 +797,17 @@ class Exchange:
         is_offline = self.wishes.is_offline
         self.proxy.fleet.book(instance, self._booked_tokens, is_offline=is_offline)
 
+    def _begin_stream(self, stream: ArmedStream) -> None:
+        """The client is given the head of an armed stream: whose events these are has won."""
+        stream.is_begun = True
+        if self.hedging is not None:
+            self.hedging.won()
+
+    def _is_between_events(self) -> bool:
+        """Whether an HTTP/1.0 client has whole events alone, where that is known."""
+        last = self._last_relayed
+        return not last or last.endswith((b"\n\n", b"\r\n\r\n"))
+
     def _connections(self) -> list[UpstreamConnection]:
         found = [self._connection]
         if self.hedging is not None and self.hedging.rival is not None:
@@ -894,7 +907,7 @@ class Exchange:
         if self.wants_reason and self.decision is not None:
             said = self.decision.described()
             if self.hedging is not None and self.hedging.has_hedged:
-                said["asked"] = [one.name for one in self.visited]
+                said["asked"] = [one.name for one in self.hedging.visited]
             kept.append(b"x-xllm-explain: " + json.dumps(said).encode())
         return b"\r\n".join((status_line, *kept, b"", b""))
 

@@ -34,17 +34,20 @@ if TYPE_CHECKING:
 __all__ = ["Hedging", "Leg", "hedge_wait_s"]
 
 _NOT_NOW_S: Final = 1.0
-"""Until it is tried again, where nobody had room or no retry was left."""
+"""Until it is tried again, where nobody had room or no hedge was left."""
+_LEAST_PART: Final = 1 / 4
+"""Of the settings' wait: clients that promise themselves no time get no hedge for each request."""
 _TOO_MANY: Final = 429
 _UNAVAILABLE: Final = 503
 _SERVER_ERROR: Final = 500
 
 
 def hedge_wait_s(exchange: Exchange, after_s: float) -> float | None:
-    """Seconds from a request's sending to its hedge; None if it must not have one.
+    """Seconds from now, as a request is sent, to its hedge; None if it must not have one.
 
     Only inference: of what else is asked nobody knows what it does twice, and of two responses
-    (`/v1/responses`) the one that nobody wants could go on in the background.
+    (`/v1/responses`) the one that nobody wants could go on in the background.  Only streams: any
+    other answer begins when it is complete, so that being long would look like being silent.
 
     Args:
         exchange: not answered yet.
@@ -53,12 +56,14 @@ def hedge_wait_s(exchange: Exchange, after_s: float) -> float | None:
     wishes = exchange.wishes
     if (
         exchange.route.kind is not Kind.INFERENCE
+        or not exchange.wants_stream
         or exchange.upgrades
         or exchange.response_id
         or not wishes.promise.is_online
     ):
         return None
-    return min(after_s, wishes.max_wait_s / 2)
+    spent_s = exchange.proxy.loop.time() - exchange.started_s
+    return max(after_s * _LEAST_PART, min(after_s, wishes.max_wait_s / 2 - spent_s))
 
 
 @dataclass(slots=True)
@@ -97,6 +102,13 @@ class Hedging:
         self._rival: Leg | None = None
         self._is_hedge = False
         """Whether the leg in the exchange's fields was sent as the other one was silent."""
+
+    @property
+    def visited(self) -> tuple[Instance, ...]:
+        """All that were asked, at the end the one in the exchange's fields."""
+        last = self._exchange.instance
+        assert last is not None
+        return (*(one for one in self._exchange.visited if one is not last), last)
 
     @property
     def rival(self) -> Leg | None:
@@ -153,6 +165,9 @@ class Hedging:
         exchange.instance.stats.retries += 1
         exchange.tried = (*exchange.tried, exchange.instance)
         exchange.give_up()
+        exchange.is_answering = False
+        if exchange.stream is not None:
+            exchange.stream.restart()  # both collect there
         self._rival = None
         self._put(rival)
         self.wait()
@@ -163,11 +178,10 @@ class Hedging:
         self.drop_rival()
         self.is_open = False
         self._stop_timer()
-        instance, exchange = self._exchange.instance, self._exchange
+        instance = self._exchange.instance
         assert instance is not None
-        if self.has_hedged:  # where it ended is the last one
-            others = (one for one in exchange.visited if one is not instance)
-            exchange.visited = (*others, instance)
+        if self.has_hedged:
+            self._exchange.visited = self.visited
         if self._is_hedge:
             self._is_hedge = False
             instance.stats.count_hedge("won")
@@ -195,7 +209,7 @@ class Hedging:
         exchange = self._exchange
         proxy = exchange.proxy
         is_possible = not exchange.client.is_write_paused and self._has_room_elsewhere()
-        if not is_possible or not proxy.retry_budget.take(proxy.router.num_routed):
+        if not is_possible or not proxy.hedge_budget.take(proxy.router.num_routed):
             self._timer = proxy.loop.call_later(max(_NOT_NOW_S, self._wait_s), self._late)
             return
         self._timer = None

@@ -67,6 +67,8 @@ class Proxy:
         """Processes that carry this one's traffic; none where it carries it itself."""
         self._reading: set[asyncio.Task[None]] = set()
         self.retry_budget = RetryBudget(config.routing.retry_share)
+        self.hedge_budget = RetryBudget(config.routing.retry_share)
+        """Its own: what hedges take must not be missing where an instance answers 503."""
         self.reconfigure(config)
 
     def use_tracing(self, tracing: Tracing) -> None:
@@ -151,6 +153,7 @@ class Proxy:
         self.headers_of_note = headers_of_note(config, traces=self.tracing is not None)
         if self.retry_budget.share != config.routing.retry_share:
             self.retry_budget = RetryBudget(config.routing.retry_share)
+            self.hedge_budget = RetryBudget(config.routing.retry_share)
         self._reconfigure_flow(config)
         self.router.forget_rosters()
         self._reconfigure_keys(config)

@@ -147,7 +147,7 @@ class Telemetry:
         if instance is not None and ending is Ending.COMPLETE and is_answer:
             instance.stats.duration.observe(duration_s)
         tpot_s = self._output(exchange, instance, duration_s)
-        if not exchange.wants_stream or kind not in _INFERENCE or _is_offline(exchange):
+        if not exchange.wants_stream or kind not in _INFERENCE or exchange.wishes.is_offline:
             return
         outcome = None
         if is_failed:
@@ -271,11 +271,6 @@ def _is_failed(status: int, ending: Ending) -> bool:
     if ending is Ending.CLIENT_GONE:
         return False
     return ending is Ending.BROKEN or status >= _SERVER_ERROR or status == _TOO_MANY
-
-
-def _is_offline(exchange: Exchange) -> bool:
-    """Nobody waits for it: it has no targets."""
-    return exchange.noted.get(b"x-xllm-class", b"").strip().lower() == b"offline"
 
 
 def _target_ms(given: bytes | None, default_ms: float) -> float:

@@ -38,6 +38,7 @@ class UpstreamConnection(asyncio.Protocol):
         "_until_close",
         "complete",
         "exchange",
+        "held_since_s",
         "idle_since_s",
         "is_at_border",
         "is_open",
@@ -56,6 +57,8 @@ class UpstreamConnection(asyncio.Protocol):
         self.num_uses = 0
         self.num_reads = 0
         self.idle_since_s = 0.0
+        self.held_since_s = 0.0
+        """Since when the head of a stream waits for its first event, if it does."""
         self.complete = True
         self._parser = httptools.HttpResponseParser(self)
         self._head = b""
@@ -210,6 +213,7 @@ class UpstreamConnection(asyncio.Protocol):
         end += 4
         is_hedgeable = exchange.hedging is not None and exchange.hedging.is_open
         if is_hedgeable and end == len(data) and _is_event_stream(data):
+            self.held_since_s = exchange.proxy.loop.time()
             self._head = data  # whose first event comes first is relayed, not whose head does
             return
         self._head = b""

