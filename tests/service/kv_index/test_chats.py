@@ -184,10 +184,7 @@ LEFT_TO_THE_INSTANCE: tuple[dict[str, Any], ...] = (
     {"messages": [{"role": "assistant", "tool_calls": [{**CALL, "index": 0}]}]},
     {"messages": [{"role": "assistant", "tool_calls": [{**CALL, "type": "custom"}]}]},
     {"messages": [{"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f"}}]}]},
-    *(
-        {"messages": [{"role": "assistant", "tool_calls": odd}]}
-        for odd in (5, 0, True, 1.5, "x", {})
-    ),
+    *({"messages": [{"role": "assistant", "tool_calls": odd}]} for odd in ODD_CALLS),
     *({"messages": [{"role": "assistant", "tool_calls": [odd]}]} for odd in ODD_CALL),
     *({"messages": [{"role": odd, "content": "a"}]} for odd in ODD_ROLES),
     *({"messages": [odd]} for odd in ODD_MESSAGES),
