@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def test_engines_of_another_launcher_are_not_taken(
     vllm_config: Any, directory: Path, start_engine: Start
 ) -> None:
     channel = start_engine(0)
-    channel.identity = msgspec.structs.replace(channel.identity, parent_pid=1)
+    channel.identity = msgspec.structs.replace(channel.identity, parent_pid=os.getppid() + 1)
     channel.publish_if_due(force=True)
     vllm_config.instance_id = "other"
     vllm_config.parallel_config._api_process_count = 2

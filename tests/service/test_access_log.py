@@ -92,7 +92,7 @@ def test_a_hedged_request_names_both_and_last_who_has_answered(run: Any, file: P
         one, two = FakeInstance(script=slow), FakeInstance(script=silent)
         sections: dict[str, Any] = {"log": {"access": True}, "routing": {"hedge_after_s": 0.02}}
         async with serving(one, two, policy=_first, **sections) as harness:
-            line = await logged(harness, file, request(headers=CLOSE))
+            line = await logged(harness, file, request(b'{"stream":true}', headers=CLOSE))
             names = [f"127.0.0.1:{each.port}" for each in (two, one)]
             assert (line["instances"], line["instance"]) == (names, names[-1])
             assert (line["status"], line["ending"]) == (200, "complete")
