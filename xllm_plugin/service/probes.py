@@ -96,7 +96,10 @@ class Prober:
             async with asyncio.timeout(self.config.probe_timeout_s):
                 await self._get(instance, "/health")
                 if metrics and not (_is_mirrored(instance) and await self._take_load(instance)):
-                    self._take_metrics(instance, await self._get(instance, "/metrics"))
+                    said = await self._get(instance, "/metrics")
+                    # A heartbeat that came meanwhile is newer.
+                    if instance.load is None or _is_mirrored(instance):
+                        self._take_metrics(instance, said)
                 if models or not instance.models:
                     self._take_models(instance, await self._get(instance, "/v1/models"))
                     if not instance.entry.kv_events:
