@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from xllm_plugin.etcd.config import SCHEMES, EtcdAccess, parse_url
+from xllm_plugin.tls import require_certificate
 
 __all__ = [
     "Heartbeat",
@@ -172,8 +173,7 @@ class RegistrationConfig(BaseModel):
 
     @model_validator(mode="after")
     def _certificates_are_of_use(self) -> Self:
-        if self.ssl_keyfile is not None and self.ssl_certfile is None:
-            raise ValueError("ssl_keyfile is given without ssl_certfile; give both")
+        require_certificate(self)
         if self.is_at_etcd and (self.ssl_ca_certs or self.ssl_certfile):
             raise ValueError(
                 f"ssl_ca_certs and ssl_certfile are for an admin port, and url {self.url!r} is an "

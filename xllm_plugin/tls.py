@@ -8,18 +8,23 @@ from typing import NamedTuple, Protocol, Self
 
 from xllm_plugin.errors import ConfigError
 
-__all__ = ["ClientFiles", "load_authorities", "load_pair"]
+__all__ = ["ClientFiles", "load_authorities", "load_pair", "require_certificate"]
 
 
-class _Section(Protocol):
-    """Settings that name the files."""
+class _Pair(Protocol):
+    """Settings that name a certificate and its key."""
 
-    @property
-    def ssl_ca_certs(self) -> Path | None: ...
     @property
     def ssl_certfile(self) -> Path | None: ...
     @property
     def ssl_keyfile(self) -> Path | None: ...
+
+
+class _Section(_Pair, Protocol):
+    """Settings that name all files."""
+
+    @property
+    def ssl_ca_certs(self) -> Path | None: ...
 
 
 class ClientFiles(NamedTuple):
@@ -60,6 +65,12 @@ class ClientFiles(NamedTuple):
             load_authorities(context, self.ca_certs, f"{self.prefix}ssl_ca_certs")
         if self.certfile is not None:
             load_pair(context, self.certfile, self.keyfile, self.prefix)
+
+
+def require_certificate(section: _Pair) -> None:
+    """Check settings.  Raises `ValueError` if they name a key and no certificate."""
+    if section.ssl_keyfile is not None and section.ssl_certfile is None:
+        raise ValueError("ssl_keyfile is given without ssl_certfile; give both")
 
 
 def load_authorities(context: ssl.SSLContext, path: Path, name: str) -> None:

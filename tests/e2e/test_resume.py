@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from xllm_plugin.instance.resumption import RESUME_PATH
+from xllm_plugin.testing.dialogues import LOOSE_WEATHER_TOOL
 from xllm_plugin.testing.streams import DONE, events_in, is_same
 from xllm_plugin.worker.resumed import RESUMED_ARG
 
@@ -16,14 +17,6 @@ pytestmark = pytest.mark.e2e
 CHAT = "/v1/chat/completions"
 COMPLETION = "/v1/completions"
 MODEL_NAME = "smollm2"
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather of a city",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-    },
-}
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
@@ -48,7 +41,9 @@ CASES = {
     "chat": chat("Tell me about Zürich.", **USAGE),
     "chat log-probs": chat("Name a colour.", logprobs=True, top_logprobs=3, max_tokens=10),
     "chat that stops": chat("Say only: hi", max_tokens=60, **USAGE),
-    "chat with tools": chat("Weather in Paris? Use the tool.", tools=[TOOL], max_tokens=50),
+    "chat with tools": chat(
+        "Weather in Paris? Use the tool.", tools=[LOOSE_WEATHER_TOOL], max_tokens=50
+    ),
     "characters of several tokens": completion(EMOJI, logprobs=1),
     "usage in every event": completion(
         "Once upon a time",
@@ -79,12 +74,12 @@ CASES = {
     ),
     "a named tool": chat(
         "Weather in Paris?",
-        tools=[TOOL],
+        tools=[LOOSE_WEATHER_TOOL],
         tool_choice={"type": "function", "function": {"name": "get_weather"}},
         max_tokens=30,
     ),
     "a required tool": chat(
-        "Weather in Paris?", tools=[TOOL], tool_choice="required", max_tokens=40
+        "Weather in Paris?", tools=[LOOSE_WEATHER_TOOL], tool_choice="required", max_tokens=40
     ),
     # The first block of the KV cache, of 128 tokens on a CPU, ends within the output.
     "output that is cached": completion([*range(1000, 1123)], min_tokens=20),

@@ -25,6 +25,7 @@ import xllm_plugin.service
 from xllm_plugin.bench.peers import PeerServer, xllm_server
 from xllm_plugin.instance.resumption import RESUME_PATH
 from xllm_plugin.models import prepare
+from xllm_plugin.testing.dialogues import LOOSE_WEATHER_TOOL
 from xllm_plugin.testing.relay import Cut
 from xllm_plugin.testing.relayed_fleet import PATIENCE_S, READY_TIMEOUT_S, RelayedFleet
 from xllm_plugin.testing.streams import Said, differences, events_in, is_same, say_together
@@ -60,14 +61,6 @@ STORY = "Once upon a time"
 USAGE = {"stream_options": {"include_usage": True}}
 RUNNING_USAGE = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 IDS = {"return_token_ids": True}
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather of a city",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-    },
-}
 A_CALL = (
     r'<tool_call>\n\{"name": "get_weather", "arguments": \{"city": "[A-Z][a-z]{3,9}"\}\}\n'
     r"</tool_call>"
@@ -192,13 +185,17 @@ EXACT = {
         GRAMMARS, "A number.", structured_outputs={"regex": "[0-9]{8,12}"}, seed=3, temperature=1.5
     ),
     "a named tool": chat(
-        PARSERS, "Weather in Paris?", ("tool_calls",), tools=[TOOL], tool_choice=NAMED_TOOL
+        PARSERS,
+        "Weather in Paris?",
+        ("tool_calls",),
+        tools=[LOOSE_WEATHER_TOOL],
+        tool_choice=NAMED_TOOL,
     ),
     "a required tool": chat(
         PARSERS,
         "Weather in Paris?",
         ("tool_calls",),
-        tools=[TOOL],
+        tools=[LOOSE_WEATHER_TOOL],
         tool_choice="required",
         max_tokens=40,
     ),
@@ -206,7 +203,7 @@ EXACT = {
         PARSERS,
         "Weather in Paris?",
         ("tool_calls",),
-        tools=[TOOL],
+        tools=[LOOSE_WEATHER_TOOL],
         structured_outputs={"regex": A_CALL},
         max_tokens=60,
     ),
@@ -224,7 +221,7 @@ EXACT = {
         PARSERS,
         "Weather in Paris?",
         ("reasoning", "tool_calls"),
-        tools=[TOOL],
+        tools=[LOOSE_WEATHER_TOOL],
         tool_choice="required",
         max_tokens=90,
     ),

@@ -23,6 +23,7 @@ from xllm_plugin.errors import ConfigError
 from xllm_plugin.etcd.config import EtcdConfig
 from xllm_plugin.registration import KvEventSource, Role, name_of_url
 from xllm_plugin.service.lifecycle import Timings
+from xllm_plugin.tls import require_certificate
 
 __all__ = [
     "ENV_PREFIX",
@@ -55,8 +56,7 @@ class _Section(BaseModel):
 
 
 def _needs_certificate(section: Any) -> Any:
-    if section.ssl_keyfile is not None and section.ssl_certfile is None:
-        raise ValueError("ssl_keyfile is given without ssl_certfile; give both")
+    require_certificate(section)
     return section
 
 

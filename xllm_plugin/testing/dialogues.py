@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DIALOGUES",
+    "LOOSE_WEATHER_TOOL",
     "MAX_TOKENS",
     "PERSON_SCHEMA",
     "WEATHER_TOOL",
@@ -77,6 +78,16 @@ WEATHER_TOOL = {
         },
     },
 }
+
+LOOSE_WEATHER_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+"""Not strict: a call's arguments may be any object."""
 
 
 class Talk:
