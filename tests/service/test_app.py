@@ -262,6 +262,26 @@ def test_reload_changes_settings_and_keeps_connections(run: Any) -> None:
     run(check())
 
 
+def test_keys_that_are_none_by_the_time_they_are_put_in_force_change_nothing(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text("- nonsense: [\n")
+    before = settings()
+    after = settings(keys={"file": file}, routing={"policy": "session"}, slo={"ttft_ms": 7})
+    monkeypatch.setattr(Service, "_check", lambda *_: None)  # it was right a moment ago
+
+    async def check() -> None:
+        async with running(before, lambda: after) as it:
+            it.service.reload()
+            assert "not reloaded, the settings stay as they were: keys.file" in caplog.text
+            proxy, router = it.service.proxy, it.service.router
+            assert it.service.config is proxy.config is it.service.carrier.config is before
+            assert (router.policy.name, proxy.telemetry.slo) == ("cost", before.slo)
+
+    run(check())
+
+
 def test_a_port_that_is_taken_and_a_policy_that_is_not_there(run: Any) -> None:
     async def check() -> None:
         async with FakeInstance() as one:

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -163,7 +171,11 @@ class RoutingConfig(_Section):
     """Which instance gets a request."""
 
     policy: str = Field(default="cost", description="a name that a plugin registers")
-    session_header: str = Field(default="x-session-id", description="names a request's session")
+    session_header: str = Field(
+        default="x-session-id",
+        pattern=r"^[0-9A-Za-z!#$%&'*+.^_`|~-]+$",
+        description="names a request's session",
+    )
     num_retries: int = Field(default=2, ge=0, description="other instances tried before an answer")
     retry_share: float = Field(
         default=0.2,
@@ -304,6 +316,14 @@ class InstancesConfig(_Section):
     drain_s: float = Field(default=300.0, gt=0, description="requests may run on after a drain")
 
     _key_has_certificate = model_validator(mode="after")(_needs_certificate)
+
+    @field_validator("api_key")
+    @classmethod
+    def _fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        # A secret that is mounted as a file often ends in a line break.
+        if value is not None and not value.get_secret_value().isprintable():
+            raise ValueError("it has a line break or another control character; take that out")
+        return value
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

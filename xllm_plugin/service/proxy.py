@@ -145,7 +145,12 @@ class Proxy:
         exchange.dispatch()
 
     def reconfigure(self, config: ServiceConfig) -> None:
-        """Take new settings; connections that are open keep theirs where it matters."""
+        """Take new settings; connections that are open keep theirs where it matters.
+
+        Raises:
+            ConfigError: the keys' file has become none since it was checked; nothing has changed.
+        """
+        self._reconfigure_keys(config)  # first: nothing else can fail
         self.config = config
         self.session_header = config.routing.session_header.lower().encode("latin-1")
         self.telemetry.slo = config.slo
@@ -156,7 +161,6 @@ class Proxy:
             self.hedge_budget = RetryBudget(config.routing.retry_share)
         self._reconfigure_flow(config)
         self.router.forget_rosters()
-        self._reconfigure_keys(config)
         self.hedge_after_s = config.routing.hedge_after_s
         """Until a second instance is asked for what one has not begun to answer; None: never."""
         self.reads_promises = self.flow is not None or self.keys is not None
