@@ -74,7 +74,7 @@ def test_other_weights_are_those_of_the_policy_itself(bench: ModuleType, tmp_pat
     assert ours.labels["late second"].endswith("(in force)")
     ends = [row.figure("offline, mean to its end") for row in (untold, ours, late, little)]
     assert len({end.median for end in ends if end is not None}) == 4, "each chooses otherwise"
-    assert (cost.OFFLINE_WEIGHT, cost.LATE_WEIGHT) == before
+    assert before == (cost.OFFLINE_WEIGHT, cost.LATE_WEIGHT)
 
 
 @pytest.mark.parametrize("text", ["", "0.2", "a:0", "2:0", "0.2:-1", "0.2:inf", "nan:0"])
