@@ -9,7 +9,7 @@ S. Aalto, "Size- and state-aware dispatching problem with queue-specific job siz
 are predicted to stay.
 
 A request that names a promise adds seconds by which it would be late, at `LATE_WEIGHT`.  That is
-little, and on purpose: simulated fleets keep fewer promises where it weighs much (at 5, half as many
+little, and on purpose: simulated fleets keep fewer promises the more it weighs (at 5, half as many
 of the tight ones near saturation), for who insists on being in time gives up cached prefixes, and
 all wait for what is computed twice.  What helps is to know who is not in a hurry.  A second of an
 offline request weighs `OFFLINE_WEIGHT`, its own as well as one that others take from it, while it

@@ -52,7 +52,7 @@ def test_it_asks_for_the_token_and_then_shows_what_happens(run: Any) -> None:
     async def check() -> None:
         async with busy_service(3) as busy:
             await busy.load(12, 0.02)
-            stats = next(iter(busy.service.fleet)).stats
+            stats = busy.service.fleet.get("gpu-00").stats
             for outcome in ("won", "lost", "lost"):
                 stats.count_hedge(outcome)
             async with opened(busy) as tab:
