@@ -126,7 +126,19 @@ class LimitsConfig(_Section):
 
     max_header_bytes: int = Field(default=32 * 1024, ge=1024, description="request line included")
     max_body_bytes: int = Field(default=64 * _MIB, ge=1024, description="of one request")
+    max_total_body_bytes: int = Field(
+        default=2048 * _MIB, ge=1024, description="of all requests over 64 KiB that are here"
+    )
     max_pipelined: int = Field(default=16, ge=1, description="requests read ahead a connection")
+
+    @model_validator(mode="after")
+    def _one_body_fits(self) -> Self:
+        if self.max_total_body_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_total_body_bytes={self.max_total_body_bytes} is less than max_body_bytes="
+                f"{self.max_body_bytes}, so that one body could be too much; raise the first"
+            )
+        return self
 
 
 class TimeoutsConfig(_Section):
