@@ -183,9 +183,16 @@ def test_a_file_is_followed_and_nonsense_in_it_changes_nothing(run: Any, tmp_pat
             file.write_text(f"- {a.url}\n")
             async with running(settings(instances={"file": file})) as it:
                 await it.until(**{p(a): State.READY})
-                file.write_text("- nonsense: [\n")
-                await asyncio.sleep(1.2)
-                await it.until(**{p(a): State.READY})
+                for nonsense in ("- nonsense: [\n", "[" * 5000):
+                    file.write_text(nonsense)
+                    async with asyncio.timeout(PATIENCE_S):
+                        while "file" not in it.service.fleet.troubles:
+                            await asyncio.sleep(0.01)
+                    await it.until(**{p(a): State.READY})
+                    file.write_text(f"- {a.url}\n")
+                    async with asyncio.timeout(PATIENCE_S):
+                        while "file" in it.service.fleet.troubles:
+                            await asyncio.sleep(0.01)
                 file.write_text(f"- url: {b.url}\n  capacity: 2\n")
                 await it.until(**{p(a): None, p(b): State.READY})
                 (instance,) = it.service.fleet
