@@ -213,3 +213,4 @@ async def serving(
                 writer.close()
             await proxy.drain(0.0)
             await asyncio.sleep(0.01)
+            assert proxy.bodies.num_bytes == 0, "what a client held is let go with it"
