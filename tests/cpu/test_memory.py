@@ -187,37 +187,6 @@ def test_an_elastic_sleep_whose_memory_the_kernel_does_not_take_is_undone(
     assert (file_bytes(driver), memory.pool.statistics().num_released) == (0, 6)
 
 
-@pytest.mark.parametrize("can_collapse", [True, False])
-def test_pages_made_together_are_huge_ones_of_the_kernel(can_collapse: bool) -> None:
-    size, num_pages = 96 * 2**10, 60  # a huge page has 21 of these and a third
-    calls = FaultyVmCalls()
-    calls.can_collapse = can_collapse
-    driver = CpuMemoryDriver(page_bytes=size, capacity_bytes=num_pages * size, calls=calls)
-    start = driver.reserve(2 * num_pages * size)
-    small, pages = driver.create(10), driver.create(num_pages - 10)
-    assert calls.num_collapses == 1
-    assert file_bytes(driver) == num_pages * size
-    placed = {start + 2 * at * size: page for at, page in enumerate([*pages, *small])}
-    for byte in (b"a", b"b"):  # page tables are filled at first, and kept from then on
-        driver.map(placed)
-        before = page_faults()
-        for address in placed:
-            fill(address, byte, size)
-        assert page_faults() - before < num_pages
-        assert {ctypes.string_at(address, size) for address in placed} == {byte * size}
-        driver.unmap(list(placed))
-    driver.release(pages[::2])
-    assert file_bytes(driver) == (num_pages - 25) * size
-    driver.map({start: pages[1]})
-    assert ctypes.string_at(start, size) == b"b" * size
-    driver.unmap([start])
-    driver.release([*pages[1::2], *small])
-    assert file_bytes(driver) == 0
-    driver.create(num_pages)
-    assert calls.num_collapses == (2 if can_collapse else 1), "a kernel that cannot is asked once"
-    driver.close()
-
-
 def test_neighbours_are_one_mapping_of_the_kernel(driver: CpuMemoryDriver) -> None:
     start, pages = driver.reserve(12 * SIZE), driver.create(12)
     before = num_mappings()

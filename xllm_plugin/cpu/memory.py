@@ -6,10 +6,6 @@ entries for 2 MiB where the kernel gives a memory file no huge pages, measured 0
 0.1 ms to drop.  Each page's tables are therefore filled once, in a parking area, and moved from
 there to the first address of the page and back (mremap with MREMAP_DONTUNMAP, Linux 5.13), about
 10 us.  A page's further addresses get tables of their own.
-
-A file's memory is dear as well: 0.7 ms a MiB, in system pages of 4 KiB.  Where pages made together
-fill huge ones, these are made at once, 0.2 ms a MiB.  Such pages are *bare*: their tables are
-filled where they are first mapped, several entries at once.
 """
 
 from __future__ import annotations
@@ -89,11 +85,6 @@ class CpuMemoryDriver(BookedMemoryDriver[int]):
         os.ftruncate(self._file, num_bytes)
         self._parking = self._calls.reserve(num_bytes, page_bytes)
         self._calls.show(self._parking, num_bytes, self._file, 0)
-        # The file again, where its huge pages begin with those of the address space.
-        self._making = self._calls.reserve(num_bytes, PAGE_BYTES)
-        self._calls.show(self._making, num_bytes, self._file, 0)
-        self._can_make_huge = True
-        self._bare: set[int] = set()  # slots
         with contextlib.suppress(OSError):  # a kernel without huge pages for memory files
             self._calls.advise_huge(self._parking, num_bytes)
         self._num_used = 0  # slots of the file that ever held a page
@@ -101,13 +92,7 @@ class CpuMemoryDriver(BookedMemoryDriver[int]):
         self._works: set[threading.Event] = set()
         self._works_lock = threading.Lock()
         self._close = weakref.finalize(
-            self,
-            _close,
-            self._calls,
-            self._file,
-            (self._parking, self._making),
-            num_bytes,
-            self._ranges,
+            self, _close, self._calls, self._file, self._parking, num_bytes, self._ranges
         )
         # At exit the system takes everything back; other threads may still compute until then.
         self._close.atexit = False
@@ -173,46 +158,15 @@ class CpuMemoryDriver(BookedMemoryDriver[int]):
         num_new = num_pages - len(slots)
         slots += range(self._num_used, self._num_used + num_new)
         self._num_used += num_new
-        self._bare.difference_update(slots)
         try:
             for start, count in _neighbours(slots):
-                first, last = self._make_huge(start, start + count)
-                for begin, end in ((start, first), (last, start + count)):
-                    if begin < end:
-                        self._fill(begin, end - begin)
+                self._fill(start, count)
         except OSError as error:
             with contextlib.suppress(OSError):  # their memory is there for the next pages, then
                 self._punch(slots)
             self._add_free(slots)
             raise MemoryError(f"no memory for {num_pages} pages: {error}") from error
         return slots
-
-    def _make_huge(self, start: int, end: int) -> tuple[int, int]:
-        """Fill slots where huge pages lie among those from `start` to `end`, without page tables.
-
-        Returns:
-            The first of them, and the one behind the last; the same if there are none.
-        """
-        size, huge = self._granularity_bytes, PAGE_BYTES
-        pieces = range(-(-start * size // huge) * huge, end * size // huge * huge, huge)
-        if not pieces or not self._can_make_huge:
-            return start, start
-        first, last = pieces.start // size, -(-pieces.stop // size)
-        made, num_bytes = self._making + first * size, (last - first) * size
-        try:
-            for piece in pieces:  # the kernel makes no huge page of nothing
-                self._calls.populate(self._making + piece, mmap.PAGESIZE)
-            self._calls.collapse(self._making + pieces.start, pieces.stop - pieces.start)
-            self._calls.populate(made, num_bytes)
-            self._bare.update(range(first, last))
-        except OSError:
-            # An older kernel, or one that has no memory in such pieces: looking for it costs.
-            self._can_make_huge = False
-            return start, start
-        finally:
-            with contextlib.suppress(OSError):
-                self._calls.drop(made, num_bytes)
-        return first, last
 
     def _fill(self, slot: int, num_pages: int) -> None:
         size = self._granularity_bytes
@@ -243,21 +197,15 @@ class CpuMemoryDriver(BookedMemoryDriver[int]):
             heapq.heappush(self._free_slots, slot)
 
     def _joins(self, before: Placement, after: Placement) -> bool:
-        return (
-            before.alone == after.alone
-            and before.physical + 1 == after.physical
-            and (before.physical in self._bare) == (after.physical in self._bare)
-        )
+        return before.alone == after.alone and before.physical + 1 == after.physical
 
     def _map_run(self, run: Sequence[Placement]) -> None:
         address, slot, alone = run[0]
         num_bytes = len(run) * self._granularity_bytes
-        is_parked = alone and slot not in self._bare
         try:
-            if not (is_parked and self._moved(self._park(slot), num_bytes, address)):
+            if not (alone and self._moved(self._park(slot), num_bytes, address)):
                 self._calls.show(address, num_bytes, self._file, slot * self._granularity_bytes)
                 self._populate_early(address, num_bytes)
-                self._bare.difference_update(range(slot, slot + len(run)))
         except OSError as error:
             # A mapping that fails may have taken away what was there before.
             with contextlib.suppress(OSError):
@@ -296,7 +244,7 @@ class CpuMemoryDriver(BookedMemoryDriver[int]):
 
     def _populate_early(self, address: int, num_bytes: int) -> None:
         with contextlib.suppress(OSError):  # the first access does it then
-            self._calls.fill_tables(address, num_bytes)
+            self._calls.populate(address, num_bytes)
 
     def _park(self, slot: int) -> int:
         return self._parking + slot * self._granularity_bytes
@@ -320,11 +268,8 @@ def _refused(what: str, num_pages: int, error: OSError) -> MemoryError:
     )
 
 
-def _close(
-    calls: VmCalls, file: int, views: Sequence[int], num_bytes: int, ranges: dict[int, int]
-) -> None:
-    for view in views:
-        calls.unmap(view, num_bytes)
+def _close(calls: VmCalls, file: int, parking: int, num_bytes: int, ranges: dict[int, int]) -> None:
+    calls.unmap(parking, num_bytes)
     for address, size in ranges.items():
         calls.unmap(address, size)
     os.close(file)

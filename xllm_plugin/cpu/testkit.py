@@ -30,8 +30,6 @@ class FaultyVmCalls(VmCalls):
         self.punch_fault = Countdown()
         self.can_move = True
         self.can_populate = True
-        self.can_collapse = True
-        self.num_collapses = 0
 
     def move(self, source: int, num_bytes: int, target: int) -> None:
         """Move, unless this kernel cannot."""
@@ -64,13 +62,6 @@ class FaultyVmCalls(VmCalls):
         if not self.can_populate:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         super().populate(address, num_bytes)
-
-    def collapse(self, address: int, num_bytes: int) -> None:
-        """Make huge pages, unless this kernel cannot."""
-        self.num_collapses += 1
-        if not self.can_collapse:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        super().collapse(address, num_bytes)
 
 
 def make_memory_driver(

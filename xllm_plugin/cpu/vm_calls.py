@@ -21,9 +21,7 @@ MREMAP_FIXED = 2
 MREMAP_DONTUNMAP = 4
 MADV_DONTNEED = 4
 MADV_HUGEPAGE = 14
-MADV_POPULATE_READ = 22
 MADV_POPULATE_WRITE = 23
-MADV_COLLAPSE = 25
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
 
@@ -85,21 +83,8 @@ class VmCalls:
         if self._madvise(address, num_bytes, MADV_POPULATE_WRITE):
             raise _error("madvise(MADV_POPULATE_WRITE)")
 
-    def fill_tables(self, address: int, num_bytes: int) -> None:
-        """Fill page tables in where a file has memory, several entries at once (Linux 5.14)."""
-        if self._madvise(address, num_bytes, MADV_POPULATE_READ):
-            raise _error("madvise(MADV_POPULATE_READ)")
-
-    def collapse(self, address: int, num_bytes: int) -> None:
-        """Make huge pages, each of which has some memory before, of all of it (Linux 6.1).
-
-        The kernel's settings about huge pages do not matter for this.
-        """
-        if self._madvise(address, num_bytes, MADV_COLLAPSE):
-            raise _error("madvise(MADV_COLLAPSE)")
-
     def drop(self, address: int, num_bytes: int) -> None:
-        """Take page tables away; private, anonymous pages read as zeros from then on."""
+        """Give the memory of private, anonymous pages back; they read as zeros from then on."""
         if self._madvise(address, num_bytes, MADV_DONTNEED):
             raise _error("madvise(MADV_DONTNEED)")
 
