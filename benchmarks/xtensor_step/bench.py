@@ -210,8 +210,9 @@ def in_turn(memory: Memory, number: int) -> tuple[Memory, Memory]:
 
 def memories_of(num_starts: int) -> list[Memory]:
     """What each start is about, beside the fixed memory; `contiguous` comes last."""
-    num_contiguous = min(CONTIGUOUS_STARTS, num_starts)
-    return ["elastic"] * num_starts + ["contiguous"] * num_contiguous
+    about: list[Memory] = ["elastic"] * num_starts
+    about += ["contiguous"] * min(CONTIGUOUS_STARTS, num_starts)
+    return about
 
 
 def measure(
