@@ -6,7 +6,8 @@ import contextlib
 import math
 import random
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -52,12 +53,14 @@ SETTINGS: Final[Mapping[Memory, Mapping[str, str]]] = {
 }
 
 BATCHES, QUICK_BATCHES = (1, 8, 32), (1, 8)
-STARTS, QUICK_STARTS = 8, 1
+STARTS, QUICK_STARTS = 10, 1
 """Two engines that are alike differ by 1 to 2 %, from start to end: by where their memory lies."""
-ROUNDS = 3
-TURN_STEPS = 4
-"""A turn is short, so that what else the machine does meets all sides of a round alike."""
-PROMPT_TOKENS, OUTPUT_TOKENS = 256, 40
+CONTIGUOUS_STARTS = 2
+"""Beside those: what no check is about has fewer."""
+ROUNDS = 4
+PAUSE_S = 0.01
+"""Before a turn: OpenMP's threads spin on for some milliseconds after a step, in others' way."""
+PROMPT_TOKENS, OUTPUT_TOKENS = 256, 60
 MAX_TOKENS_PER_STEP = 2048
 MAX_MODEL_LEN = 512
 WITHIN: Final = (0.98, 1.02)
@@ -68,16 +71,16 @@ WITHIN: Final = (0.98, 1.02)
 class Times:
     """Milliseconds of one batch size on the engines of one start, one entry a round, by memory."""
 
-    step_ms: dict[Memory, list[float]] = field(default_factory=lambda: {m: [] for m in MEMORIES})
-    run_ms: dict[Memory, list[float]] = field(default_factory=lambda: {m: [] for m in MEMORIES})
+    step_ms: dict[Memory, list[float]] = field(default_factory=dict)
+    run_ms: dict[Memory, list[float]] = field(default_factory=dict)
 
     def record(self, memory: Memory, batch: int, steps: Sequence[parts.Step]) -> None:
         """Take in one run: a typical step of it, and all its steps together."""
         decodes = [step for step in steps if step.is_decode(batch)]
         if not decodes:
             raise InternalError("no step had the whole batch decoding; please report this")
-        self.step_ms[memory].append(sum(parts.typical(decodes).values()))
-        self.run_ms[memory].append(sum(step.whole_ms for step in steps))
+        self.step_ms.setdefault(memory, []).append(sum(parts.typical(decodes).values()))
+        self.run_ms.setdefault(memory, []).append(sum(step.whole_ms for step in steps))
 
 
 Kind = Literal["step_ms", "run_ms"]
@@ -95,6 +98,7 @@ def ratios(starts: Sequence[Times], kind: Kind, memory: Memory) -> list[float]:
             )
         )
         for times in starts
+        if memory in getattr(times, kind)
     ]
 
 
@@ -114,7 +118,7 @@ def rows(found: TimesByBatch) -> list[Row]:
     for table, kind in kinds.items():
         for batch, starts in found.items():
             for memory in MEMORIES:
-                times_ms = [ms for times in starts for ms in getattr(times, kind)[memory]]
+                times_ms = [ms for times in starts for ms in getattr(times, kind).get(memory, ())]
                 figures = [Figure.of("time", "ms", times_ms)]
                 if memory != "fixed":
                     figures += compared(ratios(starts, kind, memory))
@@ -176,16 +180,21 @@ def run_job(tokens: Sequence[int], batch: int, number: int) -> dict[str, Any]:
 
 
 def take_turns(
-    children: Mapping[Memory, sides.Child], job: Mapping[str, Any], order: Sequence[Memory]
+    children: Mapping[Memory, sides.Child],
+    job: Mapping[str, Any],
+    order: Sequence[Memory],
+    sleep: Callable[[float], None] = time.sleep,
 ) -> dict[Memory, list[parts.Step]]:
-    """The same requests on all engines, a few steps here and a few there; the steps of each."""
+    """The same requests on all engines, a step here and a step there; the steps of each."""
     steps: dict[Memory, list[parts.Step]] = {memory: [] for memory in order}
     for memory in order:
         children[memory].ask(job)
     going = list(order)
     while going:
         for memory in tuple(going):
-            answer = children[memory].ask({"do": "go_on", "num_steps": TURN_STEPS})
+            sleep(PAUSE_S)
+            # One step, so that what else the machine does meets both sides of a round alike.
+            answer = children[memory].ask({"do": "go_on", "num_steps": 1})
             steps[memory] += [
                 parts.Step(tuple(one["tokens"]), one["parts_ms"]) for one in answer["steps"]
             ]
@@ -194,9 +203,16 @@ def take_turns(
     return steps
 
 
-def in_turn(number: int) -> Sequence[Memory]:
-    """Of any two sides, each comes first every other time."""
-    return MEMORIES[::-1] if number % 2 else MEMORIES
+def in_turn(memory: Memory, number: int) -> tuple[Memory, Memory]:
+    """A memory and the fixed one: each comes first every other time."""
+    return (memory, "fixed") if number % 2 else ("fixed", memory)
+
+
+def memories_of(num_starts: int) -> list[Memory]:
+    """What each start is about, beside the fixed memory; `contiguous` comes last."""
+    about: list[Memory] = ["elastic"] * num_starts
+    about += ["contiguous"] * min(CONTIGUOUS_STARTS, num_starts)
+    return about
 
 
 def measure(
@@ -206,15 +222,16 @@ def measure(
     rounds: range,
     reporter: Reporter,
 ) -> dict[int, Times]:
-    """Run the rounds of one start; each goes through the memories the other way round."""
+    """Run the rounds of one start; each goes through its memories the other way round."""
     found = {batch: Times() for batch in batches}
+    memory = next(memory for memory in children if memory != "fixed")
     for number in rounds:
-        order = in_turn(number)
+        order = in_turn(memory, number)
         for batch, times in found.items():
             reporter.doing(f"{batch} requests")
             taken = take_turns(children, run_job(tokens, batch, number), order)
-            for memory, steps in taken.items():
-                times.record(memory, batch, steps)
+            for side, steps in taken.items():
+                times.record(side, batch, steps)
             reporter.done()
     return found
 
@@ -224,10 +241,11 @@ def notes(model: Path, num_starts: int) -> tuple[str, ...]:
     return (
         (
             f"Model {model.name} in bf16; prompts of {PROMPT_TOKENS} random tokens, "
-            f"{OUTPUT_TOKENS} output tokens. {num_starts} starts of all engines, {ROUNDS} rounds "
-            "each, the same prompts for all engines of a round; they take turns of "
-            f"{TURN_STEPS} steps, in the other order in each round. Ratios are taken within a "
-            "round; of a start counts the median."
+            f"{OUTPUT_TOKENS} output tokens. {num_starts} starts of a fixed and an elastic engine, "
+            f"{min(CONTIGUOUS_STARTS, num_starts)} of a fixed and a contiguous one, of {ROUNDS} "
+            "rounds each, the same prompts for both engines of a round; they take turns of one "
+            f"step, {1e3 * PAUSE_S:g} ms after the other's, in the other order in each round. "
+            "Ratios are taken within a round; of a start counts the median."
         ),
         (
             "A step in which all decode: the mean over the middle half of a run's steps. All steps "
@@ -257,8 +275,8 @@ def command(
 ) -> None:
     """What does elastic KV memory cost a step?
 
-    Times the steps of three offline engines in turn: without xtensor.enabled, with it, and with
-    xtensor.form=contiguous.  Takes about a quarter of an hour; with --quick two minutes.
+    Times the steps of two offline engines in turn, one of them without xtensor.enabled, the other
+    with it or with xtensor.form=contiguous.  Takes about 25 minutes; with --quick two.
     """
     batches = QUICK_BATCHES if quick else BATCHES
     num_starts = starts or (QUICK_STARTS if quick else STARTS)
@@ -267,8 +285,9 @@ def command(
     run = schema.begin(NAME, question=QUESTION, command=command_line())
     console = Console()
     found: dict[int, list[Times]] = {batch: [] for batch in batches}
-    total = num_starts * (len(MEMORIES) + ROUNDS * len(batches)) + len(MEMORIES)
-    equal: list[Check] = []
+    about = memories_of(num_starts)
+    total = len(about) * (2 + ROUNDS * len(batches)) + 2
+    equal: dict[Memory, Check] = {}
     job = sides.start_job(
         folder,
         vocabulary,
@@ -280,15 +299,14 @@ def command(
         log_folder(keep_logs) as logs,
         Reporter(console, total, first="starting the engines") as reporter,
     ):
-        for number in range(num_starts):
-            reporter.peer("all", number, num_starts)
-            with started(job, number, logs, reporter) as children:
-                if not number:
-                    equal = [
-                        sides.compare_outputs(children["fixed"], children[memory], vocabulary)
-                        for memory in MEMORIES[1:]
-                    ]
-                    reporter.done(len(MEMORIES))
+        for number, memory in enumerate(about):
+            reporter.peer(memory, number, len(about))
+            with started(job, in_turn(memory, number), logs / str(number), reporter) as children:
+                if memory not in equal:
+                    equal[memory] = sides.compare_outputs(
+                        children["fixed"], children[memory], vocabulary
+                    )
+                    reporter.done()
                 rounds = range(number * ROUNDS, (number + 1) * ROUNDS)
                 times = measure(children, vocabulary.ordinary(), batches, rounds, reporter)
             for batch in batches:
@@ -296,7 +314,7 @@ def command(
     result = run.finish(
         peers=[peer(memory) for memory in MEMORIES],
         rows=rows(found),
-        checks=[*equal, *checks(found, is_quick=quick)],
+        checks=[*equal.values(), *checks(found, is_quick=quick)],
         notes=notes(folder, num_starts),
         not_shown=NOT_SHOWN,
         details={
@@ -311,16 +329,17 @@ def command(
 
 @contextlib.contextmanager
 def started(
-    job: Mapping[str, Any], number: int, logs: Path, reporter: Reporter
+    job: Mapping[str, Any], order: Sequence[Memory], logs: Path, reporter: Reporter
 ) -> Iterator[dict[Memory, sides.Child]]:
-    """All engines, for the length of a `with` block, started in the other order each time."""
+    """Engines of these memories, started side by side, for the length of a `with` block."""
     with contextlib.ExitStack() as stack:
-        children = {}
-        for memory in in_turn(number):
-            log = logs / f"{memory}-{number}.log"
-            child = stack.enter_context(sides.Child(memory, environment(memory), log))
-            require(memory, child.ask(job, timeout_s=sides.START_TIMEOUT_S))
-            children[memory] = child
+        children: dict[Memory, sides.Child] = {}
+        for memory in order:
+            log = logs / f"{memory}.log"
+            children[memory] = stack.enter_context(sides.Child(memory, environment(memory), log))
+            children[memory].send(job)
+        for memory, child in children.items():
+            require(memory, child.receive(sides.START_TIMEOUT_S, to="start"))
             reporter.done()
         yield children
 

@@ -158,6 +158,9 @@ class Engine:
 
     def schedule(self) -> None:
         self.cache.plan(is_busy=bool(self.waiting or self.running))
+        version = self.pool.ledger.version
+        self.pool.rebalance()
+        assert self.pool.ledger.version == version, "there was more to plan"
         chunks: dict[str, int] = {}
         was_preempted = False
         left = STEP_TOKENS
@@ -236,7 +239,10 @@ class Engine:
             request.num_computed_tokens = computed
             if computed == request.num_tokens < job.num_tokens:
                 request.append_output_token_ids(digest(request.all_token_ids) % 2)
-        return Step(self.cache.take_change(), writes, reads)
+        has_told, next_s = self.cache.has_told, self.cache.next_work_s()
+        change = self.cache.take_change()
+        assert not has_told or (change, self.cache.next_work_s()) == (None, next_s)
+        return Step(change, writes, reads)
 
     def end_those_that_are_done(self) -> None:
         for job in list(self.running):

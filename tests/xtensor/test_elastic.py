@@ -7,7 +7,7 @@ on the device ends later still.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -154,7 +154,13 @@ class Engine:
         self.writes = {}
         shows = {block: self.shows[block] for block in held}
         self.cache.plan(is_busy=bool(self.requests))
-        self.steps.append(Step(self.cache.take_change(), writes, shows))
+        version = self.pool.ledger.version
+        self.pool.rebalance()
+        assert self.pool.ledger.version == version, "there was more to plan"
+        has_told, next_s = self.cache.has_told, self.cache.next_work_s()
+        change = self.cache.take_change()
+        assert not has_told or (change, self.cache.next_work_s()) == (None, next_s)
+        self.steps.append(Step(change, writes, shows))
 
     def execute(self) -> None:
         """The oldest step, as a worker does; a block without memory is a fault of the device."""
@@ -412,6 +418,27 @@ def test_a_block_freed_while_a_step_is_scheduled_keeps_its_memory_for_that_step(
     change = engine.cache.take_change()
     assert change is not None
     assert len(change.released) == 1
+
+
+def test_a_step_that_changes_nothing_has_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(slab_blocks=2, budget_slabs=4)
+    request = engine.allocate(4)
+    engine.run()
+    assert engine.cache.has_told
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.pool, "rebalance", lambda: pytest.fail("nothing has changed"))
+        engine.cache.plan()
+    changes: tuple[Callable[[], object], ...] = (
+        lambda: engine.allocate(1),
+        lambda: engine.end(request),
+        lambda: engine.cache.set_budget(3 * engine.slab_bytes),
+        lambda: engine.clock.advance(6.0),  # it is time to ask what the workers still keep
+    )
+    for change in changes:
+        change()
+        assert not engine.cache.has_told
+        engine.run()
+        assert engine.cache.has_told
 
 
 def test_memory_that_comes_back_before_the_workers_hear_of_it_is_not_spoken_of() -> None:

@@ -69,7 +69,7 @@ class MemoryControl:
 
     def take_change(self) -> MemoryChange | None:
         """What the step that was just scheduled tells the workers, or None."""
-        if self._cache is None:
+        if self._cache is None or self._cache.has_told:
             return None
         change = self._cache.take_change()
         self._alarm.set(self._cache.next_work_s())

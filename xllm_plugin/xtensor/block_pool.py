@@ -53,7 +53,9 @@ class ElasticBlockPool(BlockPool):
         """Blocks that can be handed out now: those with memory, and what the budget has left."""
         # vLLM's own constructor asks before there is a ledger; it has no class of ours then.
         ledger = self.ledger
-        return super().get_num_free_blocks() + ledger.num_committable * ledger.slab_blocks
+        # Asked for each request of each step, so it calls nothing.
+        num_free: int = self.free_block_queue.num_free_blocks
+        return num_free + ledger.num_committable * ledger.slab_blocks
 
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
         """Hand blocks out, those that keep slabs full first; see vLLM's."""

@@ -68,7 +68,9 @@ class ElasticKvCache:
         self._share = share
         self._clock = clock
         self._told_budget_slabs = self._num_changes = 0
-        self._report_due_s = math.inf
+        # Versions of the ledger: after the last plan, and when the workers were told last.
+        self._planned = self._told = -1
+        self._cold_s = self._report_due_s = math.inf
         self._report: MemoryReport | None = None
         self._num_dropped_slabs = 0
 
@@ -146,18 +148,31 @@ class ElasticKvCache:
         Args:
             is_busy: whether there are requests.
         """
+        ledger = self._ledger
         if self._share is not None:
-            ledger = self._ledger
             demand = Demand(ledger.num_in_use, ledger.num_resident, is_busy)
             ledger.budget_slabs = self._share.plan(demand)
-        cold_s = self._clock() - self._config.cache_idle_s
-        self._num_dropped_slabs += self._pool.drop_cold(cold_s)
+        now_s = self._clock()
+        if ledger.version == self._planned and now_s < self._cold_s:
+            return
+        self._num_dropped_slabs += self._pool.drop_cold(now_s - self._config.cache_idle_s)
         self._pool.rebalance()
+        self._planned, self._cold_s = ledger.version, self._next_cold_s()
+
+    @property
+    def has_told(self) -> bool:
+        """Whether `take_change` has nothing to say, and `next_work_s` is what it was then."""
+        return (
+            self._ledger.version == self._told
+            and self._clock() < self._report_due_s
+            and self._share is None
+        )
 
     def take_change(self) -> MemoryChange | None:
         """What the step that was just scheduled has to tell the workers, or None."""
         now_s = self._clock()
         ledger = self._ledger
+        self._told = ledger.version
         is_report_due = now_s >= self._report_due_s
         is_told = not ledger.has_changes and ledger.budget_slabs == self._told_budget_slabs
         if is_told and not is_report_due:
@@ -191,10 +206,12 @@ class ElasticKvCache:
 
     def next_work_s(self) -> float:
         """When, by the clock, something is to be done that no request brings about."""
-        oldest_s = self._ledger.oldest_idle_s()
-        cold_s = math.inf if oldest_s is None else oldest_s + self._config.cache_idle_s
         look_s = math.inf if self._share is None else self._share.next_look_s()
-        return min(cold_s, self._report_due_s, look_s)
+        return min(self._next_cold_s(), self._report_due_s, look_s)
+
+    def _next_cold_s(self) -> float:
+        oldest_s = self._ledger.oldest_idle_s()
+        return math.inf if oldest_s is None else oldest_s + self._config.cache_idle_s
 
     def record(self, report: MemoryReport) -> None:
         """Take a worker's report in."""

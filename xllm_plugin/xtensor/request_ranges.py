@@ -187,7 +187,9 @@ class RangeLedger:
         self.plan = plan
         self.slab_blocks = plan.slab_blocks
         self.num_slabs = plan.num_slabs
-        self.budget_slabs = budget_slabs
+        self.version = 0
+        """Rises with every change: whoever has seen this one finds everything as it was."""
+        self._budget_slabs = budget_slabs
         self._kinds: dict[int, BlockKind] = {}  # of blocks that are not free
         self._slabs: dict[int, _Slab] = {}  # with something behind them
         self._num_aliases = 0
@@ -231,6 +233,17 @@ class RangeLedger:
         """Say whether a slab of nobody has cached blocks, and others: no request can share it."""
         found = self._slabs.get(slab)
         return found is not None and not found.num_used and 0 < found.num_cached < self.slab_blocks
+
+    @property
+    def budget_slabs(self) -> int:
+        """How many slabs may have pages of their own."""
+        return self._budget_slabs
+
+    @budget_slabs.setter
+    def budget_slabs(self, budget_slabs: int) -> None:
+        if budget_slabs != self._budget_slabs:
+            self._budget_slabs = budget_slabs
+            self.version += 1
 
     @property
     def resident(self) -> frozenset[int]:
@@ -379,6 +392,7 @@ class RangeLedger:
                 f"block {block} of slab {slab} becomes {kind.name}, was {before.name}; "
                 "please report this"
             )
+        self.version += 1
         if kind == BlockKind.FREE:
             del self._kinds[block]
         else:
@@ -474,12 +488,14 @@ class RangeLedger:
         return number
 
     def _put(self, slab: int, found: _Slab) -> None:
+        self.version += 1
         self._slabs[slab] = found
         self._changed[slab] = None
         if slab != NULL_SLAB:
             self._num_behind[self._range_of(slab)] += 1
 
     def _remove(self, slab: int) -> None:
+        self.version += 1
         found = self._slabs.pop(slab)
         self._changed[slab] = None
         self._idle.pop(slab, None)

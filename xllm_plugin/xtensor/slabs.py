@@ -69,7 +69,11 @@ class SlabLedger:
     def __init__(self, num_blocks: int, slab_blocks: int, budget_slabs: int) -> None:
         self.slab_blocks = slab_blocks
         self.num_slabs = num_blocks // slab_blocks
-        self.budget_slabs = budget_slabs
+        self.version = 0
+        """Rises with every change: whoever has seen this one finds everything as it was."""
+        self.num_committable = 0
+        """How many more slabs the budget has room for."""
+        self._budget_slabs = budget_slabs
         self._kinds = [BlockKind.FREE] * (self.num_slabs * slab_blocks)
         self._num_used = [0] * self.num_slabs
         self._num_cached = [0] * self.num_slabs
@@ -84,6 +88,7 @@ class SlabLedger:
         self._empty: dict[int, None] = {}  # of those, without a cached block either
         self._committed: dict[int, None] = {}  # and the workers do not know yet
         self._released: dict[int, None] = {}
+        self._count_resident()
         self.commit()
 
     # What is asked
@@ -145,9 +150,15 @@ class SlabLedger:
         return sum(self._num_cached)
 
     @property
-    def num_committable(self) -> int:
-        """How many more slabs the budget has room for."""
-        return max(0, self.budget_slabs - len(self._resident))
+    def budget_slabs(self) -> int:
+        """How many slabs may have memory."""
+        return self._budget_slabs
+
+    @budget_slabs.setter
+    def budget_slabs(self, budget_slabs: int) -> None:
+        if budget_slabs != self._budget_slabs:
+            self._budget_slabs = budget_slabs
+            self._count_resident()
 
     def choose_free(self, num_blocks: int) -> list[int]:
         """Free blocks to hand out next, up to so many: the fullest slab's first.
@@ -183,6 +194,7 @@ class SlabLedger:
             raise InternalError(
                 f"block {block} becomes {kind.name} without memory; please report this"
             )
+        self.version += 1
         self._close(slab)
         self._kinds[block] = kind
         was_in_use = self._num_used[slab] > 0
@@ -205,6 +217,7 @@ class SlabLedger:
             return None
         slab = self._absent.pop()
         self._resident.add(slab)
+        self._count_resident()
         if slab in self._released:  # the workers have not heard that it went
             del self._released[slab]
         else:
@@ -214,11 +227,13 @@ class SlabLedger:
 
     def drain(self, slab: int) -> None:
         """Hand out no more blocks of a slab."""
+        self.version += 1
         self._close(slab)
         self._draining.add(slab)
 
     def undrain(self, slab: int) -> None:
         """Take a slab back into use."""
+        self.version += 1
         self._draining.remove(slab)
         self._reopen(slab)
 
@@ -232,6 +247,7 @@ class SlabLedger:
             raise InternalError(f"slab {slab} is in use and cannot go; please report this")
         self._close(slab)
         self._resident.remove(slab)
+        self._count_resident()
         self._draining.discard(slab)
         self._idle.pop(slab, None)
         self._empty.pop(slab, None)
@@ -309,6 +325,8 @@ class SlabLedger:
             yield "a slab is lost, or has memory and has none"
         if self._num_in_use != sum(num > 0 for num in self._num_used):
             yield "the slabs in use are counted wrong"
+        if self.num_committable != max(0, self._budget_slabs - len(self._resident)):
+            yield "the room of the budget is counted wrong"
         if not self._draining <= self._resident:
             yield "a slab drains that has no memory"
         if self._committed.keys() - self._resident or self._released.keys() & self._resident:
@@ -336,6 +354,10 @@ class SlabLedger:
 
     def _num_free(self, slab: int) -> int:
         return self.slab_blocks - self._num_used[slab] - self._num_cached[slab]
+
+    def _count_resident(self) -> None:
+        self.version += 1
+        self.num_committable = max(0, self._budget_slabs - len(self._resident))
 
     def _close(self, slab: int) -> None:
         self._open[self._num_free(slab)].pop(slab, None)
