@@ -28,7 +28,7 @@ from xllm_plugin.bench.provenance import home_relative
 from xllm_plugin.bench.schema import Check, Figure, Peer, Row
 from xllm_plugin.bench.servers import Server, clean_environment, find_free_port
 from xllm_plugin.errors import ConfigError, NotNowError
-from xllm_plugin.service import keys
+from xllm_plugin.service import key_file
 
 FOLDER = Path(__file__).resolve().parent
 NAME = "router"
@@ -278,7 +278,7 @@ class Bench:
     seconds: float
     logs: Path
     stack: contextlib.ExitStack
-    key: str = field(default_factory=keys.make_key)
+    key: str = field(default_factory=key_file.make_key)
     backends: dict[str, list[int]] = field(default_factory=dict)
     found: dict[tuple[str, str], list[dict[str, float]]] = field(default_factory=dict)
     answers: dict[str, tuple[Any, Any]] = field(default_factory=dict)
@@ -300,10 +300,10 @@ class Bench:
     def start(self) -> None:
         """Backends without a pace, with one, and with KV events; and the file of keys."""
         most: Any = {"requests_per_minute": 1e9, "tokens_per_minute": 1e15}
-        record = keys.KeyRecord(
-            name="bench", sha256=keys.hash_of(self.key), max_concurrency=100_000, **most
+        record = key_file.KeyRecord(
+            name="bench", sha256=key_file.hash_of(self.key), max_concurrency=100_000, **most
         )
-        keys.write(self.logs / "keys.yaml", [record])
+        key_file.write(self.logs / "keys.yaml", [record])
         for kind, flags in (
             ("fast", ()),
             ("paced", ("--interval-ms", "10")),

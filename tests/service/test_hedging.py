@@ -14,7 +14,7 @@ from xllm_plugin.service import lifecycle
 from xllm_plugin.service.fleet import Instance, Stats
 from xllm_plugin.service.flow.wishes import read_wishes
 from xllm_plugin.service.hedging import hedge_wait_s
-from xllm_plugin.service.keys import KeyRecord, hash_of, write
+from xllm_plugin.service.key_file import KeyRecord, hash_of, write
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.service.policy import Choice
 from xllm_plugin.service.routes import Kind

@@ -21,7 +21,7 @@ from aiohttp import web
 from xllm_plugin.channel.paths import channel_directory, require_private_directory
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.etcd.config import tls_context
-from xllm_plugin.service import keys
+from xllm_plugin.service import key_file
 from xllm_plugin.service.admin import AdminApi
 from xllm_plugin.service.carrier import Carrier, chosen_policy, opened, said
 from xllm_plugin.service.config import ServiceConfig
@@ -42,7 +42,7 @@ def check(config: ServiceConfig) -> None:
     chosen_policy(config.routing.policy)
     if config.instances.file is not None:
         read_entries(config.instances.file)
-    num_keys = len(keys.read(config.keys.file)) if config.keys.file is not None else 0
+    num_keys = len(key_file.read(config.keys.file)) if config.keys.file is not None else 0
     if config.service.processes > 1:
         _check_processes(config, num_keys)
     server_context(config.listen, "listen")

@@ -10,14 +10,18 @@ else about a stream (how it opens, ends or fails) is read as JSON.
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from xllm_plugin.instance.resumption import RESUME_PATH, Finish, Resumption
 from xllm_plugin.service.body import StreamWishes
 from xllm_plugin.service.chunks import chunk_of
 from xllm_plugin.service.routes import Route
+from xllm_plugin.service.stream_events import (
+    DoubtfulFields,
+    StreamChoice,
+    StreamEvent,
+    StreamFault,
+)
 
 __all__ = ["ArmedStream", "arm", "unarmed_reason", "with_body"]
 
@@ -46,37 +50,8 @@ _PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 _NULL = b"null"
 
 
-class _Choice(msgspec.Struct):
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    token_ids: list[int] | None = None
-    delta: Any = None
-    logprobs: Any = None
-
-
-class _Fault(msgspec.Struct):
-    message: str = ""
-    code: Any = None
-
-
-class _Event(msgspec.Struct):
-    id: str = ""
-    created: int = 0
-    choices: list[_Choice] = []
-    error: _Fault | None = None
-
-
-class _Doubtful(msgspec.Struct):
-    """Fields of a body for which an instance may refuse to go on, as they are written."""
-
-    seed: msgspec.Raw = msgspec.Raw(_NULL)
-    thinking_token_budget: msgspec.Raw = msgspec.Raw(_NULL)
-    watermarking: msgspec.Raw = msgspec.Raw(_NULL)
-    vllm_xargs: msgspec.Raw = msgspec.Raw(_NULL)
-
-
-_decode = msgspec.json.Decoder(_Event).decode
-_decode_doubtful = msgspec.json.Decoder(_Doubtful).decode
+_decode = msgspec.json.Decoder(StreamEvent).decode
+_decode_doubtful = msgspec.json.Decoder(DoubtfulFields).decode
 _decode_chunks = msgspec.json.Decoder(list[list[int]]).decode
 
 
@@ -345,14 +320,14 @@ class ArmedStream:
             )
         return event
 
-    def _read_error(self, event: bytes, fault: _Fault) -> bytes:
+    def _read_error(self, event: bytes, fault: StreamFault) -> bytes:
         if isinstance(fault.code, int) and fault.code >= _SERVER_ERROR:
             self.failure = f"failed: {fault.message}"
             return b""
         self._is_lost = True
         return event
 
-    def _read_choice(self, event: bytes, choice: _Choice) -> bytes:
+    def _read_choice(self, event: bytes, choice: StreamChoice) -> bytes:
         if choice.finish_reason in _FAULTS:
             self.failure = f"ended the stream with finish reason {choice.finish_reason!r}"
             return b""

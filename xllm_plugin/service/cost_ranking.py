@@ -24,13 +24,12 @@ from xllm_plugin.service.cost import (
     STALL_WEIGHT,
     Due,
     caring_of,
-    cause_of,
     crowding_of,
     due_of,
     parts_of,
     promised_s,
-    reason_of,
 )
+from xllm_plugin.service.cost_choice import cause_of, reason_of
 from xllm_plugin.service.policy import Choice, InstanceView, RequestView
 from xllm_plugin.service.speed import Speed
 

@@ -20,14 +20,14 @@ import json
 import logging
 import random
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
 import msgspec
 
 from xllm_plugin.instance.resumption import REASON_HEADER
 from xllm_plugin.service import lifecycle
-from xllm_plugin.service.body import StreamWishes
+from xllm_plugin.service.body import Peek
 from xllm_plugin.service.continuation import ArmedStream, arm, unarmed_reason, with_body
 from xllm_plugin.service.flow.wishes import NO_WISHES, read_wishes
 from xllm_plugin.service.hedging import Hedging, Leg, hedge_wait_s
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
     from xllm_plugin.service.client import ClientConnection
+    from xllm_plugin.service.decision import Decision, Sent
     from xllm_plugin.service.fleet import Instance
     from xllm_plugin.service.flow.control import Waiting
     from xllm_plugin.service.keys import Grant
     from xllm_plugin.service.kv_index.tokens import Prompt
     from xllm_plugin.service.proxy import Proxy
-    from xllm_plugin.service.router import Decision, Sent
     from xllm_plugin.service.upstream import Pool, UpstreamConnection
 
-__all__ = ["Exchange", "Peek", "cost_tokens_of", "peek", "prompt_tokens_of"]
+__all__ = ["Exchange", "cost_tokens_of", "peek", "prompt_tokens_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,21 +72,6 @@ _RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[^"]{1,200})"')
 _REASON = re.compile(rb"\r\n%b: *([^\r\n]{1,999})" % REASON_HEADER.encode(), re.IGNORECASE)
 _NO_HEADERS: dict[bytes, bytes] = {}
 _HOP_BY_HOP = (b"connection:", b"keep-alive:", b"proxy-connection:", b"upgrade:")
-
-
-class Peek(StreamWishes):
-    """The fields of a JSON body that are read here; all others are skipped, unparsed."""
-
-    model: Any = None
-    user: Any = None
-    prompt_cache_key: Any = None
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-    max_output_tokens: Any = None
-    previous_response_id: Any = None
-    priority: Any = None
-    vllm_xargs: Any = None
-    sampling_params: Any = None
 
 
 _decode = msgspec.json.Decoder(Peek).decode
@@ -356,13 +341,13 @@ class Exchange:
         """The sending that its fields are about."""
         assert self.instance is not None
         return Leg(
-            self.instance,
-            self._booked_tokens,
-            self.sent,
-            self.sent_s,
-            self.decision,
-            self._connection,
-            self._connecting,
+            instance=self.instance,
+            booked_tokens=self._booked_tokens,
+            sent=self.sent,
+            sent_s=self.sent_s,
+            decision=self.decision,
+            connection=self._connection,
+            connecting=self._connecting,
         )
 
     def put(self, leg: Leg) -> None:

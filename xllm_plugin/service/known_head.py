@@ -8,7 +8,7 @@ around its rules: where they differ anywhere, the parser reads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from xllm_plugin.service.exchange import Exchange
 from xllm_plugin.service.keys import Account, Grant
@@ -35,9 +35,9 @@ class KnownHead(NamedTuple):
     """As the client has sent it, up to the digits of its body's length."""
     after: bytes
     """The rest of it."""
-    settings: object
+    settings: Any
     """Stand for what was in force when it was understood."""
-    keys: object
+    keys: Any
     method: bytes
     route: Route
     head: bytes

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from xllm_plugin.service.decision import Sent
 from xllm_plugin.service.flow.usage import UsageMeter
-from xllm_plugin.service.router import Sent
 
 
 class Ended:

@@ -264,7 +264,7 @@ def test_a_tokenizer_that_differs_from_its_server_is_not_used(run: Any, monkeypa
 
 def copies_of(it: Site) -> list[Any]:
     found = it.service.proxy.prompts._copies._copies.values()
-    return [copy for models in found for copy in models.values()]
+    return [copy for _, models in found for copy in models.values()]
 
 
 async def copied(it: Site) -> None:

@@ -51,15 +51,19 @@ class FlowStats:
         self.waits.add(other.waits)
 
 
-@dataclass(slots=True, eq=False)
 class Waiting:
     """The time of a request in the queue."""
 
-    ticket: Ticket[Exchange]
-    since_s: float
-    timer: asyncio.TimerHandle
-    waited_s: float = -1.0
-    """Below 0 while it waits."""
+    __slots__ = ("since_s", "ticket", "timer", "waited_s")
+
+    def __init__(
+        self, ticket: Ticket[Exchange], since_s: float, timer: asyncio.TimerHandle
+    ) -> None:
+        self.ticket = ticket
+        self.since_s = since_s
+        self.timer = timer
+        self.waited_s = -1.0
+        """Below 0 while it waits."""
 
 
 class FlowControl:
