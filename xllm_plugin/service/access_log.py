@@ -12,7 +12,7 @@ import sys
 import time
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 __all__ = ["log", "open_log"]
 
 logger = logging.getLogger("xllm_plugin.service.access")
-_other = logging.getLogger(__name__)
+_other: Final = logging.getLogger(__name__)
 
-_MAX_ID_CHARS = 128
-_MAX_MODEL_CHARS = 256
-_LOOK_S = 1.0
+_MAX_ID_CHARS: Final = 128
+_MAX_MODEL_CHARS: Final = 256
+_LOOK_S: Final = 1.0
 """Between two looks whether the file was moved."""
 
 
@@ -101,7 +101,7 @@ class _Writer:
                 _other.error("the access log cannot be written: %s", error)
 
 
-_writer = _Writer()
+_writer: Final = _Writer()
 
 
 def log(exchange: Exchange, ending: Ending) -> None:

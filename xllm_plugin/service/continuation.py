@@ -10,6 +10,8 @@ else about a stream (how it opens, ends or fails) is read as JSON.
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from xllm_plugin.instance.resumption import RESUME_PATH, Finish, Resumption
@@ -25,34 +27,34 @@ from xllm_plugin.service.stream_events import (
 
 __all__ = ["ArmedStream", "arm", "unarmed_reason", "with_body"]
 
-_MAX_EVENT_BYTES = 64 * 2**20
-_IDS = b'"token_ids":['
-_UNSEEN = b"\n"
+_MAX_EVENT_BYTES: Final = 64 * 2**20
+_IDS: Final = b'"token_ids":['
+_UNSEEN: Final = b"\n"
 """No chunk has this after its ids: it ends with more."""
-_NO_IDS = b'"token_ids":null'
-_PROMPT_IDS = b'"prompt_token_ids":['
+_NO_IDS: Final = b'"token_ids":null'
+_PROMPT_IDS: Final = b'"prompt_token_ids":['
 # What stands before the ids of a choice that goes on: in a chat, and in a completion.
-_OPEN = (
+_OPEN: Final = (
     b'"finish_reason":null,',
     b'"finish_reason":null,"stop_reason":null,"prompt_token_ids":null,',
 )
-_EMPTY = b'"delta":{},"logprobs":null,"finish_reason":null,'
-_USUAL = {
+_EMPTY: Final = b'"delta":{},"logprobs":null,"finish_reason":null,'
+_USUAL: Final = {
     "/v1/chat/completions": b'"},"logprobs":null,"finish_reason":null,',
     "/v1/completions": b'","logprobs":null,' + _OPEN[1],
 }
 """By path: what stands between the text of a choice that goes on and its ids."""
-_END = b"\n\n"
-_DONE = b"data: [DONE]\n\n"
-_FAULTS = frozenset({"abort", "error"})
-_SERVER_ERROR = 500
-_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
-_NULL = b"null"
+_END: Final = b"\n\n"
+_DONE: Final = b"data: [DONE]\n\n"
+_FAULTS: Final = frozenset({"abort", "error"})
+_SERVER_ERROR: Final = 500
+_PATHS: Final = frozenset({"/v1/completions", "/v1/chat/completions"})
+_NULL: Final = b"null"
 
 
-_decode = msgspec.json.Decoder(StreamEvent).decode
-_decode_doubtful = msgspec.json.Decoder(DoubtfulFields).decode
-_decode_chunks = msgspec.json.Decoder(list[list[int]]).decode
+_decode: Final = msgspec.json.Decoder(StreamEvent).decode
+_decode_doubtful: Final = msgspec.json.Decoder(DoubtfulFields).decode
+_decode_chunks: Final = msgspec.json.Decoder(list[list[int]]).decode
 
 
 def arm(route: Route, body: bytes, wishes: StreamWishes) -> ArmedStream | None:

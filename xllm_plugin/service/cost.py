@@ -26,7 +26,7 @@ Requests without a promise cost what they would if nobody had one, to the last b
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from xllm_plugin.service.policy import InstanceView, RequestView
 
@@ -44,7 +44,7 @@ __all__ = [
     "promised_s",
 ]
 
-_BUSY_PERIOD = 5.0
+_BUSY_PERIOD: Final = 5.0
 """A second of work delays those who come before the instance is next without any: 1 / (1 - load),
 at a load of 0.8.  From 3 to 20 the simulated fleet hardly cares (benchmarks/fleet)."""
 
@@ -58,7 +58,7 @@ LATE_WEIGHT = 0.25
 OFFLINE_WEIGHT = 0.2
 """Of a second that an offline request loses, its own or to others, beside one of an online one."""
 
-_STEPS = 2**20
+_STEPS: Final = 2**20
 Parts = tuple[float, float, float, float]
 """Seconds of the queue, of prefill and of decoding (`Cost`); and the requests that run there and
 get no token meanwhile, times `STALL_WEIGHT`."""

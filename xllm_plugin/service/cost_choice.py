@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from xllm_plugin.service.cached import most_cached
 from xllm_plugin.service.cost import (
@@ -18,7 +19,7 @@ from xllm_plugin.service.policy import Choice, InstanceView, RequestView
 
 __all__ = ["cause_of", "cost_in_seconds", "reason_of"]
 
-_INFINITE = float("inf")
+_INFINITE: Final = float("inf")
 
 
 def reason_of(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections.abc import Container, Mapping, Sequence
+from typing import Final
 
 from xllm_plugin.service.cached import usual_and_others
 from xllm_plugin.service.cost import (
@@ -35,8 +36,8 @@ from xllm_plugin.service.speed import Speed
 
 __all__ = ["CostRanking"]
 
-_GROUP_SIZE = 32
-_INFINITE = float("inf")
+_GROUP_SIZE: Final = 32
+_INFINITE: Final = float("inf")
 
 
 _Row = tuple[int, float, int, int]

@@ -20,7 +20,7 @@ import json
 import logging
 import random
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qs
 
 import msgspec
@@ -52,30 +52,30 @@ __all__ = ["Exchange", "cost_tokens_of", "peek", "prompt_tokens_of"]
 
 logger = logging.getLogger(__name__)
 
-_BYTES_PER_TOKEN = 4
-_DEFAULT_OUTPUT_TOKENS = 128
-_MAX_OUTPUT_TOKENS = 512
-_MAX_PROMPT_TOKENS = 100_000
-_RETRYABLE_STATUS = 503
-_OK = 200
-_GENERATE = "/inference/v1/generate"
-_SWITCHED = 101
-_LAST_CHUNK = b"0\r\n\r\n"
-_COMPLETION_TOKENS = b'"completion_tokens":'
-_PROMPT_TOKENS = b'"prompt_tokens":'
-_NUMBER = re.compile(rb"\d{1,12}")
-_MAX_TAIL_BYTES = 1024
-_CLIENT_GONE = 499  # nginx's, for the access log alone
-_IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"})
-_MODEL_FIELD = re.compile(rb'name="?model"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')
-_RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[^"]{1,200})"')
-_REASON = re.compile(rb"\r\n%b: *([^\r\n]{1,999})" % REASON_HEADER.encode(), re.IGNORECASE)
+_BYTES_PER_TOKEN: Final = 4
+_DEFAULT_OUTPUT_TOKENS: Final = 128
+_MAX_OUTPUT_TOKENS: Final = 512
+_MAX_PROMPT_TOKENS: Final = 100_000
+_RETRYABLE_STATUS: Final = 503
+_OK: Final = 200
+_GENERATE: Final = "/inference/v1/generate"
+_SWITCHED: Final = 101
+_LAST_CHUNK: Final = b"0\r\n\r\n"
+_COMPLETION_TOKENS: Final = b'"completion_tokens":'
+_PROMPT_TOKENS: Final = b'"prompt_tokens":'
+_NUMBER: Final = re.compile(rb"\d{1,12}")
+_MAX_TAIL_BYTES: Final = 1024
+_CLIENT_GONE: Final = 499  # nginx's, for the access log alone
+_IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"})
+_MODEL_FIELD: Final = re.compile(rb'name="?model"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')
+_RESPONSE_ID: Final = re.compile(rb'"id"\s*:\s*"(resp_[^"]{1,200})"')
+_REASON: Final = re.compile(rb"\r\n%b: *([^\r\n]{1,999})" % REASON_HEADER.encode(), re.IGNORECASE)
 _NO_HEADERS: dict[bytes, bytes] = {}
-_HOP_BY_HOP = (b"connection:", b"keep-alive:", b"proxy-connection:", b"upgrade:")
+_HOP_BY_HOP: Final = (b"connection:", b"keep-alive:", b"proxy-connection:", b"upgrade:")
 
 
-_decode = msgspec.json.Decoder(Peek).decode
-_NOTHING = Peek()
+_decode: Final = msgspec.json.Decoder(Peek).decode
+_NOTHING: Final = Peek()
 
 
 def peek(body: bytes, content_type: bytes) -> Peek:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Final
 
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.service.exchange import Exchange, prompt_tokens_of
@@ -25,7 +26,7 @@ __all__ = ["Account", "Grant", "KeyRing"]
 
 logger = logging.getLogger(__name__)
 
-_RETRY_S = 1.0
+_RETRY_S: Final = 1.0
 
 
 class Account:

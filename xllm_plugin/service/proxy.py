@@ -6,7 +6,7 @@ import asyncio
 import logging
 import ssl
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from xllm_plugin.service import access_log
 from xllm_plugin.service.client import ClientConnection, headers_of_note
@@ -33,7 +33,7 @@ __all__ = ["Proxy"]
 
 logger = logging.getLogger(__name__)
 
-_SWEEP_S = 1.0
+_SWEEP_S: Final = 1.0
 
 
 class Proxy:

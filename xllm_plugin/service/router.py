@@ -25,9 +25,9 @@ __all__ = ["Router"]
 
 logger = logging.getLogger(__name__)
 
-_MAX_OWNERS = 65536
-_MAX_CAUSES = 256
-_MAX_ROSTERS = 8
+_MAX_OWNERS: Final = 65536
+_MAX_CAUSES: Final = 256
+_MAX_ROSTERS: Final = 8
 """Each is told of every change; those of the models that were asked for last are kept."""
 _TICKS_PER_S: Final = 1000
 """How finely it is told apart when prompts are predicted to be computed: a timer for each tick."""
@@ -36,7 +36,7 @@ _MAX_PROMPT_TOKENS: Final = 100_000
 _INFINITE: Final = float("inf")
 
 
-_NOTHING = Sent()
+_NOTHING: Final = Sent()
 
 
 class Router:

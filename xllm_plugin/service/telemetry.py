@@ -25,13 +25,13 @@ __all__ = ["Ending", "Measured", "Outcome", "Sample", "Telemetry"]
 
 _TURN_S: Final = 30.0
 """An instance's latencies are shown of the last 30 to 60 s."""
-_OK = 200
-_SWITCHED = 101
-_TOO_MANY = 429
-_SERVER_ERROR = 500
+_OK: Final = 200
+_SWITCHED: Final = 101
+_TOO_MANY: Final = 429
+_SERVER_ERROR: Final = 500
 # Tuples: members are compared by identity, which costs less than their hash.
-_INFERENCE = (Kind.INFERENCE, Kind.RESPONSES)
-_NOT_WORK = (Kind.HEALTH, Kind.MODELS, Kind.CONTROL)
+_INFERENCE: Final = (Kind.INFERENCE, Kind.RESPONSES)
+_NOT_WORK: Final = (Kind.HEALTH, Kind.MODELS, Kind.CONTROL)
 
 
 class Ending(StrEnum):

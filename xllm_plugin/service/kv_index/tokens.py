@@ -31,11 +31,11 @@ __all__ = ["Prompt", "PromptReader", "Unread"]
 
 logger = logging.getLogger(__name__)
 
-_NUM_THREADS = 2
+_NUM_THREADS: Final = 2
 _COMPARE_EVERY: Final = 100
 """Chats that were rendered here, until one is compared with what its instance makes of it."""
-_PATHS = ("/v1/completions", "/v1/chat/completions")
-_CHAT_FIELDS = (
+_PATHS: Final = ("/v1/completions", "/v1/chat/completions")
+_CHAT_FIELDS: Final = (
     *("messages", "tools", "add_generation_prompt", "continue_final_message"),
     *("add_special_tokens", "chat_template", "mm_processor_kwargs"),
 )
@@ -66,8 +66,8 @@ class Unread(NamedTuple):
     extra: Extra
 
 
-_decode_prompt = msgspec.json.Decoder(str | list[int]).decode
-_decode_kwargs = msgspec.json.Decoder(dict[str, msgspec.Raw] | None).decode
+_decode_prompt: Final = msgspec.json.Decoder(str | list[int]).decode
+_decode_kwargs: Final = msgspec.json.Decoder(dict[str, msgspec.Raw] | None).decode
 
 
 class PromptReader:
