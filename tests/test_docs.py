@@ -54,6 +54,11 @@ def test_every_folder_is_in_the_architecture() -> None:
             assert f"`{folder.name}/`" in read("ARCHITECTURE.md"), folder.name
 
 
+def test_every_benchmark_is_in_the_readme() -> None:
+    for bench in (ROOT / "benchmarks").glob("*/bench.py"):
+        assert f"benchmarks/{bench.parent.name}/README.md" in read("README.md")
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", read(name)):

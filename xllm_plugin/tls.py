@@ -50,17 +50,23 @@ class ClientFiles(NamedTuple):
             context = ssl.create_default_context()
         else:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks, and believes nobody yet
-        self.load(context)
+        self._load(context)
         return context
 
-    def load(self, context: ssl.SSLContext) -> None:
-        """Read the files for all connections from now on; again, too.
+    def renew(self, context: ssl.SSLContext) -> None:
+        """Read the files again, for all connections from now on; wrong ones change nothing.
 
         An authority that is no longer in its file is believed for as long as the context lives.
 
         Raises:
             ConfigError: one cannot be used.
         """
+        # On another context first: OpenSSL keeps the half that it has read, and a certificate whose
+        # key does not fit takes the place of the pair that was there.
+        self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        self._load(context)
+
+    def _load(self, context: ssl.SSLContext) -> None:
         if self.ca_certs is not None:
             load_authorities(context, self.ca_certs, f"{self.prefix}ssl_ca_certs")
         if self.certfile is not None:

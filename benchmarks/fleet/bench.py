@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 
 from xllm_plugin.bench import plots, schema
-from xllm_plugin.bench.commands import conclude, names_in
+from xllm_plugin.bench.commands import beside, conclude, names_in
 from xllm_plugin.bench.fleet_simulator.cache_aware import CacheAware, CacheAwareSettings
 from xllm_plugin.bench.fleet_simulator.decisions import decision_us
 from xllm_plugin.bench.fleet_simulator.profile import load_profile
@@ -33,7 +33,9 @@ from xllm_plugin.plugins import build_manager, routing_policies
 from xllm_plugin.service.policy import RoutingPolicy, Slo
 
 FOLDER = Path(__file__).resolve().parent
+weighing = beside(FOLDER, "weights")
 NAME = "fleet"
+NAME_WEIGHTS = "fleet_weights"
 QUESTION = "How soon do requests get their first token, and how many keep their promise, by policy?"
 DEFAULT: Final = "cost"
 BLIND: Final = "cost-blind"
@@ -66,6 +68,8 @@ class Case:
     shorten_outputs: int = 1
     copies: int = 1
     has_prefixes: bool = True
+    slowness: tuple[float, ...] = (1.0,)
+    """Of the instances, one after the other and then again: times as long as the profile says."""
     shares: tuple[Share, ...] = ()
     """With them requests carry promises of their own, and `promise` is not asked for."""
 
@@ -138,6 +142,15 @@ PROMISED: Final = (
     ),
 )
 ALL: Final = (*CASES, *PROMISED)
+WEIGHED: Final = (
+    replace(PROMISED[0], loads=(0.32,)),
+    replace(PROMISED[1], loads=(4.5,)),
+    *(
+        replace(case, name=f"{case.name}, uneven", loads=(load,), slowness=(1.0, 1.8))
+        for case, load in zip(PROMISED, (0.22, 3.0), strict=True)
+    ),
+)
+"""What `--weights` looks at."""
 PROMISED_REPEATS: Final = 3
 SIZES: Final = (4, 16, 64, 256, 1000)
 DECISION_SIZES: Final = (2, 8, 64, 256, 1000)
@@ -215,12 +228,12 @@ class Bench:
 def run_fleet(
     case: Case, name: str, traffic: Sequence[Arrival], num_instances: int, *, seed: int
 ) -> Run:
-    """Equal instances under one policy."""
+    """A case's instances under one policy."""
     return simulate(
         policy_named(name, traffic, case.block_tokens),
         traffic,
         load_profile(FOLDER / "profiles" / f"{case.profile}.json"),
-        [InstanceSpec()] * num_instances,
+        [InstanceSpec(case.slowness[n % len(case.slowness)]) for n in range(num_instances)],
         block_tokens=case.block_tokens,
         seed=seed,
     )
@@ -503,6 +516,11 @@ NOT_SHOWN = (
 @click.option("--loads", help="Requests a second and instance, for all cases.")
 @click.option("--repeats", type=click.IntRange(min=1), help="[default: 1]")
 @click.option("--sizes/--no-sizes", "with_sizes", default=True, help="Fleets of several sizes too.")
+@click.option(
+    "--weights",
+    metavar="OFFLINE:LATE,...",
+    help="Only these weights of promises in the default policy, on cases of their own.",
+)
 def command(
     *,
     quick: bool,
@@ -513,11 +531,16 @@ def command(
     loads: str | None,
     repeats: int | None,
     with_sizes: bool,
+    weights: str | None,
 ) -> None:
     """Simulate a fleet under recorded traffic, with the service's own routing code.
 
     No server is started; a run of 5,700 requests takes seconds.
     """
+    few = 200 if quick else None
+    if weights is not None:
+        run_weights(weights, WEIGHED[:1] if quick else WEIGHED, instances, repeats, few, json_path)
+        return
     asked = names_in(policies) if policies is not None else None
     unknown = [name for name in asked or () if name not in known_policies()]
     if unknown or asked == ():
@@ -532,7 +555,6 @@ def command(
     promised = [case for case in chosen if case.shares]
     run = schema.begin(NAME, question=QUESTION, command=command_line())
     console = Console()
-    few = 200 if quick else None
     bench = Bench(instances, repeats or 1, console)
     for case in cases:
         bench.run_case(case, names, few)
@@ -561,6 +583,49 @@ def command(
     except ImportError:
         console.print("no picture: matplotlib is missing")
     conclude(result, json_path, console)
+
+
+def run_weights(  # noqa: PLR0917 - what the command was told
+    text: str,
+    cases: Sequence[Case],
+    instances: int,
+    repeats: int | None,
+    at_most: int | None,
+    json_path: Path,
+) -> None:
+    """The default policy with other weights, a table a case."""
+    grid = weighing.parsed(text)
+    run = schema.begin(NAME_WEIGHTS, question=QUESTION, command=command_line())
+    console, outcomes = Console(), []
+    table: list[Row] = []
+    for case in cases:
+        trace, (load,) = case.read(at_most), case.loads
+
+        def one(weights: Any, repeat: int, case: Case = case, trace: Trace = trace) -> Any:
+            found = weighed(case, trace, instances, weights, repeat)
+            outcomes.append(found)
+            return found
+
+        title = f"{case.name}, {load:g} requests/s an instance"
+        table += weighing.rows(title, one, grid, repeats or PROMISED_REPEATS, console.print)
+    result = run.finish(
+        peers=[], rows=table, checks=weighing.checks(outcomes), notes=weighing.NOTES, not_shown=()
+    )
+    conclude(result, json_path, console)
+
+
+def weighed(case: Case, trace: Trace, instances: int, weights: Any, repeat: int) -> Any:
+    """One run of a case's only load; `weights` None: told of no promise."""
+    untold = arrivals(trace, case.loads[0] * instances, copies=case.copies, seed=repeat)
+    told = with_promises(untold, case.shares, repeat)
+    if weights is None:
+        run = run_fleet(case, DEFAULT, untold, instances, seed=repeat)
+    else:
+        with weighing.in_force(weights):
+            run = run_fleet(case, DEFAULT, told, instances, seed=repeat)
+    span_s = told[-1].at_s - told[0].at_s
+    summary = summarise(run.served, run.busy_s, case.promise, span_s)
+    return weighing.Outcome(by_share(run.served, told, case.shares), summary.hit_share)
 
 
 def chosen_cases(numbers: str | None, loads: str | None, *, quick: bool) -> tuple[Case, ...]:

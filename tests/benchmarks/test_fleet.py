@@ -12,6 +12,7 @@ from rich.console import Console
 from xllm_plugin.bench import readme, schema
 from xllm_plugin.bench.fleet_simulator.promises import ShareSummary
 from xllm_plugin.errors import ConfigError
+from xllm_plugin.service import cost
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "fleet"
 
@@ -61,5 +62,31 @@ def test_what_is_not_there_is_named(bench: ModuleType, arguments: tuple[str, str
     assert arguments[1] in str(done.exception)
 
 
-def test_the_readme_has_the_markers() -> None:
-    assert readme.section((FOLDER / "README.md").read_text(), "fleet")
+def test_other_weights_are_those_of_the_policy_itself(bench: ModuleType, tmp_path: Path) -> None:
+    before = cost.OFFLINE_WEIGHT, cost.LATE_WEIGHT
+    path = tmp_path / "weights.json"
+    grid = f"{before[0]:g}:{before[1]:g},1:5,0.05:0"
+    arguments = ["--quick", "--weights", grid, "--repeats", "1", "--json", str(path)]
+    done = CliRunner().invoke(bench.command, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    untold, ours, late, little = schema.load(path).rows
+    assert "promise" in untold.labels["offline second"]
+    assert ours.labels["late second"].endswith("(in force)")
+    ends = [row.figure("offline, mean to its end") for row in (untold, ours, late, little)]
+    assert len({end.median for end in ends if end is not None}) == 4, "each chooses otherwise"
+    assert before == (cost.OFFLINE_WEIGHT, cost.LATE_WEIGHT)
+
+
+@pytest.mark.parametrize("text", ["", "0.2", "a:0", "2:0", "0.2:-1", "0.2:inf", "nan:0"])
+def test_weights_that_are_none(bench: ModuleType, text: str) -> None:
+    done = CliRunner().invoke(bench.command, ["--weights", text])
+    assert isinstance(done.exception, ConfigError), done.output
+    assert "OFFLINE:LATE" in str(done.exception)
+
+
+def test_the_readme_has_the_markers_and_the_weights_that_were_measured() -> None:
+    text = (FOLDER / "README.md").read_text()
+    assert readme.section(text, "fleet")
+    result = schema.load(FOLDER / "weights.json")
+    assert readme.section(text, result.name) == readme.render(result)
+    assert result.passed

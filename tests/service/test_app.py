@@ -183,9 +183,16 @@ def test_a_file_is_followed_and_nonsense_in_it_changes_nothing(run: Any, tmp_pat
             file.write_text(f"- {a.url}\n")
             async with running(settings(instances={"file": file})) as it:
                 await it.until(**{p(a): State.READY})
-                file.write_text("- nonsense: [\n")
-                await asyncio.sleep(1.2)
-                await it.until(**{p(a): State.READY})
+                for nonsense in ("- nonsense: [\n", "[" * 5000):
+                    file.write_text(nonsense)
+                    async with asyncio.timeout(PATIENCE_S):
+                        while "file" not in it.service.fleet.troubles:
+                            await asyncio.sleep(0.01)
+                    await it.until(**{p(a): State.READY})
+                    file.write_text(f"- {a.url}\n")
+                    async with asyncio.timeout(PATIENCE_S):
+                        while "file" in it.service.fleet.troubles:
+                            await asyncio.sleep(0.01)
                 file.write_text(f"- url: {b.url}\n  capacity: 2\n")
                 await it.until(**{p(a): None, p(b): State.READY})
                 (instance,) = it.service.fleet
@@ -258,6 +265,26 @@ def test_reload_changes_settings_and_keeps_connections(run: Any) -> None:
                 it.service.reload()
                 assert it.service.router.policy.name == "session"
                 assert (await it.public("POST", "/v1/completions", {"model": "fake"}))[0] == 200
+
+    run(check())
+
+
+def test_keys_that_are_none_by_the_time_they_are_put_in_force_change_nothing(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text("- nonsense: [\n")
+    before = settings()
+    after = settings(keys={"file": file}, routing={"policy": "session"}, slo={"ttft_ms": 7})
+    monkeypatch.setattr(Service, "_check", lambda *_: None)  # it was right a moment ago
+
+    async def check() -> None:
+        async with running(before, lambda: after) as it:
+            it.service.reload()
+            assert "not reloaded, the settings stay as they were: keys.file" in caplog.text
+            proxy, router = it.service.proxy, it.service.router
+            assert it.service.config is proxy.config is it.service.carrier.config is before
+            assert (router.policy.name, proxy.telemetry.slo) == ("cost", before.slo)
 
     run(check())
 

@@ -8,7 +8,7 @@ import shutil
 import socket
 import ssl
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +20,11 @@ from click.testing import CliRunner
 
 from xllm_plugin.cli.service import service as command
 from xllm_plugin.errors import ConfigError, NotNowError
+from xllm_plugin.etcd.config import EtcdConfig
 from xllm_plugin.instance.registry_clients import registry_client
 from xllm_plugin.registration import Registration, RegistrationConfig
 from xllm_plugin.service.app import Service, check
-from xllm_plugin.service.config import ServiceConfig
+from xllm_plugin.service.config import LogConfig, ServiceConfig
 from xllm_plugin.service.fleet import Instance
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.service.tls import PortTls
@@ -121,8 +122,10 @@ def settings(
 
 
 @asynccontextmanager
-async def running(config: ServiceConfig) -> AsyncIterator[Service]:
-    service = Service(config)
+async def running(
+    config: ServiceConfig, load: Callable[[], ServiceConfig] | None = None
+) -> AsyncIterator[Service]:
+    service = Service(config, load)
     await service.start()
     try:
         yield service
@@ -220,6 +223,59 @@ def test_a_reload_brings_new_authorities_and_forgets_the_old(
     run(check())
 
 
+@pytest.mark.parametrize("wrong", ["admin", "instances"])
+def test_a_reload_with_one_wrong_file_renews_no_other(
+    run: Any, files: Files, tmp_path: Path, wrong: str
+) -> None:
+    """The new settings name it no more, so that they are right; what is in force still reads it."""
+    pairs = {name: files.server.copied(tmp_path, name) for name in ("listen", "admin")}
+    pairs["instances"] = files.client.copied(tmp_path, "instances")
+    tls = [{"ssl_certfile": pairs[name][0], "ssl_keyfile": pairs[name][1]} for name in pairs]
+
+    async def check() -> None:
+        instance_tls = asking(files, files.ours.certificate)
+        async with FakeInstance(tls=instance_tls, script=stream(b"data: a\n\n")) as one:
+            which = {"static": [one.url], "ssl_ca_certs": files.ours.certificate}
+            before = settings(tls[0], tls[1], **which, **tls[2])
+            after = settings(tls[0], {} if wrong == "admin" else tls[1], **which)
+            async with running(before, lambda: after) as service:
+                await until(lambda: service.fleet.candidates("fake"))
+                for name, pair in pairs.items():
+                    shutil.copy(files.stranger.certificate, pair.certificate)
+                    if name != wrong:  # whose certificate and key do not fit
+                        shutil.copy(files.stranger.key, pair.key)
+                service.reload()
+                for number in (service.port, service.admin_port):  # the client trusts the old alone
+                    await status_of(files, number, None)
+                (instance,) = service.fleet
+                instance.pool.close_idle()
+                (await instance.pool.connect()).transport.abort()
+                assert service.config is before
+
+    run(check())
+
+
+def test_settings_that_keep_their_start_are_named_until_they_are_as_at_the_start(
+    run: Any, tmp_path: Path, caplog: Any
+) -> None:
+    before = settings()
+    other = before.model_copy(
+        update={"log": LogConfig(access_file=tmp_path / "log"), "etcd": EtcdConfig(url="etcd://a")}
+    )
+
+    async def check() -> None:
+        configs = [before]
+        async with running(before, lambda: configs[-1]) as service:
+            for config, names in ((other, ["etcd", "log.access_file"]),) * 2 + ((before, []),):
+                configs.append(config)
+                caplog.clear()
+                service.reload()
+                said = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+                assert [one.split()[0] for one in said] == names
+
+    run(check())
+
+
 def ask(
     context: ssl.SSLContext, number: int, session: ssl.SSLSession | None
 ) -> tuple[bytes, ssl.SSLSession | None]:
@@ -249,7 +305,7 @@ def test_a_session_is_judged_by_when_it_was_made(files: Files) -> None:
     now_s = 1000.0
     section = ServiceConfig.model_validate({"listen": port(files)}).listen
     tls = PortTls(section, "listen", clock=lambda: now_s)
-    tls.renew()
+    tls.use(tls.read())
 
     def alert(made_s: float) -> int | None:
         session = SimpleNamespace(time=made_s)

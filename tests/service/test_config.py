@@ -43,6 +43,11 @@ def test_what_kubernetes_sets_beside_a_service_called_xllm_is_not_ours(
         ({"instances": {"static": ["ftp://a"]}}, "write http://host:port"),
         ({"instances": {"static": ["http://a/v1"]}}, "only scheme, host and port"),
         ({"instances": {"static": ["http://a:x"]}}, "http://a:x"),
+        (
+            {"instances": {"api_key": "hush\n"}},
+            "instances.api_key: Value error, it has a line break",
+        ),
+        ({"routing": {"session_header": "x-\u4f1a"}}, "routing.session_header='x-\u4f1a'"),
         ({"instances": {"static": ["http://a:1", "http://a:1"]}}, "two instances are named a:1"),
     ],
 )

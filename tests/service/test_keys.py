@@ -170,6 +170,7 @@ def test_a_running_service_follows_the_file(file: Path, caplog: pytest.LogCaptur
     ("text", "says"),
     [
         ("- [", "is not YAML"),
+        ("[" * 5000, "is not YAML"),
         ("hush-hush", "is not a list of keys"),
         ("- hush-hush", "is not a list of keys"),
         ("- {name: a, sha256: hush-hush}", "0.sha256: String should match"),

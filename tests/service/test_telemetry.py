@@ -63,7 +63,7 @@ def test_a_stream_is_measured_and_its_tokens_are_counted(run: Any) -> None:
         (b"", {"ttft_missed": 1}),
         (b"x-xllm-ttft-ms: 60000\r\n", {"tpot_missed": 1}),
         (b"x-xllm-ttft-ms: 60000\r\nx-xllm-tpot-ms: 60000\r\n", {"kept": 1}),
-        (b"x-xllm-ttft-ms: 60000\r\nx-xllm-tpot-ms: soon\r\n", {"tpot_missed": 1}),
+        (b"x-xllm-ttft-ms: 60000\r\nx-xllm-tpot-ms: soon\r\n", {"ttft_missed": 1}),
         (b"x-xllm-ttft-ms: nan\r\n", {"ttft_missed": 1}),
         (b"x-xllm-class: Offline\r\n", {}),
     ],
@@ -74,6 +74,30 @@ def test_a_promise_is_the_requests_own_or_else_the_services(
     async def check() -> None:
         async with serving(slow(0.02, 0.01), slo={"ttft_ms": 1, "tpot_ms": 1}) as harness:
             await harness.ask(request(STREAM, headers=headers))
+            await harness.settle()
+            assert counted(harness) == outcomes
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    ("xargs", "outcomes"),
+    [
+        (b'{"xllm_ttft_ms":60000}', {"tpot_missed": 1}),
+        (b'{"xllm_tpot_ms":60000}', {"ttft_missed": 1}),
+        (b'{"xllm_ttft_ms":60000,"xllm_tpot_ms":60000}', {"kept": 1}),
+        (b'{"xllm_ttft_ms":-1}', {"ttft_missed": 1}),
+        (b'{"xllm_class":"offline"}', {}),
+    ],
+)
+def test_a_promise_in_the_body_counts_and_wins_over_headers(
+    run: Any, xargs: bytes, outcomes: dict[str, int]
+) -> None:
+    body = STREAM[:-1] + b',"vllm_xargs":%b}' % xargs
+
+    async def check() -> None:
+        async with serving(slow(0.02, 0.01), slo={"ttft_ms": 1, "tpot_ms": 1}) as harness:
+            await harness.ask(request(body, headers=b"x-xllm-ttft-ms: 1\r\n"))
             await harness.settle()
             assert counted(harness) == outcomes
 

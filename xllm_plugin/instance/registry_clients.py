@@ -52,7 +52,7 @@ def registry_client(config: RegistrationConfig) -> RegistryClient:
     if not config.is_at_etcd:
         files = ClientFiles.of(config, "registration.")
         context = files.context()
-        return ServiceRegistry(config, make_client(config, context), lambda: files.load(context))
+        return ServiceRegistry(config, make_client(config, context), lambda: files.renew(context))
     address = parse_url(config.url)
     # A member that hangs must not cost the lease: the next one is asked in time.
     timeout_s = min(config.etcd.command_timeout_s, config.lease_s / 3)

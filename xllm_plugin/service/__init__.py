@@ -1,6 +1,7 @@
 """`xllm service`: one OpenAI endpoint over many instances.  Imports neither torch nor vLLM.
 
-The way of one request: `client.py` (bytes to a request; `known_head.py`: one like the last) ->
+The way of one request: `client.py` (bytes to a request; `known_head.py`: one like the last;
+`held_bodies.py`: the memory of large ones) ->
 `exchange.py` (one request on its way: choose, send, retry, relay; `body.py`: what its body says;
 `retry_budget.py`: how much may be sent again; `hedging.py`: what is asked of two at once) ->
 `router.py`, `policies.py` and `cost.py` (which instance; of many: `roster.py`, `ranking.py`,

@@ -56,6 +56,17 @@ def _client_files(config: ServiceConfig) -> ClientFiles:
     return ClientFiles.of(config.instances, "instances.")
 
 
+def _fixed_that_differ(started: ServiceConfig, config: ServiceConfig) -> list[str]:
+    """Names of settings that are others than at the start, and that a reload leaves as they are."""
+    sections = ("listen", "admin", "etcd", "tracing", "service")
+    found = [name for name in sections if getattr(config, name) != getattr(started, name)]
+    if config.log.access_file != started.log.access_file:
+        found.append("log.access_file")
+    if _client_files(config) != _client_files(started):
+        found.append("instances.ssl_*")
+    return found
+
+
 def _check_processes(config: ServiceConfig, num_keys: int) -> None:
     from xllm_plugin.service.processes.shared import MAX_KEYS
 
@@ -87,6 +98,8 @@ class Service:
     ) -> None:
         check(config)
         self.config = config
+        self._started = config
+        """What cannot change while it runs is as here."""
         self._load = load or (lambda: config)
         self._admin_tls = PortTls(config.admin, "admin")
         self._stack = contextlib.AsyncExitStack()
@@ -131,18 +144,16 @@ class Service:
         try:
             config = self._load()
             self._check(config)
+            admin_tls = self._admin_tls.read()
             self.carrier.renew_certificates()
-            self._admin_tls.renew()
+            self.carrier.reconfigure(config)
         except ConfigError as error:
             logger.error("not reloaded, the settings stay as they were: %s", error)  # noqa: TRY400
             return
-        for section in ("listen", "admin", "etcd", "tracing", "service"):
-            if getattr(config, section) != getattr(self.config, section):
-                logger.warning("%s settings have changed and need a restart", section)
-        if _client_files(config) != _client_files(self.config):
-            logger.warning("instances.ssl_* settings have changed and need a restart")
+        self._admin_tls.use(admin_tls)
+        for name in _fixed_that_differ(self._started, config):
+            logger.warning("%s settings have changed and need a restart", name)
         self.config = config
-        self.carrier.reconfigure(config)
         self._prober.config = config.instances
         self._follow_registries()
         logger.info("reloaded: %d instances configured", len(config.instances.static))

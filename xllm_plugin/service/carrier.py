@@ -119,18 +119,23 @@ class Carrier:
             logger.warning("%d clients were cut off after the drain's time", num_cut)
 
     def renew_certificates(self) -> None:
-        """Use what was renewed under the same names.  Raises `ConfigError`."""
-        self._listen_tls.renew()
-        self._client_files.load(self.tls)
+        """Use what was renewed under the same names: all of it, or `ConfigError` and none."""
+        listen = self._listen_tls.read()
+        self._client_files.renew(self.tls)
+        self._listen_tls.use(listen)
 
     def reconfigure(self, config: ServiceConfig) -> None:
-        """Take new settings, which were checked; connections stay."""
+        """Take new settings, which were checked; connections stay.
+
+        Raises:
+            ConfigError: as `Proxy.reconfigure`.
+        """
+        self.proxy.reconfigure(config)
         self.config = config
         logging.getLogger("xllm_plugin").setLevel(config.log.level.upper())
         self.fleet.timings = config.instances.timings()
         self.router.policy = chosen_policy(config.routing.policy)
         self.router.retry_after_s = config.routing.retry_after_s
-        self.proxy.reconfigure(config)
         if self.directory is not None:
             self.directory.config = config.kv_index
         if self._prompts is not None:

@@ -18,6 +18,7 @@ import httptools
 from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.exchange import Exchange
 from xllm_plugin.service.flow.wishes import HEADERS, TENANT_HEADER
+from xllm_plugin.service.held_bodies import LARGE_BYTES, HeldBodies
 from xllm_plugin.service.keys import Account, Grant, KeyRing
 from xllm_plugin.service.known_head import KnownHead
 from xllm_plugin.service.replies import Refusal, json_reply, unknown_model
@@ -35,7 +36,6 @@ TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})  # W3C Trace Context
 _NEVER: Final = float("inf")
 _NO_PROMISES: dict[str, str] = {}
 _LINGER_S: Final = 2.0
-_PARSE_BELOW_BYTES: Final = 64 * 1024
 _MAX_EARLY_BYTES: Final = 64 * 1024
 _CONNECTION_HEADERS: Final = frozenset(
     {
@@ -92,6 +92,7 @@ class ClientConnection(asyncio.Protocol):
         "_body_bytes",
         "_head_bytes",
         "_headers",
+        "_held",
         "_ignores_input",
         "_incoming",
         "_is_lingering",
@@ -145,6 +146,7 @@ class ClientConnection(asyncio.Protocol):
         self._body_bytes = 0
         self._overhead_bytes = 0
         self._remaining_bytes = 0
+        self._held = HeldBodies(proxy.bodies)
         self._ignores_input = False
         self._is_lingering = False
         self._is_reading_paused = False
@@ -188,6 +190,7 @@ class ClientConnection(asyncio.Protocol):
         del exc
         self.proxy.clients.discard(self)
         self._waiting.clear()
+        self._held.close()
         exchange, self.exchange = self.exchange, None
         if exchange is not None:
             exchange.client_gone()
@@ -261,6 +264,10 @@ class ClientConnection(asyncio.Protocol):
             exchange.head += b"content-length: %d\r\n\r\n" % length
         else:
             exchange.head += b"\r\n"
+        if length > LARGE_BYTES:
+            exchange.body_bytes = length
+            if not self._held.whole(length):
+                exchange.refusal = self._bodies_too_many()
         self._waiting.append(exchange)
         self._advance()
 
@@ -269,6 +276,8 @@ class ClientConnection(asyncio.Protocol):
     def exchange_done(self, exchange: Exchange) -> None:
         """Its answer is written: close, or go on with the next request."""
         self.exchange = None
+        if exchange.body_bytes > LARGE_BYTES:
+            self._held.done(exchange.body_bytes)
         if not exchange.keep_alive or self.proxy.is_draining:
             self._waiting.clear()
             self.close()
@@ -411,9 +420,7 @@ class ClientConnection(asyncio.Protocol):
         """Whether enough requests wait, by number or by size."""
         waiting = self._waiting
         limit = self.proxy.config.limits.max_pipelined
-        return bool(waiting) and (
-            len(waiting) >= limit or waiting[-1].body_bytes > _PARSE_BELOW_BYTES
-        )
+        return bool(waiting) and (len(waiting) >= limit or waiting[-1].body_bytes > LARGE_BYTES)
 
     def _start(self, exchange: Exchange) -> None:
         self.deadline_s = _NEVER
@@ -461,6 +468,10 @@ class ClientConnection(asyncio.Protocol):
             self._overhead_bytes += num_bytes
             if self._overhead_bytes > self.proxy.config.limits.max_body_bytes:
                 self._refuse(self._body_too_large())
+            elif self._body_bytes > LARGE_BYTES and not self._held.read(self._body_bytes):
+                self._held.drop()
+                self._body = []
+                self._refuse(self._bodies_too_many())
             return
         self._head_bytes += num_bytes
         if self._head_bytes > self.proxy.config.limits.max_header_bytes:
@@ -471,7 +482,7 @@ class ClientConnection(asyncio.Protocol):
     def _expect_body(self, exchange: Exchange) -> None:
         """Take the rest of a large body of known length past the parser, which would copy it."""
         remaining = exchange.body_bytes - self._body_bytes
-        if remaining > _PARSE_BELOW_BYTES and not self._remaining_bytes:
+        if remaining > LARGE_BYTES and not self._remaining_bytes:
             self._remaining_bytes = remaining
             self._parser = httptools.HttpRequestParser(self)
 
@@ -655,6 +666,15 @@ class ClientConnection(asyncio.Protocol):
     def _body_too_large(self) -> Refusal:
         limit = self.proxy.config.limits.max_body_bytes
         return Refusal(413, f"The request's body is over {limit} bytes.", close=True)
+
+    def _bodies_too_many(self) -> Refusal:
+        config = self.proxy.config
+        return Refusal(
+            503,
+            f"All requests here together hold over {self.proxy.bodies.max_bytes} bytes.",
+            retry_after_s=config.routing.retry_after_s,
+            close=True,
+        )
 
 
 def _route_to_name(target: bytes) -> Route:

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -118,7 +126,19 @@ class LimitsConfig(_Section):
 
     max_header_bytes: int = Field(default=32 * 1024, ge=1024, description="request line included")
     max_body_bytes: int = Field(default=64 * _MIB, ge=1024, description="of one request")
+    max_total_body_bytes: int = Field(
+        default=2048 * _MIB, ge=1024, description="of all requests over 64 KiB that are here"
+    )
     max_pipelined: int = Field(default=16, ge=1, description="requests read ahead a connection")
+
+    @model_validator(mode="after")
+    def _one_body_fits(self) -> Self:
+        if self.max_total_body_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_total_body_bytes={self.max_total_body_bytes} is less than max_body_bytes="
+                f"{self.max_body_bytes}, so that one body could be too much; raise the first"
+            )
+        return self
 
 
 class TimeoutsConfig(_Section):
@@ -163,7 +183,11 @@ class RoutingConfig(_Section):
     """Which instance gets a request."""
 
     policy: str = Field(default="cost", description="a name that a plugin registers")
-    session_header: str = Field(default="x-session-id", description="names a request's session")
+    session_header: str = Field(
+        default="x-session-id",
+        pattern=r"^[0-9A-Za-z!#$%&'*+.^_`|~-]+$",
+        description="names a request's session",
+    )
     num_retries: int = Field(default=2, ge=0, description="other instances tried before an answer")
     retry_share: float = Field(
         default=0.2,
@@ -304,6 +328,14 @@ class InstancesConfig(_Section):
     drain_s: float = Field(default=300.0, gt=0, description="requests may run on after a drain")
 
     _key_has_certificate = model_validator(mode="after")(_needs_certificate)
+
+    @field_validator("api_key")
+    @classmethod
+    def _fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        # A secret that is mounted as a file often ends in a line break.
+        if value is not None and not value.get_secret_value().isprintable():
+            raise ValueError("it has a line break or another control character; take that out")
+        return value
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

@@ -69,7 +69,7 @@ def read(path: Path) -> list[KeyRecord]:
         records = _RECORDS.validate_python(yaml.safe_load(path.read_text(encoding="utf-8")) or [])
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"keys.file {path} cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:  # of thousands of brackets
         raise ConfigError(
             f"keys.file {path} is not YAML; make it by `xllm service keys`."
         ) from error

@@ -14,6 +14,7 @@ from xllm_plugin.service.config import FlowConfig, ServiceConfig
 from xllm_plugin.service.decision import Sent
 from xllm_plugin.service.fleet import Fleet
 from xllm_plugin.service.flow.control import FlowControl
+from xllm_plugin.service.held_bodies import BodyMemory
 from xllm_plugin.service.keys import KeyRing
 from xllm_plugin.service.kv_index.tokens import Unread
 from xllm_plugin.service.replies import Refusal
@@ -67,6 +68,7 @@ class Proxy:
         self.workers: list[WorkerFigures] = []
         """Processes that carry this one's traffic; none where it carries it itself."""
         self._reading: set[asyncio.Task[None]] = set()
+        self.bodies = BodyMemory(config.limits.max_total_body_bytes)
         self.retry_budget = RetryBudget(config.routing.retry_share)
         self.hedge_budget = RetryBudget(config.routing.retry_share)
         """Its own: what hedges take must not be missing where an instance answers 503."""
@@ -146,10 +148,16 @@ class Proxy:
         exchange.dispatch()
 
     def reconfigure(self, config: ServiceConfig) -> None:
-        """Take new settings; connections that are open keep theirs where it matters."""
+        """Take new settings; connections that are open keep theirs where it matters.
+
+        Raises:
+            ConfigError: the keys' file has become none since it was checked; nothing has changed.
+        """
+        self._reconfigure_keys(config)  # first: nothing else can fail
         self.config = config
         self.session_header = config.routing.session_header.lower().encode("latin-1")
         self.telemetry.slo = config.slo
+        self.bodies.max_bytes = config.limits.max_total_body_bytes
         self._logs_access = config.log.access
         self.headers_of_note = headers_of_note(config, traces=self.tracing is not None)
         if self.retry_budget.share != config.routing.retry_share:
@@ -157,7 +165,6 @@ class Proxy:
             self.hedge_budget = RetryBudget(config.routing.retry_share)
         self._reconfigure_flow(config)
         self.router.forget_rosters()
-        self._reconfigure_keys(config)
         self.hedge_after_s = config.routing.hedge_after_s
         """Until a second instance is asked for what one has not begun to answer; None: never."""
         self.reads_promises = self.flow is not None or self.keys is not None

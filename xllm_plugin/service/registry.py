@@ -222,7 +222,8 @@ def read_entries(path: Path) -> list[InstanceEntry]:
     """Read a file of instances.  Raises `ConfigError` when it is not one."""
     try:
         return _ENTRIES.validate_python(yaml.safe_load(path.read_text(encoding="utf-8")) or [])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+    # RecursionError is what `yaml` makes of thousands of brackets.
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError, RecursionError) as error:
         detail = " ".join(str(error).split())
         raise ConfigError(
             f"instances.file {path} is not a list of instances ({detail}); write one URL a line: "

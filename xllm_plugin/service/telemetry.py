@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from xllm_plugin.service.config import SloConfig
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.histogram import Histogram
+from xllm_plugin.service.policy import Slo
 from xllm_plugin.service.routes import Kind
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ _OK: Final = 200
 _SWITCHED: Final = 101
 _TOO_MANY: Final = 429
 _SERVER_ERROR: Final = 500
+_INFINITE: Final = float("inf")
+_NOTHING_PROMISED: Final = Slo()
 # Tuples: members are compared by identity, which costs less than their hash.
 _INFERENCE: Final = (Kind.INFERENCE, Kind.RESPONSES)
 _NOT_WORK: Final = (Kind.HEALTH, Kind.MODELS, Kind.CONTROL)
@@ -178,16 +181,14 @@ class Telemetry:
         self, exchange: Exchange, duration_s: float, tpot_s: float | None
     ) -> Outcome | None:
         """By what the client has got; None if it left before anything was due."""
-        headers = exchange.noted
-        ttft_target_ms = _target_ms(headers.get(b"x-xllm-ttft-ms"), self.slo.ttft_ms)
+        promised = exchange.wishes.slo or _NOTHING_PROMISED
         has_begun = exchange.ttft_s >= 0
         waited_s = exchange.ttft_s if has_begun else duration_s
-        if waited_s * 1e3 > ttft_target_ms:
+        if waited_s > _target_s(promised.ttft_s, self.slo.ttft_ms):
             return Outcome.TTFT_MISSED
         if not has_begun:
             return None
-        tpot_target_ms = _target_ms(headers.get(b"x-xllm-tpot-ms"), self.slo.tpot_ms)
-        if tpot_s is not None and tpot_s * 1e3 > tpot_target_ms:
+        if tpot_s is not None and tpot_s > _target_s(promised.tpot_s, self.slo.tpot_ms):
             return Outcome.TPOT_MISSED
         return Outcome.KEPT
 
@@ -273,12 +274,6 @@ def _is_failed(status: int, ending: Ending) -> bool:
     return ending is Ending.BROKEN or status >= _SERVER_ERROR or status == _TOO_MANY
 
 
-def _target_ms(given: bytes | None, default_ms: float) -> float:
-    """What a header promises; what is no time is the instance's to refuse."""
-    if given is None:
-        return default_ms
-    try:
-        target_ms = float(given)
-    except ValueError:
-        return default_ms
-    return target_ms if target_ms > 0 else default_ms
+def _target_s(promised_s: float, default_ms: float) -> float:
+    """What the request names itself; a promise with a wrong part is none."""
+    return promised_s if promised_s < _INFINITE else default_ms / 1e3

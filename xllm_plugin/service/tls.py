@@ -69,9 +69,13 @@ class PortTls:
         if self.context is not None:
             self.context.sni_callback = self._hand_over
 
-    def renew(self) -> None:
-        """Read the files again, for connections from now on.  Raises `ConfigError`."""
-        self._newest = server_context(self._section, self._name)
+    def read(self) -> ssl.SSLContext | None:
+        """Read the files again, for `use`; nothing changes yet.  Raises `ConfigError`."""
+        return server_context(self._section, self._name)
+
+    def use(self, context: ssl.SSLContext | None) -> None:
+        """Put what `read` gave in force, for connections from now on."""
+        self._newest = context
         self._renewed_s = self._clock()
 
     def _hand_over(

@@ -68,11 +68,17 @@ def test_an_instance_shows_its_load_and_what_was_measured(run: Any) -> None:
                 "vllm:kv_cache_usage_perc": 0.25,
             }
             two.load = Load(num_running=1, num_waiting=0, kv_usage=0.5)
+            for outcome in ("won", "lost", "lost"):
+                two.stats.count_hedge(outcome)
             first, second = overview(harness.proxy, 0)["instances"]
             assert (first["running"], first["waiting"], first["kv_usage"]) == (3, 2, 0.25)
             assert (second["running"], second["waiting"], second["kv_usage"]) == (1, 0, 0.5)
             assert first["ttft_p50_ms"] is not None
             assert second["ttft_p50_ms"] is None
+            assert [(one["hedges"], one["hedges_won"]) for one in (first, second)] == [
+                (0, 0),
+                (3, 1),
+            ]
             assert (first["state"], first["role"], first["models"]) == ("ready", "mixed", ["fake"])
 
     run(check())

@@ -52,6 +52,9 @@ def test_it_asks_for_the_token_and_then_shows_what_happens(run: Any) -> None:
     async def check() -> None:
         async with busy_service(3) as busy:
             await busy.load(12, 0.02)
+            stats = busy.service.fleet.get("gpu-00").stats
+            for outcome in ("won", "lost", "lost"):
+                stats.count_hedge(outcome)
             async with opened(busy) as tab:
                 await tab.get_by_label("Admin token").fill("wrong")
                 await tab.keyboard.press("Enter")
@@ -90,6 +93,7 @@ async def _tables(tab: Any) -> None:
     first = tab.locator("#instances tbody tr").first
     assert "ready" in await first.text_content()
     assert "exact" in await first.text_content()
+    assert "1 of 3" in await first.text_content(), "hedges"
     by_kv = tab.get_by_role("button", name="KV use")
     await by_kv.click()
     assert await row_names(tab) == ["gpu-00", "gpu-01", "gpu-02"]

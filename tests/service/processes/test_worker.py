@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from xllm_plugin.service.carrier import Carrier
+from xllm_plugin.service.config import LimitsConfig, ServiceConfig
 from xllm_plugin.service.processes import worker as module
 from xllm_plugin.service.processes.messages import (
     FromWorker,
@@ -15,7 +17,7 @@ from xllm_plugin.service.processes.messages import (
     OwnerQuestion,
     decoder,
 )
-from xllm_plugin.service.processes.worker import Worker
+from xllm_plugin.service.processes.worker import Worker, WorkerProxy
 
 
 class Line:
@@ -37,6 +39,24 @@ def worker_and_line() -> tuple[Worker, Line]:
     worker._channel = line  # type: ignore[assignment]
     worker._is_open = True
     return worker, line
+
+
+@pytest.mark.parametrize(("num_workers", "part_bytes"), [(1, 4000), (2, 2000), (8, 1500)])
+def test_a_worker_has_its_part_of_the_memory_of_bodies_and_room_for_one(
+    run: Any, num_workers: int, part_bytes: int
+) -> None:
+    limits = LimitsConfig(max_body_bytes=1500, max_total_body_bytes=4000)
+
+    async def check() -> None:
+        worker, _ = worker_and_line()
+        worker.num_workers = num_workers
+        carrier = Carrier(
+            ServiceConfig(limits=limits),
+            make_proxy=lambda *arguments: WorkerProxy(*arguments, worker),
+        )
+        assert carrier.proxy.bodies.max_bytes == part_bytes
+
+    run(check())
 
 
 def test_a_question_is_asked_once_and_answered_to_all(run: Any) -> None:

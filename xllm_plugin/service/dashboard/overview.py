@@ -106,4 +106,6 @@ def _described(proxy: Proxy, instance: Instance, now_s: float) -> dict[str, Any]
         "errors": sum(stats.errors.values()),
         "retries": stats.retries,
         "resumes": stats.resumes,
+        "hedges": sum(stats.hedges.values()),
+        "hedges_won": stats.hedges.get("won", 0),
     }

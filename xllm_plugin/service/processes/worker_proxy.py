@@ -88,6 +88,13 @@ class WorkerProxy(Proxy):
         if not exchange.is_done:
             super().dispatch(exchange)
 
+    def reconfigure(self, config: ServiceConfig) -> None:
+        """Take new settings, and this worker's part of what all of them may hold."""
+        super().reconfigure(config)
+        limits = config.limits
+        part = limits.max_total_body_bytes // self._worker.num_workers
+        self.bodies.max_bytes = max(limits.max_body_bytes, part)
+
     def _reconfigure_flow(self, config: ServiceConfig) -> None:
         flow = part_of(config.flow, self._worker.num_workers)
         super()._reconfigure_flow(config.model_copy(update={"flow": flow}))

@@ -167,6 +167,8 @@ const kvIndex = (states) =>
   : states.includes("degraded") ? "degraded"
   : "joining";
 
+const hedges = ({ hedges, hedges_won }) => (hedges ? `${hedges_won} of ${hedges}` : "0");
+
 const COLUMNS = [
   { title: "Instance", key: "name", text: (one) => one.name },
   { title: "Role", key: "role", text: (one) => one.role },
@@ -182,6 +184,7 @@ const COLUMNS = [
   { title: "Errors", key: "errors", text: (one) => `${one.errors}`, is_number: true },
   { title: "Retries", key: "retries", text: (one) => `${one.retries}`, is_number: true },
   { title: "Continued", key: "resumes", text: (one) => `${one.resumes}`, is_number: true },
+  { title: "Hedges won", key: "hedges", text: (one) => hedges(one), is_number: true },
   { title: "Models", key: "models", text: (one) => one.models.join(", ") },
 ];
 const rowOf = new Map();
