@@ -27,7 +27,7 @@ from xllm_plugin.service.carrier import Carrier, chosen_policy, opened, said
 from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.etcd_registry import EtcdRegistry
 from xllm_plugin.service.probes import Prober
-from xllm_plugin.service.process import loop_factory, prepare_process
+from xllm_plugin.service.process import is_compiled, loop_factory, prepare_process
 from xllm_plugin.service.registry import Embedded, Registry, StaticList, WatchedFile, read_entries
 from xllm_plugin.service.tls import PortTls, server_context
 from xllm_plugin.tls import ClientFiles
@@ -137,7 +137,8 @@ class Service:
             asyncio.create_task(said(self.registrations.run(self.fleet), "following instances")),
             asyncio.create_task(said(self._beside(), "what runs beside traffic")),
         ]
-        logger.info("serving on %s:%d", self.config.listen.host, self.port)
+        kind = "compiled" if is_compiled() else "not compiled"
+        logger.info("serving on %s:%d (%s)", self.config.listen.host, self.port, kind)
 
     def reload(self) -> None:
         """Take new settings; wrong ones change nothing."""
