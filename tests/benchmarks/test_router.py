@@ -93,9 +93,10 @@ def test_a_wheel_that_is_not_compiled_is_not_measured(bench: ModuleType, tmp_pat
     )
     with contextlib.ExitStack() as stack:
         measured = bench.Bench(0.1, tmp_path, stack)
-        running = measured._router(router, find_free_port(), [find_free_port()])
+        backend = find_free_port()
+        stack.enter_context(measured._backend(backend, ()))
         with pytest.raises(ConfigError, match="not a compiled one"):
-            stack.enter_context(running)
+            stack.enter_context(measured._router(router, find_free_port(), [backend]))
 
 
 def test_what_is_not_installed_is_said(bench: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from xllm_plugin.service import lifecycle
-from xllm_plugin.service.fleet import Instance, Stats
+from xllm_plugin.service.fleet import Instance
 from xllm_plugin.service.flow.wishes import read_wishes
 from xllm_plugin.service.hedging import hedge_wait_s
 from xllm_plugin.service.key_file import KeyRecord, hash_of, write
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.service.policy import Choice
 from xllm_plugin.service.routes import Kind
+from xllm_plugin.service.stats import Stats
 from xllm_plugin.testing.fake_instance import (
     FakeInstance,
     Received,

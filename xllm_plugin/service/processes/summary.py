@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from xllm_plugin.service.config import FlowConfig, KvIndexConfig, ServiceConfig
 from xllm_plugin.service.exchange import Exchange
-from xllm_plugin.service.fleet import Fleet, Instance, add_counts
+from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.flow.control import FlowControl
 from xllm_plugin.service.flow.queue import Band
 from xllm_plugin.service.keys import KeyRing
@@ -20,6 +20,7 @@ from xllm_plugin.service.processes.messages import KeyUse, Report
 from xllm_plugin.service.processes.news import ControlFleet
 from xllm_plugin.service.proxy import Proxy
 from xllm_plugin.service.router import Router
+from xllm_plugin.service.stats import add_counts
 
 __all__ = ["ControlProxy"]
 
