@@ -1,4 +1,4 @@
-"""What a wheel compiles (`make wheel`): rules that the compiler does not check, or says too late."""
+"""What a wheel compiles (`make wheel`): rules that its compiler does not check, or too late."""
 
 from __future__ import annotations
 

@@ -171,6 +171,7 @@ def test_a_stream_that_has_begun_may_take_its_time(run: Any) -> None:
     run(check())
 
 
+@pytest.mark.looks_inside
 def test_the_time_to_the_first_token_that_was_promised_is_not_used_up_by_waiting(
     run: Any, monkeypatch: Any
 ) -> None:
@@ -185,6 +186,7 @@ def test_the_time_to_the_first_token_that_was_promised_is_not_used_up_by_waiting
     run(check())
 
 
+@pytest.mark.looks_inside
 @pytest.mark.parametrize(
     ("ttft_ms", "spent_s", "wait_s"),
     [

@@ -24,6 +24,8 @@ from xllm_plugin.testing.fake_exchange import FakeExchange
 from xllm_plugin.testing.fake_instance import FakeInstance
 from xllm_plugin.testing.service_harness import make_pool, serving
 
+pytestmark = pytest.mark.looks_inside
+
 POLICIES = routing_policies(build_manager(""))
 
 

@@ -9,6 +9,8 @@ import pytest
 from xllm_plugin.service.decision import Sent
 from xllm_plugin.service.flow.usage import UsageMeter
 
+pytestmark = pytest.mark.looks_inside
+
 
 class Ended:
     """What a meter reads of an exchange that has ended."""

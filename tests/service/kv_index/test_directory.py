@@ -38,6 +38,7 @@ def made() -> Iterator[tuple[Fleet, KvDirectory]]:
         directory._context.destroy(linger=0)
 
 
+@pytest.mark.looks_inside
 def test_models_asked_in_turn_each_keep_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
     num_made = 0
 
