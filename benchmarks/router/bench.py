@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +29,7 @@ from xllm_plugin.bench.provenance import home_relative
 from xllm_plugin.bench.schema import Check, Figure, Peer, Row
 from xllm_plugin.bench.servers import Server, clean_environment, find_free_port
 from xllm_plugin.errors import ConfigError, NotNowError
-from xllm_plugin.service import keys
+from xllm_plugin.service import key_file
 
 FOLDER = Path(__file__).resolve().parent
 NAME = "router"
@@ -37,6 +38,7 @@ NUM_BACKENDS = 2
 DIRECT, FLOOR = "direct", "bare relay"
 OURS, FULL = "xllm service", "xllm service, all on"
 KV, UNARMED = "xllm service, KV routing", "xllm service, no continuation"
+COMPILED = ", compiled"
 NUM_STREAMS = 40
 KILL_AFTER_S = 0.3
 PREFIX_WITHIN_S = 20.0
@@ -82,6 +84,8 @@ class Router:
     """Whether its backends publish KV events, and it has to route by them."""
     config: str = ""
     """Text of a file that it needs, with the same places."""
+    folder: Path | None = None
+    """Where the package is that is to run, if it is not this one; it has to be compiled."""
 
     def filled(self, port: int, spare: int, backends: Sequence[int], folder: Path) -> list[str]:
         """The command for these ports; writes the files that it names."""
@@ -174,6 +178,20 @@ def our_routers() -> list[Router]:
     ]
 
 
+def compiled_routers(folder: Path) -> list[Router]:
+    """Ours, from a compiled wheel that was unpacked into `folder`."""
+    return [
+        replace(
+            router,
+            name=router.name + COMPILED,
+            what=f"{router.what}; from a wheel of `make wheel`",
+            command=(router.command[0], "-P", *router.command[1:]),
+            folder=folder,
+        )
+        for router in our_routers()
+    ]
+
+
 def floor() -> Router:
     """What no router on this event loop can be below: it carries bytes and reads none."""
     program = (sys.executable, str(FOLDER / "relay.py"))
@@ -185,9 +203,9 @@ def floor() -> Router:
     )
 
 
-def known_routers(peers_bin: Path | None) -> dict[str, Router]:
-    """The floor, ours, and each peer that is installed."""
-    found = [floor(), *our_routers()]
+def known_routers(peers_bin: Path | None, unpacked: Path | None = None) -> dict[str, Router]:
+    """The floor, ours, ours from an unpacked wheel, and each peer that is installed."""
+    found = [floor(), *our_routers(), *(compiled_routers(unpacked) if unpacked else ())]
     common = ("--worker-urls", "{URLS}", "--host", "127.0.0.1", "--port", "{PORT}")
     rest = ("--prometheus-port", "{SPARE}", "--log-level", "error")
     quick = ("--worker-startup-check-interval", "1")
@@ -278,7 +296,7 @@ class Bench:
     seconds: float
     logs: Path
     stack: contextlib.ExitStack
-    key: str = field(default_factory=keys.make_key)
+    key: str = field(default_factory=key_file.make_key)
     backends: dict[str, list[int]] = field(default_factory=dict)
     found: dict[tuple[str, str], list[dict[str, float]]] = field(default_factory=dict)
     answers: dict[str, tuple[Any, Any]] = field(default_factory=dict)
@@ -300,10 +318,10 @@ class Bench:
     def start(self) -> None:
         """Backends without a pace, with one, and with KV events; and the file of keys."""
         most: Any = {"requests_per_minute": 1e9, "tokens_per_minute": 1e15}
-        record = keys.KeyRecord(
-            name="bench", sha256=keys.hash_of(self.key), max_concurrency=100_000, **most
+        record = key_file.KeyRecord(
+            name="bench", sha256=key_file.hash_of(self.key), max_concurrency=100_000, **most
         )
-        keys.write(self.logs / "keys.yaml", [record])
+        key_file.write(self.logs / "keys.yaml", [record])
         for kind, flags in (
             ("fast", ()),
             ("paced", ("--interval-ms", "10")),
@@ -364,7 +382,9 @@ class Bench:
     @contextlib.contextmanager
     def _router(self, router: Router, port: int, backends: Sequence[int]) -> Iterator[Server]:
         command = router.filled(port, find_free_port(), backends, self.logs)
-        with self._running(router.name, command, port, self.router_cores) as server:
+        with self._running(router.name, command, port, self.router_cores, router.folder) as server:
+            if router.folder is not None and b"(compiled)" not in server.log_path.read_bytes():
+                raise ConfigError("the wheel is not a compiled one; make it by `make wheel`.")
             yield server
 
     @contextlib.contextmanager
@@ -375,10 +395,17 @@ class Bench:
 
     @contextlib.contextmanager
     def _running(
-        self, name: str, command: Sequence[str], port: int, cores: set[int]
+        self,
+        name: str,
+        command: Sequence[str],
+        port: int,
+        cores: set[int],
+        package_folder: Path | None = None,
     ) -> Iterator[Server]:
         log = self.logs / f"{name.replace(' ', '-')}.{port}.log"
-        environment = clean_environment({})
+        environment = clean_environment(
+            {"PYTHONPATH": str(package_folder)} if package_folder else {}
+        )
         server = Server(
             name, list(command), port=port, log_path=log, environment=environment, poll_s=0.1
         )
@@ -530,13 +557,15 @@ def checks(bench: Bench, routers: Sequence[Router]) -> list[Check]:
         if name in bench.cached:
             detail += f"; {bench.cached[name]} tokens of the first prompt known to be cached"
         found.append(Check(name=name, passed=is_equal and not errors, detail=detail))
-    killed = bench.found.get((OURS, KILLED), [])
-    if killed:
+    for name in (OURS, OURS + COMPILED):
+        killed = bench.found.get((name, KILLED), [])
+        if not killed:
+            continue
         broken = sum(run["broken"] for run in killed)
         in_flight = sum(run["in_flight"] for run in killed)
         detail = f"{broken:.0f} of {in_flight:.0f} streams that ran at a killed backend"
         passed = not broken and in_flight > 0
-        found.append(Check(name=f"{OURS}: no stream is broken", passed=passed, detail=detail))
+        found.append(Check(name=f"{name}: no stream is broken", passed=passed, detail=detail))
     return found
 
 
@@ -578,6 +607,11 @@ NOT_SHOWN = (
     type=click.Path(file_okay=False, exists=True, path_type=Path),
     help="Folder with the programs of peers, such as the bin of a virtual environment.",
 )
+@click.option(
+    "--wheel",
+    type=click.Path(dir_okay=False, exists=True, path_type=Path),
+    help="Of `make wheel`: ours is measured compiled, too.",
+)
 def command(
     *,
     quick: bool,
@@ -586,21 +620,24 @@ def command(
     repeats: int | None,
     seconds: float | None,
     peers_bin: Path | None,
+    wheel: Path | None,
 ) -> None:
     """How much CPU time does the router take for a request and for a streamed event?
 
     Measures `xllm service` and each peer that is installed (vllm-router, sglang-router, smg,
     haproxy) in front of two mock backends, and kills one of these under open streams.
     """
-    known = known_routers(peers_bin)
-    chosen = [known[name] for name in _names(routers, known)]
     called = command_line()
     if peers_bin is not None:  # where they lie is this machine's affair
         called = called.replace(str(peers_bin), "peers/bin")
+    if wheel is not None:
+        called = called.replace(str(wheel), f"dist/{wheel.name}")
     run = schema.begin(NAME, question=QUESTION, command=called)
     console = Console()
     with contextlib.ExitStack() as stack:
         logs = stack.enter_context(log_folder(None))
+        known = known_routers(peers_bin, _unpacked(wheel, logs / "wheel") if wheel else None)
+        chosen = [known[name] for name in _names(routers, known)]
         bench = Bench(seconds or (0.5 if quick else 1.5), logs, stack)
         bench.start()
         measure(bench, chosen, repeats or (1 if quick else 3), console)
@@ -613,6 +650,16 @@ def command(
         details={f"{name}: {case}": runs for (name, case), runs in bench.found.items()},
     )
     conclude(result, json_path, console)
+
+
+def _unpacked(wheel: Path, folder: Path) -> Path:
+    """The folder, with what the wheel holds.  Raises `ConfigError` if it is none."""
+    try:
+        with zipfile.ZipFile(wheel) as packed:
+            packed.extractall(folder)
+    except zipfile.BadZipFile as error:
+        raise ConfigError(f"{wheel} is not a wheel ({error}); make one by `make wheel`.") from error
+    return folder
 
 
 def _names(given: str | None, known: dict[str, Router]) -> list[str]:

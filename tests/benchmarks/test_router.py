@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +16,7 @@ from click.testing import CliRunner
 
 from xllm_plugin.bench import readme, schema
 from xllm_plugin.bench.commands import beside
+from xllm_plugin.bench.servers import find_free_port
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.service.body import StreamWishes
 from xllm_plugin.service.continuation import arm
@@ -68,6 +71,32 @@ def test_commands_are_filled_with_ports_and_files(bench: ModuleType, tmp_path: P
     config = Path(haproxy.filled(1000, 2000, [3000, 3001], tmp_path)[-1]).read_text()
     assert "bind 127.0.0.1:1000" in config
     assert "server s3001 127.0.0.1:3001" in config
+
+
+def test_what_is_no_wheel_is_said(bench: ModuleType, tmp_path: Path) -> None:
+    wheel = tmp_path / "x.whl"
+    wheel.write_bytes(b"no archive")
+    done = CliRunner().invoke(bench.command, ["--quick", "--wheel", str(wheel)])
+    assert isinstance(done.exception, ConfigError)
+    assert "make one by `make wheel`" in str(done.exception)
+
+
+def test_a_wheel_that_is_not_compiled_is_not_measured(bench: ModuleType, tmp_path: Path) -> None:
+    wheel = tmp_path / "x.whl"
+    package = FOLDER.parents[1] / "xllm_plugin"
+    with zipfile.ZipFile(wheel, "w") as packed:
+        for file in package.rglob("*.*"):
+            packed.write(file, file.relative_to(package.parent))
+    folder = bench._unpacked(wheel, tmp_path / "wheel")
+    router = next(
+        one for one in bench.compiled_routers(folder) if one.name == bench.OURS + bench.COMPILED
+    )
+    with contextlib.ExitStack() as stack:
+        measured = bench.Bench(0.1, tmp_path, stack)
+        backend = find_free_port()
+        stack.enter_context(measured._backend(backend, ()))
+        with pytest.raises(ConfigError, match="not a compiled one"):
+            stack.enter_context(measured._router(router, find_free_port(), [backend]))
 
 
 def test_what_is_not_installed_is_said(bench: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:

@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 
 from xllm_plugin.cli.service import service
 from xllm_plugin.errors import ConfigError, MisuseError
-from xllm_plugin.service.keys import hash_of, read
+from xllm_plugin.service.key_file import hash_of, read
 
 
 def invoke(file: Path, command: str, *arguments: str, stdin: str | None = None) -> Result:

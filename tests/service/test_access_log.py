@@ -164,6 +164,7 @@ class _Known:
         return {}
 
 
+@pytest.mark.looks_inside
 def test_a_prompt_that_was_counted_to_route_it_stays_so_after_a_retry(run: Any, file: Path) -> None:
     async def check() -> None:
         dead, alive = FakeInstance(), FakeInstance()
@@ -232,6 +233,7 @@ class _Turn:
             call()
 
 
+@pytest.mark.looks_inside
 def test_a_turns_lines_are_written_at_once_and_a_lost_folder_costs_only_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

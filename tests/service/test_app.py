@@ -19,7 +19,7 @@ import pytest
 from xllm_plugin.errors import ConfigError, NotNowError
 from xllm_plugin.service.app import Service, check, token_path
 from xllm_plugin.service.config import ServiceConfig
-from xllm_plugin.service.keys import KeyRecord, write
+from xllm_plugin.service.key_file import KeyRecord, write
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.testing.fake_instance import FakeInstance, stream
 from xllm_plugin.testing.service_harness import PATIENCE_S, RunningService

@@ -23,16 +23,16 @@ from xllm_plugin.service.cost import (
     LATE_WEIGHT,
     OFFLINE_WEIGHT,
     Cost,
-    CostReason,
     cost_from,
-    cost_in_seconds,
     crowding_of,
     due_of,
     parts_of,
 )
+from xllm_plugin.service.cost_choice import cost_in_seconds
+from xllm_plugin.service.cost_reason import CostReason
+from xllm_plugin.service.decision import Asked
 from xllm_plugin.service.policies import least_loaded, round_robin
 from xllm_plugin.service.policy import Choice, Slo
-from xllm_plugin.service.router import Asked
 from xllm_plugin.service.speed import Speed, SpeedMeter
 from xllm_plugin.testing.fake_view import FAST, FakeView
 

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from xllm_plugin.service import lifecycle
-from xllm_plugin.service.fleet import Instance, Stats
+from xllm_plugin.service.fleet import Instance
 from xllm_plugin.service.flow.wishes import read_wishes
 from xllm_plugin.service.hedging import hedge_wait_s
-from xllm_plugin.service.keys import KeyRecord, hash_of, write
+from xllm_plugin.service.key_file import KeyRecord, hash_of, write
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.service.policy import Choice
 from xllm_plugin.service.routes import Kind
+from xllm_plugin.service.stats import Stats
 from xllm_plugin.testing.fake_instance import (
     FakeInstance,
     Received,
@@ -170,6 +171,7 @@ def test_a_stream_that_has_begun_may_take_its_time(run: Any) -> None:
     run(check())
 
 
+@pytest.mark.looks_inside
 def test_the_time_to_the_first_token_that_was_promised_is_not_used_up_by_waiting(
     run: Any, monkeypatch: Any
 ) -> None:
@@ -184,6 +186,7 @@ def test_the_time_to_the_first_token_that_was_promised_is_not_used_up_by_waiting
     run(check())
 
 
+@pytest.mark.looks_inside
 @pytest.mark.parametrize(
     ("ttft_ms", "spent_s", "wait_s"),
     [

@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import Any, NamedTuple
 
 import h11
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -37,6 +38,8 @@ from xllm_plugin.service.router import Router
 from xllm_plugin.service.upstream import Pool, UpstreamConnection
 from xllm_plugin.testing.instance_faults import STREAM_HEAD
 from xllm_plugin.testing.service_harness import request
+
+pytestmark = pytest.mark.looks_inside
 
 HEDGE_AFTER_S = 1.0
 FIRST_BYTE_S = 20.0

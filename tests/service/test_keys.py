@@ -12,7 +12,8 @@ import openai
 import pytest
 
 from xllm_plugin.errors import ConfigError
-from xllm_plugin.service.keys import Account, KeyRecord, KeyRing, hash_of, make_key, read, write
+from xllm_plugin.service.key_file import KeyRecord, hash_of, make_key, read, write
+from xllm_plugin.service.keys import Account, KeyRing
 from xllm_plugin.service.metrics import ServiceCollector
 from xllm_plugin.service.replies import Refusal
 from xllm_plugin.testing.fake_instance import FakeInstance, Received, answer, stream

@@ -41,7 +41,9 @@ def test_the_documented_names_types_and_labels_are_the_exported_ones(run: Any) -
         # In the text format counters end in _total, and an info is a gauge that ends in _info.
         ending = {"counter": "_total", "info": "_info"}.get(family.type, "")
         kind = "gauge" if family.type == "info" else family.type
-        labels = {"version", "policy"} if family.type == "info" else set(family._labelnames)
+        labels = set(family._labelnames)
+        if family.type == "info":
+            labels = set(family.samples[0].labels)
         assert family.name + ending not in found
         found[family.name + ending] = (kind, labels)
     assert documented() == found

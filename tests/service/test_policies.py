@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xllm_plugin.plugins import build_manager, routing_policies
-from xllm_plugin.service.cost import cost_in_seconds
+from xllm_plugin.service.cost_choice import cost_in_seconds
+from xllm_plugin.service.decision import Asked
 from xllm_plugin.service.policies import (
     least_loaded,
     power_of_two,
@@ -22,7 +23,6 @@ from xllm_plugin.service.policies import (
     work_tokens,
 )
 from xllm_plugin.service.policy import Choice
-from xllm_plugin.service.router import Asked
 from xllm_plugin.testing.fake_view import FakeView
 
 REQUEST = Asked(

@@ -9,6 +9,7 @@ from xllm_plugin.service.config import InstanceEntry, InstancesConfig
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.lifecycle import Timings
 from xllm_plugin.service.probes import Prober
+from xllm_plugin.testing.service_harness import make_pool
 
 
 class ScriptedProber(Prober):
@@ -29,7 +30,7 @@ class ScriptedProber(Prober):
 
 
 def foreign_requests(run: Any, beat: Load | None) -> int:
-    fleet = Fleet(Timings(lease_s=1e9), lambda entry: None, clock=lambda: 0.0)  # type: ignore[arg-type,return-value]
+    fleet = Fleet(Timings(lease_s=1e9), make_pool, clock=lambda: 0.0)
     instance = fleet.register(InstanceEntry(url="http://i:80", name="i"), source="registered")
     run(ScriptedProber(fleet, beat).probe(instance, models=True, metrics=True))
     return instance.foreign_requests

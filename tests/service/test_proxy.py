@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xllm_plugin.service.cost import cost_in_seconds
+from xllm_plugin.service.cost_choice import cost_in_seconds
 from xllm_plugin.service.policy import Choice, Slo
 from xllm_plugin.testing.fake_instance import (
     FakeInstance,

@@ -14,11 +14,12 @@ from msgspec.structs import replace
 
 from xllm_plugin.plugins import build_manager, routing_policies
 from xllm_plugin.service.cached import CachedTokens, most_cached
-from xllm_plugin.service.cost import STALL_WEIGHT, cost_in_seconds
+from xllm_plugin.service.cost import STALL_WEIGHT
+from xllm_plugin.service.cost_choice import cost_in_seconds
 from xllm_plugin.service.cost_ranking import CostRanking
+from xllm_plugin.service.decision import Asked
 from xllm_plugin.service.policy import InstanceView, RequestView, RoutingPolicy, Slo
 from xllm_plugin.service.ranking import ListRanking
-from xllm_plugin.service.router import Asked
 from xllm_plugin.service.speed import Speed
 from xllm_plugin.testing.fake_view import FAST, FakeView
 

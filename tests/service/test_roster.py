@@ -22,7 +22,9 @@ from xllm_plugin.service.router import Router
 from xllm_plugin.service.routes import Kind, route_of
 from xllm_plugin.testing.fake_exchange import FakeExchange
 from xllm_plugin.testing.fake_instance import FakeInstance
-from xllm_plugin.testing.service_harness import serving
+from xllm_plugin.testing.service_harness import make_pool, serving
+
+pytestmark = pytest.mark.looks_inside
 
 POLICIES = routing_policies(build_manager(""))
 
@@ -41,7 +43,7 @@ class Site:
     def __init__(self, count: int, policy: RoutingPolicy, seed: int = 0) -> None:
         self.now_s = 0.0
         self.draw = random.Random(seed)
-        self.fleet = Fleet(Timings(lease_s=1e9), lambda entry: None, clock=lambda: self.now_s)  # type: ignore[arg-type,return-value]
+        self.fleet = Fleet(Timings(lease_s=1e9), make_pool, clock=lambda: self.now_s)
         self.router = Router(
             self.fleet, policy, num_decisions=4, retry_after_s=1.0, clock=lambda: self.now_s
         )

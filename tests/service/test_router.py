@@ -9,6 +9,8 @@ from xllm_plugin.service.policy import Slo
 from xllm_plugin.service.router import Router
 from xllm_plugin.testing.fake_exchange import FakeExchange
 
+pytestmark = pytest.mark.looks_inside
+
 NEVER = float("inf")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from xllm_plugin.service.app import Service
 from xllm_plugin.service.config import ServiceConfig
-from xllm_plugin.service.keys import KeyRecord, hash_of, write
+from xllm_plugin.service.key_file import KeyRecord, hash_of, write
 from xllm_plugin.testing.fake_instance import FakeInstance, Received, answer
 from xllm_plugin.testing.service_harness import PATIENCE_S, RawClient
 

@@ -268,6 +268,7 @@ def requests(draw: st.DrawFn) -> bytes:
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
 
 
+@pytest.mark.looks_inside
 @given(parts=st.lists(requests(), min_size=1, max_size=3), cuts=st.lists(st.integers(0, 600)))
 @settings(
     max_examples=200,
@@ -289,6 +290,7 @@ def test_instances_get_single_clear_requests(
     check_forwarded(raw, send(runner, pieces))
 
 
+@pytest.mark.looks_inside
 def test_the_fuzz_would_see_a_request_in_another(runner: asyncio.Runner) -> None:
     """The judge judges: a copied Transfer-Encoding, a second length, a header that should stay."""
     good = POST + b"Content-Length: 3\r\n\r\nabc"
@@ -314,6 +316,7 @@ UPGRADE = POST + (
 )
 
 
+@pytest.mark.looks_inside
 @given(
     parts=st.lists(requests(), min_size=1, max_size=3),
     order=st.lists(st.integers(0, 2), min_size=2, max_size=5),
@@ -352,6 +355,7 @@ def test_a_head_that_is_known_means_what_the_parser_says(
     assert send(runner, pieces) == expected
 
 
+@pytest.mark.looks_inside
 def test_many_requests_with_one_head_in_a_read(
     runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,6 +365,7 @@ def test_many_requests_with_one_head_in_a_read(
     assert len(found) > 50, "as many as may be read ahead"
 
 
+@pytest.mark.looks_inside
 def test_a_repeated_head_is_known(runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the length of the body, and in whatever parts it comes; else it is parsed."""
     fed: list[bytes] = []

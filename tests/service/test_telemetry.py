@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from xllm_plugin.service.measured import Outcome
 from xllm_plugin.service.policy import Choice
-from xllm_plugin.service.telemetry import Outcome, Telemetry
+from xllm_plugin.service.telemetry import Telemetry
 from xllm_plugin.testing.fake_instance import FakeInstance, Received, answer, chunked
 from xllm_plugin.testing.fake_streams import Death, FakeModel, stream_instance
 from xllm_plugin.testing.service_harness import PATIENCE_S, Harness, request, serving

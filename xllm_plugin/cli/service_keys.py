@@ -11,7 +11,7 @@ import click
 from xllm_plugin.errors import ConfigError, MisuseError
 
 if TYPE_CHECKING:
-    from xllm_plugin.service.keys import KeyRecord
+    from xllm_plugin.service.key_file import KeyRecord
 
 __all__ = ["keys"]
 
@@ -48,7 +48,7 @@ def add_command(name: str, file: Path, *, reads_key: bool, **limits: Any) -> Non
     """Make a key called NAME and print it."""
     from pydantic import ValidationError
 
-    from xllm_plugin.service.keys import KeyRecord, hash_of, make_key, write
+    from xllm_plugin.service.key_file import KeyRecord, hash_of, make_key, write
 
     known = _read(file)
     if any(one.name == name for one in known):
@@ -94,7 +94,7 @@ def list_command(file: Path) -> None:
 @_FILE
 def remove_command(name: str, file: Path) -> None:
     """Remove a key; the service refuses it within a second or two."""
-    from xllm_plugin.service.keys import write
+    from xllm_plugin.service.key_file import write
 
     known = _read(file)
     kept = [one for one in known if one.name != name]
@@ -106,7 +106,7 @@ def remove_command(name: str, file: Path) -> None:
 
 
 def _read(file: Path) -> list[KeyRecord]:
-    from xllm_plugin.service.keys import read
+    from xllm_plugin.service.key_file import read
 
     return read(file) if file.exists() else []
 

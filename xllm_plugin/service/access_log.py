@@ -12,7 +12,7 @@ import sys
 import time
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 __all__ = ["log", "open_log"]
 
 logger = logging.getLogger("xllm_plugin.service.access")
-_other = logging.getLogger(__name__)
+_other: Final = logging.getLogger(__name__)
 
-_MAX_ID_CHARS = 128
-_MAX_MODEL_CHARS = 256
-_LOOK_S = 1.0
+_MAX_ID_CHARS: Final = 128
+_MAX_MODEL_CHARS: Final = 256
+_LOOK_S: Final = 1.0
 """Between two looks whether the file was moved."""
 
 
@@ -101,7 +101,7 @@ class _Writer:
                 _other.error("the access log cannot be written: %s", error)
 
 
-_writer = _Writer()
+_writer: Final = _Writer()
 
 
 def log(exchange: Exchange, ending: Ending) -> None:
@@ -125,7 +125,7 @@ def _described(exchange: Exchange, ending: Ending) -> dict[str, Any]:
     given_id = exchange.noted.get(b"x-request-id", b"").decode("latin-1")[:_MAX_ID_CHARS]
     names = [instance.name for instance in exchange.visited]
     return {
-        "time": round(time.time(), 3),
+        "time": int(time.time() * 1e3) / 1e3,
         "id": given_id or f"{exchange.draw:016x}",
         "response_id": (stream.id if stream else "") or None,
         "client": peer[0] if peer else "",
@@ -144,12 +144,17 @@ def _described(exchange: Exchange, ending: Ending) -> dict[str, Any]:
         "prompt_tokens": exchange.num_prompt_tokens or None,
         "output_tokens": exchange.num_output_tokens or None,
         "queue_ms": _queue_ms(exchange),
-        "ttft_ms": round(exchange.ttft_s * 1e3, 2) if exchange.ttft_s > 0 else None,
-        "duration_ms": round(duration_s * 1e3, 2),
+        "ttft_ms": _in_ms(exchange.ttft_s) if exchange.ttft_s > 0 else None,
+        "duration_ms": _in_ms(duration_s),
     }
+
+
+def _in_ms(seconds: float) -> float:
+    """With two decimals; `round` costs five times as much."""
+    return int(seconds * 1e5 + 0.5) / 100
 
 
 def _queue_ms(exchange: Exchange) -> float | None:
     """Time in the service's queue; None if it did not wait, or was never sent."""
     waiting = exchange.waiting
-    return round(waiting.waited_s * 1e3, 2) if waiting and waiting.waited_s >= 0 else None
+    return _in_ms(waiting.waited_s) if waiting and waiting.waited_s >= 0 else None

@@ -21,13 +21,13 @@ from aiohttp import web
 from xllm_plugin.channel.paths import channel_directory, require_private_directory
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.etcd.config import tls_context
-from xllm_plugin.service import keys
+from xllm_plugin.service import key_file
 from xllm_plugin.service.admin import AdminApi
 from xllm_plugin.service.carrier import Carrier, chosen_policy, opened, said
 from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.etcd_registry import EtcdRegistry
 from xllm_plugin.service.probes import Prober
-from xllm_plugin.service.process import loop_factory, prepare_process
+from xllm_plugin.service.process import is_compiled, loop_factory, prepare_process
 from xllm_plugin.service.registry import Embedded, Registry, StaticList, WatchedFile, read_entries
 from xllm_plugin.service.tls import PortTls, server_context
 from xllm_plugin.tls import ClientFiles
@@ -42,7 +42,7 @@ def check(config: ServiceConfig) -> None:
     chosen_policy(config.routing.policy)
     if config.instances.file is not None:
         read_entries(config.instances.file)
-    num_keys = len(keys.read(config.keys.file)) if config.keys.file is not None else 0
+    num_keys = len(key_file.read(config.keys.file)) if config.keys.file is not None else 0
     if config.service.processes > 1:
         _check_processes(config, num_keys)
     server_context(config.listen, "listen")
@@ -137,7 +137,8 @@ class Service:
             asyncio.create_task(said(self.registrations.run(self.fleet), "following instances")),
             asyncio.create_task(said(self._beside(), "what runs beside traffic")),
         ]
-        logger.info("serving on %s:%d", self.config.listen.host, self.port)
+        kind = "compiled" if is_compiled() else "not compiled"
+        logger.info("serving on %s:%d (%s)", self.config.listen.host, self.port, kind)
 
     def reload(self) -> None:
         """Take new settings; wrong ones change nothing."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["PromptFields", "StreamWishes"]
+__all__ = ["Peek", "PromptFields", "StreamWishes"]
 
 
 class PromptFields(msgspec.Struct):
@@ -37,3 +37,18 @@ class StreamWishes(PromptFields):
     use_beam_search: Any = None
     include_reasoning: Any = None
     return_token_ids: Any = None
+
+
+class Peek(StreamWishes):
+    """The fields of a JSON body that are read here; all others are skipped, unparsed."""
+
+    model: Any = None
+    user: Any = None
+    prompt_cache_key: Any = None
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    max_output_tokens: Any = None
+    previous_response_id: Any = None
+    priority: Any = None
+    vllm_xargs: Any = None
+    sampling_params: Any = None

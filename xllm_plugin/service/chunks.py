@@ -6,11 +6,13 @@ its length says what its first line has to be.  What looks any different is the 
 
 from __future__ import annotations
 
+from typing import Final
+
 __all__ = ["chunk_of", "content_start"]
 
-_END = b"\r\n"
-_MAX_BYTES = 4096
-_NO_LINE = b""  # then the content would begin at 0
+_END: Final = b"\r\n"
+_MAX_BYTES: Final = 4096
+_NO_LINE: Final = b""  # then the content would begin at 0
 
 
 def _size_line(num_bytes: int) -> bytes:
@@ -18,8 +20,8 @@ def _size_line(num_bytes: int) -> bytes:
     return b"%x\r\n" % num_bytes
 
 
-_SIZE_LINES = tuple(_size_line(size) for size in range(_MAX_BYTES))
-_LINE_OF_LENGTH = [_NO_LINE] * _MAX_BYTES
+_SIZE_LINES: Final = tuple(_size_line(size) for size in range(_MAX_BYTES))
+_LINE_OF_LENGTH: Final = [_NO_LINE] * _MAX_BYTES
 """Length of a chunk with its framing -> its first line.  Of the last chunk there is none."""
 for _size, _line in enumerate(_SIZE_LINES[1:], start=1):
     if len(_line) + _size + len(_END) < _MAX_BYTES:

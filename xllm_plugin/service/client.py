@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import httptools
 
@@ -33,20 +33,20 @@ logger = logging.getLogger(__name__)
 
 EXPLAIN_HEADER = b"x-xllm-explain"
 TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})  # W3C Trace Context
-_NEVER = float("inf")
+_NEVER: Final = float("inf")
 _NO_PROMISES: dict[str, str] = {}
-_LINGER_S = 2.0
-_MAX_EARLY_BYTES = 64 * 1024
-_CONNECTION_HEADERS = frozenset(
+_LINGER_S: Final = 2.0
+_MAX_EARLY_BYTES: Final = 64 * 1024
+_CONNECTION_HEADERS: Final = frozenset(
     {
         *(b"connection", b"keep-alive", b"proxy-connection", b"proxy-authorization", b"te"),
         *(b"trailer", b"transfer-encoding", b"upgrade", b"expect", b"content-length"),
     }
 )
-_AUTHORIZATION = b"authorization"
-_ONLY_ONCE = frozenset({b"host", b"content-length", b"transfer-encoding", _AUTHORIZATION})
-_REQUEST_ID = b"x-request-id"
-_NOTED_HEADERS = frozenset(
+_AUTHORIZATION: Final = b"authorization"
+_ONLY_ONCE: Final = frozenset({b"host", b"content-length", b"transfer-encoding", _AUTHORIZATION})
+_REQUEST_ID: Final = b"x-request-id"
+_NOTED_HEADERS: Final = frozenset(
     {_REQUEST_ID, b"x-xllm-class", b"x-xllm-ttft-ms", b"x-xllm-tpot-ms", *TRACE_HEADERS}
 )
 
@@ -685,4 +685,4 @@ def _route_to_name(target: bytes) -> Route:
         return Route(Kind.OTHER, target.partition(b"?")[0].decode("latin-1"), target)
 
 
-_NO_ROUTE = Route(Kind.OTHER, "", b"")
+_NO_ROUTE: Final = Route(Kind.OTHER, "", b"")

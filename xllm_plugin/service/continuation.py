@@ -10,7 +10,7 @@ else about a stream (how it opens, ends or fails) is read as JSON.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Final
 
 import msgspec
 
@@ -18,66 +18,43 @@ from xllm_plugin.instance.resumption import RESUME_PATH, Finish, Resumption
 from xllm_plugin.service.body import StreamWishes
 from xllm_plugin.service.chunks import chunk_of
 from xllm_plugin.service.routes import Route
+from xllm_plugin.service.stream_events import (
+    DoubtfulFields,
+    StreamChoice,
+    StreamEvent,
+    StreamFault,
+)
 
 __all__ = ["ArmedStream", "arm", "unarmed_reason", "with_body"]
 
-_MAX_EVENT_BYTES = 64 * 2**20
-_IDS = b'"token_ids":['
-_UNSEEN = b"\n"
+_MAX_EVENT_BYTES: Final = 64 * 2**20
+_IDS: Final = b'"token_ids":['
+_UNSEEN: Final = b"\n"
 """No chunk has this after its ids: it ends with more."""
-_NO_IDS = b'"token_ids":null'
-_PROMPT_IDS = b'"prompt_token_ids":['
+_NO_IDS: Final = b'"token_ids":null'
+_PROMPT_IDS: Final = b'"prompt_token_ids":['
 # What stands before the ids of a choice that goes on: in a chat, and in a completion.
-_OPEN = (
+_OPEN: Final = (
     b'"finish_reason":null,',
     b'"finish_reason":null,"stop_reason":null,"prompt_token_ids":null,',
 )
-_EMPTY = b'"delta":{},"logprobs":null,"finish_reason":null,'
-_USUAL = {
+_EMPTY: Final = b'"delta":{},"logprobs":null,"finish_reason":null,'
+_USUAL: Final = {
     "/v1/chat/completions": b'"},"logprobs":null,"finish_reason":null,',
     "/v1/completions": b'","logprobs":null,' + _OPEN[1],
 }
 """By path: what stands between the text of a choice that goes on and its ids."""
-_END = b"\n\n"
-_DONE = b"data: [DONE]\n\n"
-_FAULTS = frozenset({"abort", "error"})
-_SERVER_ERROR = 500
-_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
-_NULL = b"null"
+_END: Final = b"\n\n"
+_DONE: Final = b"data: [DONE]\n\n"
+_FAULTS: Final = frozenset({"abort", "error"})
+_SERVER_ERROR: Final = 500
+_PATHS: Final = frozenset({"/v1/completions", "/v1/chat/completions"})
+_NULL: Final = b"null"
 
 
-class _Choice(msgspec.Struct):
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    token_ids: list[int] | None = None
-    delta: Any = None
-    logprobs: Any = None
-
-
-class _Fault(msgspec.Struct):
-    message: str = ""
-    code: Any = None
-
-
-class _Event(msgspec.Struct):
-    id: str = ""
-    created: int = 0
-    choices: list[_Choice] = []
-    error: _Fault | None = None
-
-
-class _Doubtful(msgspec.Struct):
-    """Fields of a body for which an instance may refuse to go on, as they are written."""
-
-    seed: msgspec.Raw = msgspec.Raw(_NULL)
-    thinking_token_budget: msgspec.Raw = msgspec.Raw(_NULL)
-    watermarking: msgspec.Raw = msgspec.Raw(_NULL)
-    vllm_xargs: msgspec.Raw = msgspec.Raw(_NULL)
-
-
-_decode = msgspec.json.Decoder(_Event).decode
-_decode_doubtful = msgspec.json.Decoder(_Doubtful).decode
-_decode_chunks = msgspec.json.Decoder(list[list[int]]).decode
+_decode: Final = msgspec.json.Decoder(StreamEvent).decode
+_decode_doubtful: Final = msgspec.json.Decoder(DoubtfulFields).decode
+_decode_chunks: Final = msgspec.json.Decoder(list[list[int]]).decode
 
 
 def arm(route: Route, body: bytes, wishes: StreamWishes) -> ArmedStream | None:
@@ -345,14 +322,14 @@ class ArmedStream:
             )
         return event
 
-    def _read_error(self, event: bytes, fault: _Fault) -> bytes:
+    def _read_error(self, event: bytes, fault: StreamFault) -> bytes:
         if isinstance(fault.code, int) and fault.code >= _SERVER_ERROR:
             self.failure = f"failed: {fault.message}"
             return b""
         self._is_lost = True
         return event
 
-    def _read_choice(self, event: bytes, choice: _Choice) -> bytes:
+    def _read_choice(self, event: bytes, choice: StreamChoice) -> bytes:
         if choice.finish_reason in _FAULTS:
             self.failure = f"ended the stream with finish reason {choice.finish_reason!r}"
             return b""

@@ -26,33 +26,25 @@ Requests without a promise cost what they would if nobody had one, to the last b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-import msgspec
-
-from xllm_plugin.service.cached import most_cached
-from xllm_plugin.service.policy import Choice, InstanceView, RequestView
+from xllm_plugin.service.policy import InstanceView, RequestView
 
 __all__ = [
     "LATE_WEIGHT",
     "OFFLINE_WEIGHT",
     "STALL_WEIGHT",
     "Cost",
-    "CostReason",
     "Due",
     "caring_of",
-    "cause_of",
     "cost_from",
-    "cost_in_seconds",
     "crowding_of",
     "due_of",
     "parts_of",
     "promised_s",
-    "reason_of",
 ]
 
-_BUSY_PERIOD = 5.0
+_BUSY_PERIOD: Final = 5.0
 """A second of work delays those who come before the instance is next without any: 1 / (1 - load),
 at a load of 0.8.  From 3 to 20 the simulated fleet hardly cares (benchmarks/fleet)."""
 
@@ -66,9 +58,7 @@ LATE_WEIGHT = 0.25
 OFFLINE_WEIGHT = 0.2
 """Of a second that an offline request loses, its own or to others, beside one of an online one."""
 
-_STEPS = 2**20
-_INFINITE = float("inf")
-
+_STEPS: Final = 2**20
 Parts = tuple[float, float, float, float]
 """Seconds of the queue, of prefill and of decoding (`Cost`); and the requests that run there and
 get no token meanwhile, times `STALL_WEIGHT`."""
@@ -141,42 +131,6 @@ class Due(NamedTuple):
         return self.own_weight * (wait_s + decode_s) + delay_s + LATE_WEIGHT * late_s
 
 
-class CostReason(msgspec.Struct, frozen=True, gc=False):
-    """Why an instance was chosen; a cost and text only if somebody reads it, which few do."""
-
-    parts: Parts
-    crowding: float
-    cached: float
-    prompt_tokens: int
-    next_s: float
-    """Cost of the next best candidate; inf if there is none."""
-    due: Due | None = None
-    slowed_s: float = 0.0
-    """By how much its decoding slows others, as far as `due` counts that."""
-
-    @property
-    def cost(self) -> Cost:
-        """Of the one that was chosen."""
-        return cost_from(self.parts, self.crowding, self.due, self.slowed_s)
-
-    def __str__(self) -> str:
-        cost, due = self.cost, self.due
-        own = (
-            f"queue {cost.queue_s:.3f} + prefill {cost.prefill_s:.3f} "
-            f"({self.cached:.0f} of {self.prompt_tokens} tokens cached) + decode "
-            f"{cost.decode_s:.3f}"
-        )
-        late = ""
-        if cost.own_weight != 1:
-            own = f"{cost.own_weight:g} x ({own})"
-        elif due is not None:
-            late = f" + {LATE_WEIGHT:g} x late {cost.late_s:.3f}"
-        return (
-            f"{cost.total_s:.3f} s = {own} + delay of others {cost.delay_s:.3f}{late}; next best "
-            f"{self.next_s:.3f} s"
-        )
-
-
 def parts_of(request: RequestView, instance: InstanceView) -> Parts:
     """What `instance` would cost a request, but for the crowding among all candidates."""
     speed = instance.speed
@@ -227,29 +181,6 @@ def promised_s(due: Due, instance: InstanceView, parts: Parts, crowding: float) 
     return due.total_s(queue_s, prefill_s, decode_s, num_others * caring, crowding * caring, pace_s)
 
 
-def reason_of(
-    request: RequestView, instance: InstanceView, crowding: float, next_s: float
-) -> CostReason:
-    """Why `instance` was chosen.
-
-    Args:
-        request: that was placed.
-        instance: where.
-        crowding: of `crowding_of`.
-        next_s: cost of the next best; inf if there is none.
-    """
-    parts, due = parts_of(request, instance), due_of(request)
-    held, prompt = request.cached_tokens.get(instance.name, 0.0), request.prompt_tokens
-    if due is None:
-        return CostReason(parts, crowding, held, prompt, next_s)
-    queue_s, prefill_s, decode_s, _ = parts
-    num_others = instance.in_flight + instance.foreign_requests
-    caring = caring_of(num_others, instance.offline_requests)
-    parts = queue_s, prefill_s, decode_s, STALL_WEIGHT * (num_others * caring)
-    slowed_s = due.slowing_tokens * instance.speed.tpot_s_per_request * (num_others * caring)
-    return CostReason(parts, crowding * caring, held, prompt, next_s, due, slowed_s)
-
-
 def cost_from(parts: Parts, crowding: float, due: Due | None = None, slowed_s: float = 0.0) -> Cost:
     """Add to what a request loses itself what others lose by its prefill.
 
@@ -280,71 +211,3 @@ def crowding_of(num_others: int, stay_s: float) -> float:
     if stay_s <= 0:
         return 0.0
     return int(_BUSY_PERIOD * _STEPS * num_others / stay_s) / _STEPS
-
-
-def cost_in_seconds(request: RequestView, candidates: Sequence[InstanceView]) -> Choice:
-    """Take the instance where the least time is lost: the request's own and that of others.
-
-    One sum in one unit.  Affinity to a cache and balance of load are not modes between which a
-    threshold switches: a hot prefix moves as soon as its queue costs more than computing it
-    elsewhere, and what computing costs grows with those whom it delays.  Equals take turns.
-    """
-    # As `parts_of` and `cost_from`, in line: this runs for every request.
-    prompt, output, cached = request.prompt_tokens, request.output_tokens, request.cached_tokens
-    parts = []
-    all_others, stay_s = 0, 0.0
-    for one in candidates:
-        speed = one.speed
-        uncached = prompt - cached.get(one.name, 0.0) if cached else prompt
-        num_others = one.in_flight + one.foreign_requests
-        queue_s = speed.prefill_s_per_token * one.prefill_tokens
-        if uncached < 1.0:  # noqa: PLR1730 - a call for each of them would show
-            uncached = 1.0
-        prefill_s = speed.ttft_base_s + speed.prefill_s_per_token * uncached
-        decode_s = (speed.tpot_base_s + speed.tpot_s_per_request * (num_others + 1)) * output
-        all_others += num_others
-        stay_s += queue_s + prefill_s + decode_s
-        parts.append((queue_s, prefill_s, decode_s, STALL_WEIGHT * num_others))
-    crowding = crowding_of(all_others, stay_s)
-    due = None if request.slo is None else due_of(request)
-    if due is None:
-        totals = [
-            queue_s
-            + prefill_s
-            + decode_s
-            + prefill_s * (stall + crowding * (queue_s + prefill_s / 2))
-            for queue_s, prefill_s, decode_s, stall in parts
-        ]
-    else:
-        totals = [
-            promised_s(due, one, own, crowding) for one, own in zip(candidates, parts, strict=True)
-        ]
-    least_s = min(totals)
-    # Begin at another one each time, so that equals take turns.
-    begin = request.sequence % len(totals)
-    try:
-        best = totals.index(least_s, begin)
-    except ValueError:
-        best = totals.index(least_s)
-    chosen = candidates[best]
-    del totals[best]
-    held = cached.get(chosen.name, 0.0) if cached else 0.0
-    next_s = min(totals, default=_INFINITE)
-    reason = (
-        CostReason(parts[best], crowding, held, prompt, next_s)
-        if due is None
-        else reason_of(request, chosen, crowding, next_s)
-    )
-    return Choice(best, reason, cause_of(held, cached))
-
-
-def cause_of(held: float, cached: Mapping[str, float]) -> str:
-    """What decided, in a few words.
-
-    Args:
-        held: tokens of the prompt that the chosen one holds.
-        cached: tokens that each candidate holds.
-    """
-    if not cached:
-        return "load"
-    return "prefix" if held >= most_cached(cached) else "load over prefix"

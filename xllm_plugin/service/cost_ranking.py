@@ -18,26 +18,26 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections.abc import Container, Mapping, Sequence
+from typing import Final
 
 from xllm_plugin.service.cached import usual_and_others
 from xllm_plugin.service.cost import (
     STALL_WEIGHT,
     Due,
     caring_of,
-    cause_of,
     crowding_of,
     due_of,
     parts_of,
     promised_s,
-    reason_of,
 )
+from xllm_plugin.service.cost_choice import cause_of, reason_of
 from xllm_plugin.service.policy import Choice, InstanceView, RequestView
 from xllm_plugin.service.speed import Speed
 
 __all__ = ["CostRanking"]
 
-_GROUP_SIZE = 32
-_INFINITE = float("inf")
+_GROUP_SIZE: Final = 32
+_INFINITE: Final = float("inf")
 
 
 _Row = tuple[int, float, int, int]

@@ -20,14 +20,14 @@ import json
 import logging
 import random
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qs
 
 import msgspec
 
 from xllm_plugin.instance.resumption import REASON_HEADER
 from xllm_plugin.service import lifecycle
-from xllm_plugin.service.body import StreamWishes
+from xllm_plugin.service.body import Peek
 from xllm_plugin.service.continuation import ArmedStream, arm, unarmed_reason, with_body
 from xllm_plugin.service.flow.wishes import NO_WISHES, read_wishes
 from xllm_plugin.service.hedging import Hedging, Leg, hedge_wait_s
@@ -40,57 +40,42 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
     from xllm_plugin.service.client import ClientConnection
+    from xllm_plugin.service.decision import Decision, Sent
     from xllm_plugin.service.fleet import Instance
     from xllm_plugin.service.flow.control import Waiting
     from xllm_plugin.service.keys import Grant
     from xllm_plugin.service.kv_index.tokens import Prompt
     from xllm_plugin.service.proxy import Proxy
-    from xllm_plugin.service.router import Decision, Sent
     from xllm_plugin.service.upstream import Pool, UpstreamConnection
 
-__all__ = ["Exchange", "Peek", "cost_tokens_of", "peek", "prompt_tokens_of"]
+__all__ = ["Exchange", "cost_tokens_of", "peek", "prompt_tokens_of"]
 
 logger = logging.getLogger(__name__)
 
-_BYTES_PER_TOKEN = 4
-_DEFAULT_OUTPUT_TOKENS = 128
-_MAX_OUTPUT_TOKENS = 512
-_MAX_PROMPT_TOKENS = 100_000
-_RETRYABLE_STATUS = 503
-_OK = 200
-_GENERATE = "/inference/v1/generate"
-_SWITCHED = 101
-_LAST_CHUNK = b"0\r\n\r\n"
-_COMPLETION_TOKENS = b'"completion_tokens":'
-_PROMPT_TOKENS = b'"prompt_tokens":'
-_NUMBER = re.compile(rb"\d{1,12}")
-_MAX_TAIL_BYTES = 1024
-_CLIENT_GONE = 499  # nginx's, for the access log alone
-_IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"})
-_MODEL_FIELD = re.compile(rb'name="?model"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')
-_RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[^"]{1,200})"')
-_REASON = re.compile(rb"\r\n%b: *([^\r\n]{1,999})" % REASON_HEADER.encode(), re.IGNORECASE)
+_BYTES_PER_TOKEN: Final = 4
+_DEFAULT_OUTPUT_TOKENS: Final = 128
+_MAX_OUTPUT_TOKENS: Final = 512
+_MAX_PROMPT_TOKENS: Final = 100_000
+_RETRYABLE_STATUS: Final = 503
+_OK: Final = 200
+_GENERATE: Final = "/inference/v1/generate"
+_SWITCHED: Final = 101
+_LAST_CHUNK: Final = b"0\r\n\r\n"
+_COMPLETION_TOKENS: Final = b'"completion_tokens":'
+_PROMPT_TOKENS: Final = b'"prompt_tokens":'
+_NUMBER: Final = re.compile(rb"\d{1,12}")
+_MAX_TAIL_BYTES: Final = 1024
+_CLIENT_GONE: Final = 499  # nginx's, for the access log alone
+_IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"})
+_MODEL_FIELD: Final = re.compile(rb'name="?model"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')
+_RESPONSE_ID: Final = re.compile(rb'"id"\s*:\s*"(resp_[^"]{1,200})"')
+_REASON: Final = re.compile(rb"\r\n%b: *([^\r\n]{1,999})" % REASON_HEADER.encode(), re.IGNORECASE)
 _NO_HEADERS: dict[bytes, bytes] = {}
-_HOP_BY_HOP = (b"connection:", b"keep-alive:", b"proxy-connection:", b"upgrade:")
+_HOP_BY_HOP: Final = (b"connection:", b"keep-alive:", b"proxy-connection:", b"upgrade:")
 
 
-class Peek(StreamWishes):
-    """The fields of a JSON body that are read here; all others are skipped, unparsed."""
-
-    model: Any = None
-    user: Any = None
-    prompt_cache_key: Any = None
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-    max_output_tokens: Any = None
-    previous_response_id: Any = None
-    priority: Any = None
-    vllm_xargs: Any = None
-    sampling_params: Any = None
-
-
-_decode = msgspec.json.Decoder(Peek).decode
-_NOTHING = Peek()
+_decode: Final = msgspec.json.Decoder(Peek).decode
+_NOTHING: Final = Peek()
 
 
 def peek(body: bytes, content_type: bytes) -> Peek:
@@ -356,13 +341,13 @@ class Exchange:
         """The sending that its fields are about."""
         assert self.instance is not None
         return Leg(
-            self.instance,
-            self._booked_tokens,
-            self.sent,
-            self.sent_s,
-            self.decision,
-            self._connection,
-            self._connecting,
+            instance=self.instance,
+            booked_tokens=self._booked_tokens,
+            sent=self.sent,
+            sent_s=self.sent_s,
+            decision=self.decision,
+            connection=self._connection,
+            connecting=self._connecting,
         )
 
     def put(self, leg: Leg) -> None:

@@ -17,7 +17,6 @@ head of a stream that may still be hedged is held back until then (`upstream.py`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from xllm_plugin.service.replies import Refusal
@@ -26,9 +25,9 @@ from xllm_plugin.service.routes import Kind
 if TYPE_CHECKING:
     import asyncio
 
+    from xllm_plugin.service.decision import Decision, Sent
     from xllm_plugin.service.exchange import Exchange
     from xllm_plugin.service.fleet import Instance
-    from xllm_plugin.service.router import Decision, Sent
     from xllm_plugin.service.upstream import Pool, UpstreamConnection
 
 __all__ = ["Hedging", "Leg", "hedge_wait_s"]
@@ -66,18 +65,39 @@ def hedge_wait_s(exchange: Exchange, after_s: float) -> float | None:
     return max(after_s * _LEAST_PART, min(after_s, wishes.max_wait_s / 2 - spent_s))
 
 
-@dataclass(slots=True)
 class Leg:
     """One sending, as in the fields of its `Exchange`."""
 
-    instance: Instance
-    booked_tokens: int
-    sent: Sent | None
-    sent_s: float
-    decision: Decision | None
-    connection: UpstreamConnection | None
-    connecting: asyncio.Task[None] | None
-    is_hedge: bool = False
+    __slots__ = (
+        "booked_tokens",
+        "connecting",
+        "connection",
+        "decision",
+        "instance",
+        "is_hedge",
+        "sent",
+        "sent_s",
+    )
+
+    def __init__(
+        self,
+        *,
+        instance: Instance,
+        booked_tokens: int,
+        sent: Sent | None,
+        sent_s: float,
+        decision: Decision | None,
+        connection: UpstreamConnection | None,
+        connecting: asyncio.Task[None] | None,
+    ) -> None:
+        self.instance = instance
+        self.booked_tokens = booked_tokens
+        self.sent = sent
+        self.sent_s = sent_s
+        self.decision = decision
+        self.connection = connection
+        self.connecting = connecting
+        self.is_hedge = False
 
 
 class Hedging:

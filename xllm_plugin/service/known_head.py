@@ -8,7 +8,7 @@ around its rules: where they differ anywhere, the parser reads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from xllm_plugin.service.exchange import Exchange
 from xllm_plugin.service.keys import Account, Grant
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["KnownHead"]
 
-_LINE_END = b"\r\n"
-_HEAD_END = b"\r\n\r\n"
-_LENGTH = b"content-length"
-_MAX_DIGITS = 12
-_SPECIAL = frozenset({b"upgrade", b"expect", b"transfer-encoding"})
+_LINE_END: Final = b"\r\n"
+_HEAD_END: Final = b"\r\n\r\n"
+_LENGTH: Final = b"content-length"
+_MAX_DIGITS: Final = 12
+_SPECIAL: Final = frozenset({b"upgrade", b"expect", b"transfer-encoding"})
 """Headers of requests that are left to the parser."""
 
 
@@ -35,9 +35,9 @@ class KnownHead(NamedTuple):
     """As the client has sent it, up to the digits of its body's length."""
     after: bytes
     """The rest of it."""
-    settings: object
+    settings: Any
     """Stand for what was in force when it was understood."""
-    keys: object
+    keys: Any
     method: bytes
     route: Route
     head: bytes

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Final
 
 __all__ = [
     "DRAINED",
@@ -42,7 +43,7 @@ __all__ = [
 
 DRAINED, LEFT = "drained", "deregistered itself"
 """Why an instance is gone that stops, or has stopped, what still runs there."""
-_MOMENT_S = 1e-3
+_MOMENT_S: Final = 1e-3
 """A lease that has just lapsed is silent for longer than it lasts."""
 
 

@@ -23,6 +23,7 @@ from xllm_plugin.service.dashboard.overview import degradations
 from xllm_plugin.service.etcd_registry import EtcdRegistry
 from xllm_plugin.service.flow import metrics as flow_metrics
 from xllm_plugin.service.lifecycle import State
+from xllm_plugin.service.process import is_compiled
 from xllm_plugin.service.proxy import Proxy
 from xllm_plugin.service.registry import Registrations
 
@@ -98,9 +99,13 @@ class ServiceCollector(Collector):
         yield from (refusals, decisions, slo)
 
     def _gauges(self) -> Iterator[Metric]:
-        about = InfoMetricFamily(_PREFIX.rstrip("_"), "Version and policy in force.")
-        policy = self._proxy.router.policy.name
-        about.add_metric([], {"version": xllm_plugin.__version__, "policy": policy})
+        about = InfoMetricFamily(_PREFIX.rstrip("_"), "Version, build, and policy in force.")
+        said = {
+            "version": xllm_plugin.__version__,
+            "compiled": "yes" if is_compiled() else "no",
+            "policy": self._proxy.router.policy.name,
+        }
+        about.add_metric([], said)
         clients = _gauge("client_connections", "Open connections of clients.")
         clients.add_metric([], self._proxy.num_clients)
         degraded = _gauge("degraded", "1 for each part that the service goes on without.", "part")

@@ -9,7 +9,7 @@ from functools import lru_cache
 from heapq import nlargest
 
 from xllm_plugin.hookspecs import hookimpl
-from xllm_plugin.service.cost import cost_in_seconds
+from xllm_plugin.service.cost_choice import cost_in_seconds
 from xllm_plugin.service.cost_ranking import CostRanking
 from xllm_plugin.service.policy import Choice, InstanceView, RequestView, RoutingPolicy
 

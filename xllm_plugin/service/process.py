@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable
 
 from xllm_plugin.errors import PlatformError
-from xllm_plugin.service import access_log
+from xllm_plugin.service import access_log, exchange
 from xllm_plugin.service.config import LogConfig
 
-__all__ = ["loop_factory", "prepare_process"]
+__all__ = ["is_compiled", "loop_factory", "prepare_process"]
 
 
 def prepare_process(config: LogConfig, name: str = "") -> None:
@@ -29,6 +29,11 @@ def prepare_process(config: LogConfig, name: str = "") -> None:
     access_log.open_log(config.access_file)
     logging.getLogger("xllm_plugin").setLevel(config.level.upper())
     _raise_file_limit()
+
+
+def is_compiled() -> bool:
+    """Whether what requests run through is machine code (`make wheel`) and not Python's."""
+    return not str(exchange.__file__).endswith(".py")
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -6,11 +6,12 @@ import asyncio
 import logging
 import ssl
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from xllm_plugin.service import access_log
 from xllm_plugin.service.client import ClientConnection, headers_of_note
 from xllm_plugin.service.config import FlowConfig, ServiceConfig
+from xllm_plugin.service.decision import Sent
 from xllm_plugin.service.fleet import Fleet
 from xllm_plugin.service.flow.control import FlowControl
 from xllm_plugin.service.held_bodies import BodyMemory
@@ -18,7 +19,7 @@ from xllm_plugin.service.keys import KeyRing
 from xllm_plugin.service.kv_index.tokens import Unread
 from xllm_plugin.service.replies import Refusal
 from xllm_plugin.service.retry_budget import RetryBudget
-from xllm_plugin.service.router import Router, Sent
+from xllm_plugin.service.router import Router
 from xllm_plugin.service.routes import Kind
 from xllm_plugin.service.telemetry import Ending, Telemetry
 
@@ -33,7 +34,7 @@ __all__ = ["Proxy"]
 
 logger = logging.getLogger(__name__)
 
-_SWEEP_S = 1.0
+_SWEEP_S: Final = 1.0
 
 
 class Proxy:
@@ -237,7 +238,8 @@ class Proxy:
         )
         self._sweep_s = sweep_s
         self._sweeper = self.loop.call_later(sweep_s, self._sweep)
-        opened: int = self._server.sockets[0].getsockname()[1]
+        sockets: Any = cast("Any", self._server).sockets  # uvloop has a list
+        opened: int = sockets[0].getsockname()[1]
         return opened
 
     async def drain(self, timeout_s: float) -> int:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable
 from http import HTTPStatus
+from typing import Final
 
 __all__ = ["Refusal", "error_body", "error_reply", "json_reply", "unknown_model"]
 
@@ -41,7 +42,7 @@ class Refusal(Exception):  # noqa: N818 - an answer, not a fault of the program
         return _reply(self.status, body, headers=headers, close=self.close)
 
 
-_KINDS = {
+_KINDS: Final = {
     400: "BadRequestError",
     401: "AuthenticationError",
     403: "PermissionDeniedError",

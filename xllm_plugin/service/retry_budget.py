@@ -8,9 +8,11 @@ these are a share of all requests ("retry budget": Finagle's `RetryBudget`).
 
 from __future__ import annotations
 
+from typing import Final
+
 __all__ = ["RetryBudget"]
 
-_REQUESTS_KEPT = 500
+_REQUESTS_KEPT: Final = 500
 """What so many requests have earned is kept for a burst; a new service has it."""
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
 
-import msgspec
-
+from xllm_plugin.service.decision import Asked, Decision, Sent
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.service.policy import Choice, RoutingPolicy, Slo
@@ -22,13 +21,13 @@ if TYPE_CHECKING:
 
     from xllm_plugin.service.exchange import Exchange
 
-__all__ = ["Asked", "Decision", "Router", "Sent"]
+__all__ = ["Router"]
 
 logger = logging.getLogger(__name__)
 
-_MAX_OWNERS = 65536
-_MAX_CAUSES = 256
-_MAX_ROSTERS = 8
+_MAX_OWNERS: Final = 65536
+_MAX_CAUSES: Final = 256
+_MAX_ROSTERS: Final = 8
 """Each is told of every change; those of the models that were asked for last are kept."""
 _TICKS_PER_S: Final = 1000
 """How finely it is told apart when prompts are predicted to be computed: a timer for each tick."""
@@ -37,59 +36,7 @@ _MAX_PROMPT_TOKENS: Final = 100_000
 _INFINITE: Final = float("inf")
 
 
-class Decision(msgspec.Struct, frozen=True, array_like=True):
-    """One choice that was made, as the admin API shows it."""
-
-    unix_s: float
-    model: str | None
-    instance: str
-    policy: str
-    reason: Any
-    """For people; `str` makes the text, which few read."""
-    num_candidates: int
-    attempt: int
-    """1 for the first instance, 2 for the one after it failed, ..."""
-    cause: str
-    """The reason in a few words that many decisions share."""
-
-    def settled(self) -> Decision:
-        """The same with its reason as text, for those who keep or send it."""
-        return msgspec.structs.replace(self, reason=str(self.reason))
-
-    def described(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return msgspec.structs.asdict(self.settled())
-
-
-class Asked(msgspec.Struct, frozen=True, gc=False):
-    """A request as policies see it (`RequestView`)."""
-
-    sequence: int
-    draw: int
-    session_key: str
-    cost_tokens: int
-    prompt_tokens: int
-    output_tokens: int
-    cached_tokens: Mapping[str, float]
-    slo: Slo | None = None
-
-
-class Sent(msgspec.Struct, eq=False):
-    """What the router remembers of a request on its way."""
-
-    prompt_tokens: int = 0
-    """0: not known, to be estimated."""
-    cached_tokens: Mapping[str, float] = {}
-    instance: Instance | None = None
-    """Where `uncached_tokens` are counted as not computed yet."""
-    uncached_tokens: int = 0
-    ahead_tokens: float = 0.0
-    """That had to be computed before, when it was sent."""
-    is_exact: bool = False
-    """Whether `prompt_tokens` were counted, not estimated."""
-
-
-_NOTHING = Sent()
+_NOTHING: Final = Sent()
 
 
 class Router:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from xllm_plugin.service.replies import Refusal
@@ -76,8 +76,8 @@ CONTROL_ROUTES = frozenset(
         "/weight_info",
     }
 )
-_CONTROL_PREFIX = "/xllm/"
-_INFERENCE = frozenset(
+_CONTROL_PREFIX: Final = "/xllm/"
+_INFERENCE: Final = frozenset(
     {
         "/v1/chat/completions",
         "/v1/chat/completions/batch",

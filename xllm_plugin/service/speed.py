@@ -13,22 +13,23 @@ forget: an instance that was slow an hour ago is not slow now.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 __all__ = ["Line", "Pace", "Paces", "Speed", "SpeedMeter"]
 
-_FORGETTING = 0.98
+_FORGETTING: Final = 0.98
 """An observation of an instance weighs half after 34 more."""
-_FLEET_FORGETTING = 0.998
+_FLEET_FORGETTING: Final = 0.998
 """One of the fleet after 346 more."""
-_PRIOR_WEIGHT = 2.0
-_TTFT_PRIOR_WEIGHT = 10.0
-_TPOT_PRIOR_WEIGHT = 30.0
+_PRIOR_WEIGHT: Final = 2.0
+_TTFT_PRIOR_WEIGHT: Final = 10.0
+_TPOT_PRIOR_WEIGHT: Final = 30.0
 """So many measurements like the fleet's are assumed of each instance.  What was computed meanwhile
 bears on a time more than the device does: weights of 2 and 10 cost a fifth of TTFT's p90 in the
 simulated fleet of equals."""
-_HALF_LIFE_S = 60.0
-_MIN_TTFT_SPREAD_TOKENS = 256.0
-_MIN_TPOT_SPREAD = 2.0
+_HALF_LIFE_S: Final = 60.0
+_MIN_TTFT_SPREAD_TOKENS: Final = 256.0
+_MIN_TPOT_SPREAD: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)

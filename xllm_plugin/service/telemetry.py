@@ -9,32 +9,32 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xllm_plugin.service.config import SloConfig
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.histogram import Histogram
+from xllm_plugin.service.measured import Measured, Outcome
 from xllm_plugin.service.policy import Slo
 from xllm_plugin.service.routes import Kind
 
 if TYPE_CHECKING:
     from xllm_plugin.service.exchange import Exchange
 
-__all__ = ["Ending", "Measured", "Outcome", "Sample", "Telemetry"]
+__all__ = ["Ending", "Sample", "Telemetry"]
 
 _TURN_S: Final = 30.0
 """An instance's latencies are shown of the last 30 to 60 s."""
-_OK = 200
-_SWITCHED = 101
-_TOO_MANY = 429
-_SERVER_ERROR = 500
+_OK: Final = 200
+_SWITCHED: Final = 101
+_TOO_MANY: Final = 429
+_SERVER_ERROR: Final = 500
 _INFINITE: Final = float("inf")
 _NOTHING_PROMISED: Final = Slo()
 # Tuples: members are compared by identity, which costs less than their hash.
-_INFERENCE = (Kind.INFERENCE, Kind.RESPONSES)
-_NOT_WORK = (Kind.HEALTH, Kind.MODELS, Kind.CONTROL)
+_INFERENCE: Final = (Kind.INFERENCE, Kind.RESPONSES)
+_NOT_WORK: Final = (Kind.HEALTH, Kind.MODELS, Kind.CONTROL)
 
 
 class Ending(StrEnum):
@@ -47,18 +47,6 @@ class Ending(StrEnum):
     BROKEN = "broken"
     """An answer that had begun could not be finished."""
     CLIENT_GONE = "client gone"
-
-
-class Outcome(StrEnum):
-    """What became of a stream's promise."""
-
-    KEPT = "kept"
-    TTFT_MISSED = "ttft_missed"
-    """The first token was late, whatever came then."""
-    TPOT_MISSED = "tpot_missed"
-    """Only the tokens after it were too slow."""
-    FAILED = "failed"
-    """Broken, or refused because the service or its instances could not take it."""
 
 
 class Sample(NamedTuple):
@@ -80,18 +68,6 @@ class Sample(NamedTuple):
     in_flight: int
     waiting: int
     """Requests in the instances' queues, as they said last."""
-
-
-@dataclass(slots=True)
-class Measured:
-    """What the requests of another process have shown since it last said so."""
-
-    num_requests: int = 0
-    num_failed: int = 0
-    num_tokens: int = 0
-    outcomes: dict[Outcome, int] = field(default_factory=dict)
-    ttft: Histogram = field(default_factory=Histogram)
-    tpot: Histogram = field(default_factory=Histogram)
 
 
 class Telemetry:

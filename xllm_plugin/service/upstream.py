@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import httptools
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["MAX_RESPONSE_HEAD_BYTES", "Pool", "UpstreamConnection"]
 
 MAX_RESPONSE_HEAD_BYTES = 256 * 1024
-_HEAD_END = b"\r\n\r\n"
-_JOIN_BELOW_BYTES = 64 * 1024
+_HEAD_END: Final = b"\r\n\r\n"
+_JOIN_BELOW_BYTES: Final = 64 * 1024
 
 
 class UpstreamConnection(asyncio.Protocol):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from xllm_plugin.service.decision import Decision, Sent
 from xllm_plugin.service.fleet import Instance
 from xllm_plugin.service.flow.wishes import NO_WISHES, Wishes
-from xllm_plugin.service.router import Decision, Sent
 from xllm_plugin.service.routes import route_of
 
 __all__ = ["FakeExchange", "StoppedLoop"]

@@ -34,6 +34,7 @@ __all__ = [
     "Harness",
     "RawClient",
     "RunningService",
+    "make_pool",
     "request",
     "serving",
     "wait_until",
@@ -79,6 +80,11 @@ class RawClient:
             parts += (line, await self.reader.readexactly(size + 2))
             if not size:
                 return b"".join(parts)
+
+
+def make_pool(entry: InstanceEntry) -> Pool:
+    """Connections to one instance, without TLS."""
+    return Pool(entry.host, entry.port, tls=None, connect_timeout_s=5.0)
 
 
 class Harness:
@@ -188,7 +194,7 @@ async def serving(
     config = ServiceConfig(listen=ListenConfig(host="127.0.0.1", port=0), **sections)
     fleet = Fleet(
         config.instances.timings(),
-        lambda entry: Pool(entry.host, entry.port, tls=None, connect_timeout_s=5.0),
+        make_pool,
     )
     router = Router(
         fleet,

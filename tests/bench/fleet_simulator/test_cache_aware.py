@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xllm_plugin.bench.fleet_simulator.cache_aware import CacheAware, CacheAwareSettings
-from xllm_plugin.service.router import Asked
+from xllm_plugin.service.decision import Asked
 from xllm_plugin.testing.fake_view import FakeView
 
 DEFAULTS = CacheAwareSettings()

@@ -98,6 +98,7 @@ def test_decisions_are_counted_by_cause_and_the_last_come_first(run: Any) -> Non
     run(check())
 
 
+@pytest.mark.looks_inside
 def test_a_policy_that_gives_every_choice_a_cause_of_its_own_is_bounded(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from xllm_plugin.service.decision import Sent
 from xllm_plugin.service.flow.usage import UsageMeter
-from xllm_plugin.service.router import Sent
+
+pytestmark = pytest.mark.looks_inside
 
 
 class Ended:

@@ -16,6 +16,7 @@ from xllm_plugin.service.kv_index.places import Places
 from xllm_plugin.service.kv_index.tokens import Prompt
 from xllm_plugin.service.kv_index.wire import BlockStored
 from xllm_plugin.service.lifecycle import Alive, Timings
+from xllm_plugin.testing.service_harness import make_pool
 
 MODELS = ("a", "b", "c")
 PROMPT = Prompt(packed([1, 2, 3]), NO_EXTRA)
@@ -24,7 +25,7 @@ PROMPT = Prompt(packed([1, 2, 3]), NO_EXTRA)
 @contextmanager
 def made() -> Iterator[tuple[Fleet, KvDirectory]]:
     """A directory of three models that one instance has, and nobody is followed."""
-    fleet = Fleet(Timings(lease_s=1e9), lambda entry: None, clock=lambda: 0.0)  # type: ignore[arg-type,return-value]
+    fleet = Fleet(Timings(lease_s=1e9), make_pool, clock=lambda: 0.0)
     entry = InstanceEntry(url="http://i:80", name="i")
     instance = fleet.register(entry, source="t", incarnation="1", leased=True)
     fleet.set_models(instance, {name: {"id": name} for name in MODELS})
@@ -37,6 +38,7 @@ def made() -> Iterator[tuple[Fleet, KvDirectory]]:
         directory._context.destroy(linger=0)
 
 
+@pytest.mark.looks_inside
 def test_models_asked_in_turn_each_keep_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
     num_made = 0
 

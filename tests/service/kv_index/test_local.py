@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from xllm_plugin.service.kv_index.local import LocalCopies, LocalCopy
+from xllm_plugin.service.lifecycle import State
 
 HANGS = """
 import asyncio, threading
@@ -63,6 +64,27 @@ class SimpleBody:
 
 def fail(body: bytes) -> None:
     raise ValueError(f"no number: {body!r}")
+
+
+def test_copies_go_when_their_instance_has_gone_and_another_one_comes() -> None:
+    async def check() -> None:
+        copies = LocalCopies(SimpleNamespace())  # type: ignore[arg-type]
+        copies._start = lambda running: running.close()  # type: ignore[method-assign]
+        one, two, new_one = (instance(name) for name in ("one", "two", "one"))
+        of_one, of_two = copies.of(one, "m"), copies.of(two, "m")
+        assert copies.of(one, "m") is of_one
+        assert copies.of(new_one, "m") is not of_one  # replaced under its name
+        new_one.life = SimpleNamespace(state=State.GONE, incarnation="a")
+        copies.of(instance("three"), "m")
+        assert list(copies._copies) == ["two", "three"]
+        assert copies.of(two, "m") is of_two
+
+    asyncio.run(check())
+
+
+def instance(name: str) -> Any:
+    life = SimpleNamespace(state=State.READY, incarnation="a")
+    return SimpleNamespace(name=name, models={"m": {}}, life=life)
 
 
 @pytest.mark.parametrize("error", [msgspec.DecodeError("{"), OSError("gone"), ValueError("500")])

@@ -264,7 +264,7 @@ def test_a_tokenizer_that_differs_from_its_server_is_not_used(run: Any, monkeypa
 
 def copies_of(it: Site) -> list[Any]:
     found = it.service.proxy.prompts._copies._copies.values()
-    return [copy for models in found for copy in models.values()]
+    return [copy for _, models in found for copy in models.values()]
 
 
 async def copied(it: Site) -> None:
@@ -348,6 +348,7 @@ def test_a_template_that_was_never_seen_to_agree_is_not_used(run: Any) -> None:
     run(check())
 
 
+@pytest.mark.looks_inside
 def test_a_server_that_renders_otherwise_later_is_asked_again(run: Any, monkeypatch: Any) -> None:
     """A sample of its chats is compared with what it makes of them."""
 

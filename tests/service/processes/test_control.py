@@ -18,7 +18,7 @@ import pytest
 import xllm_plugin
 from xllm_plugin.errors import MisuseError, NotNowError
 from xllm_plugin.service.config import InstanceEntry, ServiceConfig
-from xllm_plugin.service.keys import KeyRecord, hash_of, make_key, write
+from xllm_plugin.service.key_file import KeyRecord, hash_of, make_key, write
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.service.processes import control, supervisor
 from xllm_plugin.service.processes.control import ControlService

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.service.flow.bucket import Bucket
-from xllm_plugin.service.keys import KeyRecord, hash_of, make_key, write
+from xllm_plugin.service.key_file import KeyRecord, hash_of, make_key, write
 from xllm_plugin.service.processes import limits
 from xllm_plugin.service.processes.limits import ControlKeyRing, SharedAccount, WorkerKeyRing
 from xllm_plugin.service.processes.shared import SharedMemory

@@ -12,9 +12,10 @@ import pytest
 from xllm_plugin.registration import KvEventSource, Role
 from xllm_plugin.service import lifecycle
 from xllm_plugin.service.config import InstanceEntry, ServiceConfig
-from xllm_plugin.service.fleet import Stats
-from xllm_plugin.service.flow.control import FlowStats
-from xllm_plugin.service.keys import KeyRecord
+from xllm_plugin.service.decision import Decision
+from xllm_plugin.service.flow.stats import FlowStats
+from xllm_plugin.service.key_file import KeyRecord
+from xllm_plugin.service.measured import Measured, Outcome
 from xllm_plugin.service.processes import messages
 from xllm_plugin.service.processes.channel import Channel
 from xllm_plugin.service.processes.messages import (
@@ -34,9 +35,8 @@ from xllm_plugin.service.processes.messages import (
     sections_of,
     settings_from,
 )
-from xllm_plugin.service.router import Decision
 from xllm_plugin.service.speed import Speed
-from xllm_plugin.service.telemetry import Measured, Outcome
+from xllm_plugin.service.stats import Stats
 
 
 def through(message: Any, kind: Any) -> Any:

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from xllm_plugin.registration import Load
 from xllm_plugin.service import lifecycle
 from xllm_plugin.service.config import InstanceEntry
+from xllm_plugin.service.decision import Asked
 from xllm_plugin.service.fleet import Fleet
 from xllm_plugin.service.lifecycle import State, Timings
 from xllm_plugin.service.policies import LeastLoadedRanking, least_loaded
@@ -22,7 +23,6 @@ from xllm_plugin.service.processes.news import LOAD_WORDS, Audience, ControlFlee
 from xllm_plugin.service.processes.shared import SharedMemory
 from xllm_plugin.service.processes.slots import Ledger, Slots
 from xllm_plugin.service.roster import Roster
-from xllm_plugin.service.router import Asked
 from xllm_plugin.service.upstream import Pool
 
 NUM_WORKERS = 2

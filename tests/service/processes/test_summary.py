@@ -13,10 +13,12 @@ from xllm_plugin.service import lifecycle
 from xllm_plugin.service.carrier import Carrier
 from xllm_plugin.service.config import FlowConfig, InstanceEntry, ServiceConfig
 from xllm_plugin.service.dashboard.overview import degradations, overview
-from xllm_plugin.service.fleet import Fleet, Instance, Stats
-from xllm_plugin.service.flow.control import FlowStats
+from xllm_plugin.service.decision import Decision
+from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.flow.metrics import describe_keys, describe_queue
-from xllm_plugin.service.keys import KeyRecord, hash_of, write
+from xllm_plugin.service.flow.stats import FlowStats
+from xllm_plugin.service.key_file import KeyRecord, hash_of, write
+from xllm_plugin.service.measured import Measured, Outcome
 from xllm_plugin.service.metrics import ServiceCollector
 from xllm_plugin.service.processes.limits import IN_FLIGHT as KEY_IN_FLIGHT
 from xllm_plugin.service.processes.limits import ControlKeyRing
@@ -27,9 +29,8 @@ from xllm_plugin.service.processes.reports import Reporter
 from xllm_plugin.service.processes.shared import SharedMemory
 from xllm_plugin.service.processes.slots import Ledger, Slots
 from xllm_plugin.service.processes.summary import ControlProxy
-from xllm_plugin.service.processes.worker import WorkerFlow, part_of
-from xllm_plugin.service.router import Decision
-from xllm_plugin.service.telemetry import Measured, Outcome
+from xllm_plugin.service.processes.worker_proxy import WorkerFlow, part_of
+from xllm_plugin.service.stats import Stats
 
 
 def nothing(*_: Any) -> None:

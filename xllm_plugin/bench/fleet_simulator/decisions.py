@@ -14,10 +14,11 @@ from typing import Any, cast
 
 from xllm_plugin.service.cached import CachedTokens
 from xllm_plugin.service.config import InstanceEntry
+from xllm_plugin.service.decision import Sent
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.lifecycle import Alive, Timings
 from xllm_plugin.service.policy import RoutingPolicy
-from xllm_plugin.service.router import Router, Sent
+from xllm_plugin.service.router import Router
 from xllm_plugin.service.upstream import Pool
 from xllm_plugin.testing.fake_exchange import FakeExchange
 

@@ -22,8 +22,10 @@ from xllm_plugin.bench.fleet_simulator.summary import Served
 from xllm_plugin.bench.fleet_simulator.workload import Arrival
 from xllm_plugin.errors import ConfigError, InternalError
 from xllm_plugin.registration import Load
+from xllm_plugin.service.body import Peek
 from xllm_plugin.service.config import InstanceEntry
-from xllm_plugin.service.exchange import Exchange, Peek, cost_tokens_of
+from xllm_plugin.service.decision import Decision, Sent
+from xllm_plugin.service.exchange import Exchange, cost_tokens_of
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.flow.wishes import NO_WISHES
 from xllm_plugin.service.kv_index.index import Cache, PrefixIndex, packed
@@ -31,7 +33,7 @@ from xllm_plugin.service.kv_index.places import Places
 from xllm_plugin.service.kv_index.wire import BlockRemoved, BlockStored, Event
 from xllm_plugin.service.lifecycle import Alive, Timings
 from xllm_plugin.service.policy import RoutingPolicy
-from xllm_plugin.service.router import Decision, Router, Sent
+from xllm_plugin.service.router import Router
 from xllm_plugin.service.upstream import Pool
 
 __all__ = ["Delays", "InstanceSpec", "Run", "simulate"]

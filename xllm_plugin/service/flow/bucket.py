@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 __all__ = ["Bucket"]
 
-_MINUTE_S = 60.0
+_MINUTE_S: Final = 60.0
 
 
 class Bucket:

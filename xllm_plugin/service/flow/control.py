@@ -16,50 +16,36 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from xllm_plugin.service.config import FlowConfig
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.flow.queue import Band, FairQueue, Ticket
+from xllm_plugin.service.flow.stats import FlowStats
 from xllm_plugin.service.flow.wishes import with_ttft_left
-from xllm_plugin.service.histogram import Histogram
 from xllm_plugin.service.replies import Refusal
 
 if TYPE_CHECKING:
     from xllm_plugin.service.exchange import Exchange
 
-__all__ = ["FlowControl", "FlowStats", "Waiting"]
+__all__ = ["FlowControl", "Waiting"]
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class FlowStats:
-    """Counters of all that has waited."""
-
-    outcomes: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(("sent", "expired", "full", "gone"), 0)
-    )
-    waits: Histogram = field(default_factory=Histogram)
-    """How long those waited that were sent."""
-
-    def add(self, other: FlowStats) -> None:
-        """Count what another process has counted."""
-        for outcome, count in other.outcomes.items():
-            self.outcomes[outcome] += count
-        self.waits.add(other.waits)
-
-
-@dataclass(slots=True, eq=False)
 class Waiting:
     """The time of a request in the queue."""
 
-    ticket: Ticket[Exchange]
-    since_s: float
-    timer: asyncio.TimerHandle
-    waited_s: float = -1.0
-    """Below 0 while it waits."""
+    __slots__ = ("since_s", "ticket", "timer", "waited_s")
+
+    def __init__(
+        self, ticket: Ticket[Exchange], since_s: float, timer: asyncio.TimerHandle
+    ) -> None:
+        self.ticket = ticket
+        self.since_s = since_s
+        self.timer = timer
+        self.waited_s = -1.0
+        """Below 0 while it waits."""
 
 
 class FlowControl:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from xllm_plugin.service.exchange import Exchange
 
 __all__ = ["UsageMeter"]
 
-_TAIL_BYTES = 2048
-_SUCCESS = range(200, 300)
-_CLIENT_GONE = 499
+_TAIL_BYTES: Final = 2048
+_SUCCESS: Final = range(200, 300)
+_CLIENT_GONE: Final = 499
 # Within strings of JSON quotes are escaped, so generated text cannot look like these.
-_TOTAL = b'"total_tokens"'
-_PARTS = (b'"input_tokens"', b'"output_tokens"')
-_ANY = b'_tokens"'
-_NUMBER = re.compile(rb"\s*:\s*(\d{1,12})")
-_EVENT = b"data: "
+_TOTAL: Final = b'"total_tokens"'
+_PARTS: Final = (b'"input_tokens"', b'"output_tokens"')
+_ANY: Final = b'_tokens"'
+_NUMBER: Final = re.compile(rb"\s*:\s*(\d{1,12})")
+_EVENT: Final = b"data: "
 
 
 class UsageMeter:

@@ -7,7 +7,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import zmq.asyncio
 
@@ -23,8 +23,8 @@ __all__ = ["KvDirectory"]
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 0.1
-_MAX_PLACES = 64
+_LOOK_S: Final = 0.1
+_MAX_PLACES: Final = 64
 _NOTHING: Mapping[str, float] = {}
 
 

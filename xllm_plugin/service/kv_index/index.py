@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import groupby, repeat
 from struct import iter_unpack
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from xllm_plugin.errors import InternalError
 from xllm_plugin.service.kv_index.wire import (
@@ -43,11 +43,11 @@ __all__ = [
     "prompt_extra",
 ]
 
-_TOKEN_BYTES = 4
-_MIN_MASKS = 1024
-_BLOCKS_A_MASK = 16
+_TOKEN_BYTES: Final = 4
+_MIN_MASKS: Final = 1024
+_BLOCKS_A_MASK: Final = 16
 """Unused sets of holders are looked for once there is one for so many blocks."""
-_PREFIX_KINDS = frozenset(
+_PREFIX_KINDS: Final = frozenset(
     {None, "full_attention", "mla_attention", "sink_full_attention", "unknown"}
 )
 """Of cache groups whose blocks make up a prefix; windows and states keep only its end."""
@@ -61,7 +61,7 @@ class Tier(IntEnum):
     DISK = 2
 
 
-_TIERS = {None: Tier.DEVICE, "GPU": Tier.DEVICE, "CPU": Tier.HOST}
+_TIERS: Final = {None: Tier.DEVICE, "GPU": Tier.DEVICE, "CPU": Tier.HOST}
 
 
 class Held(NamedTuple):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Final, TypeVar
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 import aiohttp
 import msgspec
@@ -26,6 +26,7 @@ from xllm_plugin.service.kv_index import samples
 from xllm_plugin.service.kv_index.asking import Asker, RefusedPromptError
 from xllm_plugin.service.kv_index.chats import CannotRenderError, ChatRenderer
 from xllm_plugin.service.kv_index.index import packed
+from xllm_plugin.service.lifecycle import State
 
 __all__ = ["LocalCopies", "LocalCopy", "Tokenizer"]
 
@@ -100,8 +101,8 @@ class LocalCopies:
         self.num_misread = 0
         """Chats whose ids were others than their instance's, of those that were compared."""
         self._asker = asker
-        self._copies: WeakKeyDictionary[Instance, dict[str, LocalCopy]] = WeakKeyDictionary()
-        """By model.  Gone with the instance."""
+        self._copies: dict[str, tuple[Instance, dict[str, LocalCopy]]] = {}
+        """By instance and model."""
         self._shared: WeakValueDictionary[bytes, Any] = WeakValueDictionary()
         """By digest of what was handed out; gone with the last copy."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -109,7 +110,7 @@ class LocalCopies:
 
     def of(self, instance: Instance, model: str) -> LocalCopy:
         """The copy of a model; one that is new is empty, and fetched for the next prompts."""
-        models = self._copies.setdefault(instance, {})
+        models = self._of(instance)
         for gone in models.keys() - instance.models.keys():  # an adapter that was unloaded
             del models[gone]
         copy = models.get(model)
@@ -133,6 +134,20 @@ class LocalCopies:
         """Stop fetching."""
         for task in self._tasks:
             task.cancel()
+
+    def _of(self, instance: Instance) -> dict[str, LocalCopy]:
+        known = self._copies.get(instance.name)
+        if known is not None and known[0] is instance:
+            return known[1]
+        # One has come: those that have gone meanwhile are forgotten.
+        self._copies = {
+            name: (one, models)
+            for name, (one, models) in self._copies.items()
+            if one.life.state is not State.GONE
+        }
+        models: dict[str, LocalCopy] = {}
+        self._copies[instance.name] = instance, models
+        return models
 
     def _start(self, running: Any) -> None:
         task = asyncio.get_running_loop().create_task(running)

@@ -6,13 +6,14 @@ Where nearly all instances hold the same, a system prompt say, that is said once
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 from xllm_plugin.service.cached import CachedTokens
 from xllm_plugin.service.kv_index.index import Cache, Held, Holders, bits_of
 
 __all__ = ["Places"]
 
-_FEW = 16
+_FEW: Final = 16
 """Of so many each is said by itself."""
 
 

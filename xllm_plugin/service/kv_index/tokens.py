@@ -31,11 +31,12 @@ __all__ = ["Prompt", "PromptReader", "Unread"]
 
 logger = logging.getLogger(__name__)
 
-_NUM_THREADS = 2
+_NUM_THREADS: Final = 2
 _COMPARE_EVERY: Final = 100
 """Chats that were rendered here, until one is compared with what its instance makes of it."""
-_PATHS = ("/v1/completions", "/v1/chat/completions")
-_CHAT_FIELDS = (
+_PATHS: Final = ("/v1/completions", "/v1/chat/completions")
+_TEXT_FIELDS: Final = ("add_special_tokens",)
+_CHAT_FIELDS: Final = (
     *("messages", "tools", "add_generation_prompt", "continue_final_message"),
     *("add_special_tokens", "chat_template", "mm_processor_kwargs"),
 )
@@ -66,8 +67,8 @@ class Unread(NamedTuple):
     extra: Extra
 
 
-_decode_prompt = msgspec.json.Decoder(str | list[int]).decode
-_decode_kwargs = msgspec.json.Decoder(dict[str, msgspec.Raw] | None).decode
+_decode_prompt: Final = msgspec.json.Decoder(str | list[int]).decode
+_decode_kwargs: Final = msgspec.json.Decoder(dict[str, msgspec.Raw] | None).decode
 
 
 class PromptReader:
@@ -223,19 +224,17 @@ def _size(question: bytes, known: Prompt) -> int:
 
 def _question(wanted: PromptFields, prompt: str | None, model: str) -> bytes | None:
     """The body of a request to `/tokenize`."""
-    names: tuple[str, ...] = ("add_special_tokens",)
+    is_chat = prompt is None
     fields: dict[str, Any] = {"model": model}
     if prompt is not None:
         fields["prompt"] = prompt
-    elif wanted.messages is not msgspec.UNSET:
-        names = _CHAT_FIELDS
-    else:
+    elif wanted.messages is msgspec.UNSET:
         return None
-    for name in names:
+    for name in _CHAT_FIELDS if is_chat else _TEXT_FIELDS:
         value = getattr(wanted, name)
         if _is_given(value):
             fields[name] = value
-    if names is _CHAT_FIELDS and (variables := _template_variables(wanted)):
+    if is_chat and (variables := _template_variables(wanted)):
         fields["chat_template_kwargs"] = variables
     return msgspec.json.encode(fields)
 

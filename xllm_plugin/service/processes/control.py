@@ -8,7 +8,7 @@ from pathlib import Path
 
 import aiohttp
 
-from xllm_plugin.service import keys, lifecycle
+from xllm_plugin.service import key_file, lifecycle
 from xllm_plugin.service.app import Service
 from xllm_plugin.service.carrier import Carrier, MakePool, opened
 from xllm_plugin.service.config import ServiceConfig
@@ -78,7 +78,7 @@ class ControlService(Service):
         path, ring = config.keys.file, self.proxy.keys
         if path is not None and (ring is None or ring.path != path):
             # Until workers know the new ones, both are counted.
-            limits.require_room(self._key_slots, path, keys.read(path))
+            limits.require_room(self._key_slots, path, key_file.read(path))
 
     def _make_carrier(self) -> Carrier:
         num_workers = self.config.service.processes

@@ -25,7 +25,8 @@ from typing import Final
 
 from xllm_plugin.errors import ConfigError, MisuseError
 from xllm_plugin.service.flow.bucket import Bucket
-from xllm_plugin.service.keys import Account, KeyRecord, KeyRing
+from xllm_plugin.service.key_file import KeyRecord
+from xllm_plugin.service.keys import Account, KeyRing
 from xllm_plugin.service.processes.messages import BucketView, KeyNews, Keys
 from xllm_plugin.service.processes.shared import CounterTable
 from xllm_plugin.service.processes.slots import Slots

@@ -15,14 +15,14 @@ from pydantic import BaseModel, SecretStr
 
 from xllm_plugin.registration import KvEventSource
 from xllm_plugin.service.config import InstanceEntry, ServiceConfig
-from xllm_plugin.service.fleet import Stats
-from xllm_plugin.service.flow.control import FlowStats
+from xllm_plugin.service.decision import Decision
+from xllm_plugin.service.flow.stats import FlowStats
 from xllm_plugin.service.histogram import Histogram
-from xllm_plugin.service.keys import KeyRecord
+from xllm_plugin.service.key_file import KeyRecord
 from xllm_plugin.service.lifecycle import Life
-from xllm_plugin.service.router import Decision
+from xllm_plugin.service.measured import Measured
 from xllm_plugin.service.speed import Speed
-from xllm_plugin.service.telemetry import Measured
+from xllm_plugin.service.stats import Stats
 
 __all__ = [
     "BucketView",

@@ -7,6 +7,7 @@ the control process, whose answer replaces it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from xllm_plugin.service import lifecycle
 from xllm_plugin.service.config import InstanceEntry
@@ -19,7 +20,7 @@ from xllm_plugin.service.upstream import Pool
 
 __all__ = ["MirrorFleet"]
 
-_MAX_TTFTS = 4096
+_MAX_TTFTS: Final = 4096
 """Between two reports; more teach nothing."""
 
 

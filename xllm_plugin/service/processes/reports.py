@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from xllm_plugin.service.fleet import Stats
-from xllm_plugin.service.flow.control import FlowStats
+from xllm_plugin.service.flow.stats import FlowStats
 from xllm_plugin.service.keys import KeyRing
 from xllm_plugin.service.processes.messages import KeyUse, QueuePart, Report
 from xllm_plugin.service.processes.mirror import MirrorFleet
 from xllm_plugin.service.proxy import Proxy
+from xllm_plugin.service.stats import Stats
 
 __all__ = ["Reporter"]
 

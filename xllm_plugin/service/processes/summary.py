@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from xllm_plugin.service.config import FlowConfig, KvIndexConfig, ServiceConfig
 from xllm_plugin.service.exchange import Exchange
-from xllm_plugin.service.fleet import Fleet, Instance, add_counts
+from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.flow.control import FlowControl
 from xllm_plugin.service.flow.queue import Band
 from xllm_plugin.service.keys import KeyRing
@@ -20,6 +20,7 @@ from xllm_plugin.service.processes.messages import KeyUse, Report
 from xllm_plugin.service.processes.news import ControlFleet
 from xllm_plugin.service.proxy import Proxy
 from xllm_plugin.service.router import Router
+from xllm_plugin.service.stats import add_counts
 
 __all__ = ["ControlProxy"]
 
@@ -38,8 +39,6 @@ class ControlProxy(Proxy):
         cut_off: ends the connections of all workers.
     """
 
-    fleet: ControlFleet
-
     def __init__(
         self,
         config: ServiceConfig,
@@ -56,6 +55,8 @@ class ControlProxy(Proxy):
         self._num_misread = 0
         self._make_ring = make_keys
         self._cut_off = cut_off
+        assert isinstance(fleet, ControlFleet)
+        self._all = fleet
         super().__init__(config, fleet, router)
         self.workers = [WorkerFigures(index) for index in range(num_workers)]
         self.directory = _ReportedDirectory(fleet, config.kv_index, self.reports)
@@ -83,13 +84,13 @@ class ControlProxy(Proxy):
     def take(self, worker: int, report: Report) -> None:
         """Add up what a worker has counted."""
         for name, stats in report.instances.items():
-            instance = self.fleet.get_without_load(name)
+            instance = self._all.get_without_load(name)
             if instance is not None:
                 instance.stats.add(stats)
         for name, num_tokens, seconds in report.ttfts:
-            instance = self.fleet.get_without_load(name)
+            instance = self._all.get_without_load(name)
             if instance is not None:
-                self.fleet.observe_ttft(instance, num_tokens, seconds)
+                self._all.observe_ttft(instance, num_tokens, seconds)
         self.telemetry.add(report.measured)
         add_counts(self.refusals, report.refusals)
         self.router.decisions.extend(report.decisions)
@@ -105,7 +106,7 @@ class ControlProxy(Proxy):
         figures.cpu_s = report.cpu_s
         figures.resident_bytes = report.resident_bytes
         self.reports[worker] = report
-        for instance in self.fleet.all_without_load():
+        for instance in self._all.all_without_load():
             instance.num_idle_elsewhere = sum(
                 one.idle_connections.get(instance.name, 0) for one in self.reports.values()
             )
