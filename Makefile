@@ -31,6 +31,7 @@ test: $(VENV)/.dev lint  ## Run every test tier, one model each (under 15 minute
 
 test-all: $(VENV)/.dev lint  ## Run the full matrix.
 	$(BIN)/python -m pytest --durations=25
+	$(MAKE) test-wheel
 
 wheel: $(VENV)/.dev  ## Build dist/*.whl with the service's hot path compiled (needs a C compiler; 2 min).
 	HATCH_BUILD_HOOK_ENABLE_MYPYC=1 $(BIN)/python -m build --outdir dist .

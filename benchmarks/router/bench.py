@@ -516,6 +516,7 @@ def rows(bench: Bench, routers: Sequence[Router]) -> list[Row]:
     return found
 
 
+_USAGE: Final = ("prompt_tokens", "completion_tokens", "total_tokens")
 EQUAL: Final = "equal"
 REWRITTEN: Final = "written anew, the same to a client"
 
@@ -535,7 +536,7 @@ def read(whole: Any, streamed: str) -> Any:
     return (
         whole["choices"][0]["message"]["content"],
         whole["choices"][0]["finish_reason"],
-        whole["usage"],
+        [(whole["usage"] or {}).get(name) for name in _USAGE],
         "".join(choice["delta"].get("content") or "" for choice in choices),
         [choice["finish_reason"] for choice in choices if choice.get("finish_reason")],
         "[DONE]" in lines,

@@ -14,7 +14,7 @@ import pytest
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.service import access_log
 from xllm_plugin.service.kv_index.index import packed
-from xllm_plugin.service.kv_index.tokens import Prompt
+from xllm_plugin.service.kv_index.prompts import Prompt
 from xllm_plugin.service.policy import Choice, RoutingPolicy
 from xllm_plugin.testing.fake_instance import FakeInstance, Received, answer, answer_raw
 from xllm_plugin.testing.fake_streams import Death, FakeModel, stream_instance

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from xllm_plugin.service.fleet import Instance
     from xllm_plugin.service.flow.control import Waiting
     from xllm_plugin.service.keys import Grant
-    from xllm_plugin.service.kv_index.tokens import Prompt
+    from xllm_plugin.service.kv_index.prompts import Prompt
     from xllm_plugin.service.proxy import Proxy
     from xllm_plugin.service.upstream import Pool, UpstreamConnection
 

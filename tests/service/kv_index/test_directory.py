@@ -13,7 +13,7 @@ from xllm_plugin.service.kv_index import directory as directory_module
 from xllm_plugin.service.kv_index.directory import KvDirectory
 from xllm_plugin.service.kv_index.index import NO_EXTRA, packed
 from xllm_plugin.service.kv_index.places import Places
-from xllm_plugin.service.kv_index.tokens import Prompt
+from xllm_plugin.service.kv_index.prompts import Prompt
 from xllm_plugin.service.kv_index.wire import BlockStored
 from xllm_plugin.service.lifecycle import Alive, Timings
 from xllm_plugin.testing.service_harness import make_pool

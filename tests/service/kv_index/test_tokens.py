@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.exchange import peek
-from xllm_plugin.service.kv_index.index import NO_EXTRA, PrefixIndex, packed
-from xllm_plugin.service.kv_index.tokens import Prompt, PromptReader, Unread, _size
-from xllm_plugin.service.kv_index.wire import BlockStored
+from xllm_plugin.service.kv_index.index import packed
+from xllm_plugin.service.kv_index.prompts import Prompt
+from xllm_plugin.service.kv_index.tokens import PromptReader, Unread
 
 PATH = "/v1/completions"
 
@@ -49,20 +48,6 @@ def test_ids_need_nobody_and_texts_are_found_again() -> None:
     prompts.close()
 
 
-def test_a_remembered_prompt_is_counted_with_its_keys() -> None:
-    """Of whatever block sizes: those of the smallest would take most."""
-    index = PrefixIndex()
-    for size in (1, 8, 16, 32, 64):
-        index.apply(index.add(), BlockStored([b"a"], None, [1] * size, size))
-    known = Prompt(packed([1] * 1000), NO_EXTRA, {})
-    assert index.holders(*known) == index.holders(known.tokens)
-    assert known.chains is not None
-    keys = [key for chain in known.chains.values() for key in chain]
-    assert len(keys) == 999 // 16 + 999 // 32 + 999 // 64
-    num_bytes = sum(map(sys.getsizeof, (*keys, *known.chains.values())))
-    assert _size(b"", known) >= len(known.tokens) + num_bytes
-
-
 def test_what_is_remembered_is_bounded_and_the_longest_unused_goes_first() -> None:
     prompts = reader(1000)
     for text in "abc":
@@ -70,9 +55,9 @@ def test_what_is_remembered_is_bounded_and_the_longest_unused_goes_first() -> No
     assert isinstance(look(prompts, "a"), Prompt), "used last"
     learn(prompts, "d", [1] * 20)
     assert [isinstance(look(prompts, text), Prompt) for text in "abcd"] == [True, False, True, True]
-    assert prompts._known_bytes <= 1000
+    assert prompts._known.num_bytes <= 1000
     learn(prompts, "long", [1] * 1000)
-    assert (prompts._known, prompts._known_bytes) == ({}, 0), "larger than all that may be kept"
+    assert (len(prompts._known), prompts._known.num_bytes) == (0, 0), "larger than all may be"
     prompts.close()
 
 

@@ -16,8 +16,8 @@ from xllm_plugin.service.config import KvIndexConfig
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.kv_index.index import Cache, Held, PrefixIndex
 from xllm_plugin.service.kv_index.places import Places
+from xllm_plugin.service.kv_index.prompts import Prompt
 from xllm_plugin.service.kv_index.subscriber import Follower, State, Subscriber
-from xllm_plugin.service.kv_index.tokens import Prompt
 
 __all__ = ["KvDirectory"]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -24,10 +23,11 @@ from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.fleet import Instance
 from xllm_plugin.service.kv_index.asking import Asker
 from xllm_plugin.service.kv_index.chats import CannotRenderError
-from xllm_plugin.service.kv_index.index import NO_EXTRA, Chains, Extra, packed, prompt_extra
+from xllm_plugin.service.kv_index.index import NO_EXTRA, Extra, packed, prompt_extra
 from xllm_plugin.service.kv_index.local import LocalCopies, LocalCopy
+from xllm_plugin.service.kv_index.prompts import Prompt, PromptMemory
 
-__all__ = ["Prompt", "PromptReader", "Unread"]
+__all__ = ["PromptReader", "Unread"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,20 +40,6 @@ _CHAT_FIELDS: Final = (
     *("messages", "tools", "add_generation_prompt", "continue_final_message"),
     *("add_special_tokens", "chat_template", "mm_processor_kwargs"),
 )
-
-
-class Prompt(NamedTuple):
-    """A prompt as the index takes it."""
-
-    tokens: bytes
-    extra: Extra
-    chains: Chains | None = None
-    """Of one that is asked again: its keys in the index, as far as known."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Its length."""
-        return len(self.tokens) // 4
 
 
 class Unread(NamedTuple):
@@ -86,9 +72,7 @@ class PromptReader:
         self._copies = LocalCopies(self._asker)
         self._num_rendered = 0
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenize")
-        self._known: OrderedDict[bytes, Prompt] = OrderedDict()
-        """By the question; hashing it as a key costs a quarter of a digest."""
-        self._known_bytes = 0
+        self._known = PromptMemory()
         self._turn = 0
 
     @property
@@ -131,7 +115,6 @@ class PromptReader:
         known = self._known.get(asked)
         if known is None:
             return Unread(wanted, prompt, asked, extra)
-        self._known.move_to_end(asked)
         return known._replace(extra=extra) if known.tokens else None
 
     async def read(
@@ -155,6 +138,10 @@ class PromptReader:
             return None
         self._remember(unread.question, tokens)
         return Prompt(tokens, unread.extra) if tokens else None
+
+    def _remember(self, question: bytes, tokens: bytes) -> None:
+        self._known.put(question, Prompt(tokens, NO_EXTRA, {}))
+        self._known.shrink(self.config.kv_index.token_cache_bytes)
 
     def close(self) -> None:
         """End the threads."""
@@ -199,27 +186,6 @@ class PromptReader:
     async def _on_thread(self, find: Callable[[], list[int]]) -> bytes:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, lambda: packed(find()))
-
-    def _remember(self, question: bytes, tokens: bytes) -> None:
-        # Two requests with the same new prompt both ask.
-        self._forget(question, self._known.pop(question, None))
-        known = self._known[question] = Prompt(tokens, NO_EXTRA, {})
-        self._known_bytes += _size(question, known)
-        while self._known_bytes > self.config.kv_index.token_cache_bytes:
-            self._forget(*self._known.popitem(last=False))
-
-    def _forget(self, question: bytes, known: Prompt | None) -> None:
-        if known is not None:
-            self._known_bytes -= _size(question, known)
-
-
-def _size(question: bytes, known: Prompt) -> int:
-    """Bytes that are kept of a prompt, about, and with a chain of keys for every block size.
-
-    Each of them is for 16 tokens or more (`PrefixIndex`), so together they take less than 8 bytes a
-    token where sizes are powers of two.
-    """
-    return len(question) + 3 * len(known.tokens)
 
 
 def _question(wanted: PromptFields, prompt: str | None, model: str) -> bytes | None:
