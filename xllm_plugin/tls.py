@@ -61,10 +61,16 @@ class ClientFiles(NamedTuple):
         Raises:
             ConfigError: one cannot be used.
         """
-        # On another context first: OpenSSL keeps the half that it has read, and a certificate whose
-        # key does not fit takes the place of the pair that was there.
-        self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        self.check()
         self._load(context)
+
+    def check(self) -> None:
+        """Read the files, for nobody.  Raises `ConfigError` if one cannot be used.
+
+        Before a context that is in use: OpenSSL keeps the half that it has read, and a certificate
+        whose key does not fit takes the place of the pair that was there.
+        """
+        self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
 
     def _load(self, context: ssl.SSLContext) -> None:
         if self.ca_certs is not None:

@@ -280,8 +280,11 @@ def test_keys_that_are_none_by_the_time_they_are_put_in_force_change_nothing(
 
     async def check() -> None:
         async with running(before, lambda: after) as it:
+            used: list[object] = []
+            monkeypatch.setattr(it.service.carrier, "use_certificates", used.append)
             it.service.reload()
             assert "not reloaded, the settings stay as they were: keys.file" in caplog.text
+            assert not used
             proxy, router = it.service.proxy, it.service.router
             assert it.service.config is proxy.config is it.service.carrier.config is before
             assert (router.policy.name, proxy.telemetry.slo) == ("cost", before.slo)

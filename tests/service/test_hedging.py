@@ -609,6 +609,7 @@ def test_hedges_of_other_processes_are_added() -> None:
     assert there.is_empty
 
 
+@pytest.mark.looks_inside
 def test_it_is_tried_again_while_nobody_has_time(run: Any, monkeypatch: Any) -> None:
     async def check() -> None:
         one, two = FakeInstance(script=silent), FakeInstance(script=answer(b"two"))

@@ -128,6 +128,41 @@ def test_a_body_that_comes_whole_is_no_way_around_it(run: Any) -> None:
     run(check())
 
 
+@pytest.mark.parametrize("comes_whole", [False, True])
+def test_what_is_refused_behind_a_running_request_holds_nothing(
+    run: Any, comes_whole: bool
+) -> None:
+    goes_on = asyncio.Event()
+
+    async def script(received: Received, writer: asyncio.StreamWriter) -> None:
+        await goes_on.wait()
+        await answer()(received, writer)
+
+    async def check() -> None:
+        async with serving(FakeInstance(script=script), limits=ROOM) as harness:
+            harness.proxy.bodies.num_bytes += 2 * LARGE_BYTES  # others'
+            client = await harness.connect()
+            client.send(request())
+            while not harness.instances[0].requests:
+                await asyncio.sleep(0.002)
+            (connection,) = harness.proxy.clients
+            if comes_whole:
+                connection.data_received(request(LARGE) + request())
+            else:
+                client.send(request(LARGE))
+            while not connection._ignores_input:
+                await asyncio.sleep(0.002)
+            assert harness.proxy.bodies.num_bytes == 2 * LARGE_BYTES
+            goes_on.set()
+            answers = await client.read_all()
+            assert answers.count(b"HTTP/1.1 200 ") == 1
+            assert answers.count(b"HTTP/1.1 503 ") == 1
+            assert len(harness.instances[0].requests) == 1
+            harness.proxy.bodies.num_bytes -= 2 * LARGE_BYTES
+
+    run(check())
+
+
 def test_a_client_that_leaves_takes_its_body_with_it(run: Any) -> None:
     async def check() -> None:
         async with serving(FakeInstance(), limits=ROOM) as harness:

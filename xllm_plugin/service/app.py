@@ -146,8 +146,9 @@ class Service:
             config = self._load()
             self._check(config)
             admin_tls = self._admin_tls.read()
-            self.carrier.renew_certificates()
+            listen_tls = self.carrier.read_certificates()
             self.carrier.reconfigure(config)
+            self.carrier.use_certificates(listen_tls)
         except ConfigError as error:
             logger.error("not reloaded, the settings stay as they were: %s", error)  # noqa: TRY400
             return

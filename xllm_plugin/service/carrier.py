@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import ssl
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -118,9 +119,17 @@ class Carrier:
         if num_cut:
             logger.warning("%d clients were cut off after the drain's time", num_cut)
 
-    def renew_certificates(self) -> None:
-        """Use what was renewed under the same names: all of it, or `ConfigError` and none."""
-        listen = self._listen_tls.read()
+    def read_certificates(self) -> ssl.SSLContext | None:
+        """Read what was renewed under the same names, for `use_certificates`.
+
+        Raises:
+            ConfigError: a file cannot be used; nothing has changed.
+        """
+        self._client_files.check()
+        return self._listen_tls.read()
+
+    def use_certificates(self, listen: ssl.SSLContext | None) -> None:
+        """Put what was read in force."""
         self._client_files.renew(self.tls)
         self._listen_tls.use(listen)
 

@@ -267,7 +267,7 @@ class ClientConnection(asyncio.Protocol):
         if length > LARGE_BYTES:
             exchange.body_bytes = length
             if not self._held.whole(length):
-                exchange.refusal = self._bodies_too_many()
+                self._turn_away(exchange)
         self._waiting.append(exchange)
         self._advance()
 
@@ -382,10 +382,22 @@ class ClientConnection(asyncio.Protocol):
         exchange.draw = random.getrandbits(64)
         exchange.keep_alive = False
         exchange.refusal = refusal
-        self._ignores_input = True
-        self._head_bytes = max(self._head_bytes, 0)  # something may be unread: linger
+        self._held.drop()
+        self._body = []
+        self._ignore_input()
         self._waiting.append(exchange)
         self._advance()
+
+    def _turn_away(self, exchange: Exchange) -> None:
+        """Its body is whole, and there is no room for it."""
+        self._held.done(exchange.body_bytes)
+        exchange.body, exchange.body_bytes = b"", 0
+        exchange.refusal = self._bodies_too_many()
+        self._ignore_input()
+
+    def _ignore_input(self) -> None:
+        self._ignores_input = True
+        self._head_bytes = max(self._head_bytes, 0)  # something may be unread: linger
 
     def _asked(self) -> Exchange:
         """An exchange for the request that is being read, as far as that is known."""
@@ -469,8 +481,6 @@ class ClientConnection(asyncio.Protocol):
             if self._overhead_bytes > self.proxy.config.limits.max_body_bytes:
                 self._refuse(self._body_too_large())
             elif self._body_bytes > LARGE_BYTES and not self._held.read(self._body_bytes):
-                self._held.drop()
-                self._body = []
                 self._refuse(self._bodies_too_many())
             return
         self._head_bytes += num_bytes

@@ -8,20 +8,21 @@ S. Aalto, "Size- and state-aware dispatching problem with queue-specific job siz
 2012).  The rate is that of a mean instance, by Little's law: requests there over the time that they
 are predicted to stay.
 
-A request that names a promise adds seconds by which it would be late, at `LATE_WEIGHT`.  That is
-little, and on purpose: simulated fleets keep fewer promises the more it weighs (at 5, half as many
-of the tight ones near saturation), for who insists on being in time gives up cached prefixes, and
-all wait for what is computed twice.  What helps is to know who is not in a hurry.  A second of an
-offline request weighs `OFFLINE_WEIGHT`, its own as well as one that others take from it, while it
-pays in full for what it takes from them; so offline requests gather where few others run, and those
-with a promise keep away by themselves.  One weight for both, no list of instances, no mode.  Own
-decoding stands for two things elsewhere: n requests slow this one as much as it slows them.  Where
-only a part of its own counts, what it slows others by is added.
+A request that names a promise adds seconds by which it would be late, at `LATE_WEIGHT`. That is
+little, and on purpose: at 1 and above simulated fleets keep fewer promises the more it weighs (at
+5, a third to half as many of the tight ones on Mooncake's traffic near saturation), for who insists
+on being in time gives up cached prefixes, and all wait for what is computed twice. What helps is to
+know who is not in a hurry. A second of an offline request weighs `OFFLINE_WEIGHT`, its own as well
+as one that others take from it, while it pays in full for what it takes from them; so offline
+requests gather where few others run, and those with a promise keep away by themselves. One weight
+for both, no list of instances, no mode. Own decoding stands for two things elsewhere: n requests
+slow this one as much as it slows them. Where only a part of its own counts, what it slows others by
+is added.
 
 Requests without a promise cost what they would if nobody had one, to the last bit.
 
-`cost_in_seconds` is the definition, and what is used before a few instances.  Before many
-`cost_ranking.py` finds the same one without looking at each.
+`cost_in_seconds` (`cost_choice.py`) is the definition, and what is used before a few instances.
+Before many `cost_ranking.py` finds the same one without looking at each.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ _BUSY_PERIOD: Final = 5.0
 """A second of work delays those who come before the instance is next without any: 1 / (1 - load),
 at a load of 0.8.  From 3 to 20 the simulated fleet hardly cares (benchmarks/fleet)."""
 
-STALL_WEIGHT = 0.3
+STALL_WEIGHT: Final = 0.3
 """Of a second in which a stream stands still, beside one of waiting for the first token.  At 1 long
 prompts gather where few streams run, and wait there (Azure's conversations, simulated)."""
 
+# These two are not Final: `xllm bench fleet --weights` tries others.
 LATE_WEIGHT = 0.25
 """Of a second beyond what a request was promised, on top of its own."""
 

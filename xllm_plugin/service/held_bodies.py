@@ -11,7 +11,7 @@ from typing import Final
 __all__ = ["LARGE_BYTES", "BodyMemory", "HeldBodies"]
 
 LARGE_BYTES: Final = 64 * 1024
-"""Bodies over it count."""
+"""Bodies over it count.  They also go past the HTTP parser, and none is read ahead behind one."""
 
 
 class BodyMemory:

@@ -225,7 +225,7 @@ class Router:
                     self._forget_roster(request.model)
                 if self.has_room is not None:
                     candidates = [one for one in candidates if self.has_room(one)] or candidates
-            choice = policy.choose(asked, candidates)
+            choice = _checked(policy.choose(asked, candidates))
             return choice, candidates[choice.index], len(candidates)
         except Exception as error:  # a plugin's function may raise anything
             self._forget_roster(request.model)  # its ranking may be half up to date
@@ -312,6 +312,13 @@ class Router:
         if counted not in self.causes and len(self.causes) >= _MAX_CAUSES:
             counted = (policy, "")  # a plugin that gives each choice a cause of its own
         self.causes[counted] = self.causes.get(counted, 0) + count
+
+
+def _checked(choice: Choice) -> Choice:
+    """Raise `TypeError` for what a plugin may give, and compiled code would not take later."""
+    if not (isinstance(choice.index, int) and isinstance(choice.cause, str)):
+        raise TypeError(f"index {choice.index!r} and cause {choice.cause!r}: no number and text")
+    return choice
 
 
 def _left_of(slo: Slo, request: Exchange) -> Slo:

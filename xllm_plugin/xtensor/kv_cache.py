@@ -68,8 +68,8 @@ class ElasticKvCache:
         self._share = share
         self._clock = clock
         self._told_budget_slabs = self._num_changes = 0
-        # Versions of the ledger: after the last plan, and when the workers were told last.
-        self._planned = self._told = -1
+        # Of the ledger: after the last plan, and when the workers were told last.
+        self._planned_version = self._told_version = -1
         self._cold_s = self._report_due_s = math.inf
         self._report: MemoryReport | None = None
         self._num_dropped_slabs = 0
@@ -153,17 +153,17 @@ class ElasticKvCache:
             demand = Demand(ledger.num_in_use, ledger.num_resident, is_busy)
             ledger.budget_slabs = self._share.plan(demand)
         now_s = self._clock()
-        if ledger.version == self._planned and now_s < self._cold_s:
+        if ledger.version == self._planned_version and now_s < self._cold_s:
             return
         self._num_dropped_slabs += self._pool.drop_cold(now_s - self._config.cache_idle_s)
         self._pool.rebalance()
-        self._planned, self._cold_s = ledger.version, self._next_cold_s()
+        self._planned_version, self._cold_s = ledger.version, self._next_cold_s()
 
     @property
     def has_told(self) -> bool:
         """Whether `take_change` has nothing to say, and `next_work_s` is what it was then."""
         return (
-            self._ledger.version == self._told
+            self._ledger.version == self._told_version
             and self._clock() < self._report_due_s
             and self._share is None
         )
@@ -172,7 +172,7 @@ class ElasticKvCache:
         """What the step that was just scheduled has to tell the workers, or None."""
         now_s = self._clock()
         ledger = self._ledger
-        self._told = ledger.version
+        self._told_version = ledger.version
         is_report_due = now_s >= self._report_due_s
         is_told = not ledger.has_changes and ledger.budget_slabs == self._told_budget_slabs
         if is_told and not is_report_due:

@@ -188,7 +188,8 @@ class RangeLedger:
         self.slab_blocks = plan.slab_blocks
         self.num_slabs = plan.num_slabs
         self.version = 0
-        """Rises with every change: whoever has seen this one finds everything as it was."""
+        """Rises with every change of blocks, slabs or the budget: whoever has seen this one finds
+        them as they were."""
         self._budget_slabs = budget_slabs
         self._kinds: dict[int, BlockKind] = {}  # of blocks that are not free
         self._slabs: dict[int, _Slab] = {}  # with something behind them

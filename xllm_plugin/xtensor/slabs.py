@@ -70,7 +70,8 @@ class SlabLedger:
         self.slab_blocks = slab_blocks
         self.num_slabs = num_blocks // slab_blocks
         self.version = 0
-        """Rises with every change: whoever has seen this one finds everything as it was."""
+        """Rises with every change of blocks, slabs or the budget: whoever has seen this one finds
+        them as they were."""
         self.num_committable = 0
         """How many more slabs the budget has room for."""
         self._budget_slabs = budget_slabs

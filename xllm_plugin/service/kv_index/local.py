@@ -102,7 +102,7 @@ class LocalCopies:
         """Chats whose ids were others than their instance's, of those that were compared."""
         self._asker = asker
         self._copies: dict[str, tuple[Instance, dict[str, LocalCopy]]] = {}
-        """By instance and model."""
+        """By instance and model; of those that have gone, until another one comes."""
         self._shared: WeakValueDictionary[bytes, Any] = WeakValueDictionary()
         """By digest of what was handed out; gone with the last copy."""
         self._tasks: set[asyncio.Task[None]] = set()

@@ -37,9 +37,10 @@ _COMPARE_EVERY: Final = 100
 _PATHS: Final = ("/v1/completions", "/v1/chat/completions")
 _TEXT_FIELDS: Final = ("add_special_tokens",)
 _CHAT_FIELDS: Final = (
-    *("messages", "tools", "add_generation_prompt", "continue_final_message"),
-    *("add_special_tokens", "chat_template", "mm_processor_kwargs"),
+    *("tools", "add_generation_prompt", "continue_final_message"),
+    *("add_special_tokens", "chat_template", "mm_processor_kwargs", "messages"),
 )
+"""The messages last: turns of a chat differ at its end, which is where `PromptMemory` looks."""
 
 
 class Unread(NamedTuple):
@@ -196,12 +197,12 @@ def _question(wanted: PromptFields, prompt: str | None, model: str) -> bytes | N
         fields["prompt"] = prompt
     elif wanted.messages is msgspec.UNSET:
         return None
+    if is_chat and (variables := _template_variables(wanted)):
+        fields["chat_template_kwargs"] = variables
     for name in _CHAT_FIELDS if is_chat else _TEXT_FIELDS:
         value = getattr(wanted, name)
         if _is_given(value):
             fields[name] = value
-    if is_chat and (variables := _template_variables(wanted)):
-        fields["chat_template_kwargs"] = variables
     return msgspec.json.encode(fields)
 
 

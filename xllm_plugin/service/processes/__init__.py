@@ -10,8 +10,8 @@
     shared memory (`shared.py`): requests and tokens under way, by instance and by key
 
 `control.py` is the service without traffic, `supervisor.py` keeps its workers running, `worker.py`
-is one of them.  `mirror.py` is the fleet as a worker sees it, `news.py` what the control process
-sends it of the fleet; `limits.py` are the keys' limits over all workers.  `messages.py` has what is
+is one of them, `worker_proxy.py` its port.  `mirror.py` is the fleet as a worker sees it, `news.py`
+what the control process sends it of the fleet; `limits.py` are the keys' limits over all workers.  `messages.py` has what is
 said, `reports.py` what workers say of their traffic and how it is added up.
 
 Nothing here is imported by a service of one process.

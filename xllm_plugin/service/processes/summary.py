@@ -56,7 +56,7 @@ class ControlProxy(Proxy):
         self._make_ring = make_keys
         self._cut_off = cut_off
         assert isinstance(fleet, ControlFleet)
-        self._all = fleet
+        self._control_fleet = fleet
         super().__init__(config, fleet, router)
         self.workers = [WorkerFigures(index) for index in range(num_workers)]
         self.directory = _ReportedDirectory(fleet, config.kv_index, self.reports)
@@ -84,13 +84,13 @@ class ControlProxy(Proxy):
     def take(self, worker: int, report: Report) -> None:
         """Add up what a worker has counted."""
         for name, stats in report.instances.items():
-            instance = self._all.get_without_load(name)
+            instance = self._control_fleet.get_without_load(name)
             if instance is not None:
                 instance.stats.add(stats)
         for name, num_tokens, seconds in report.ttfts:
-            instance = self._all.get_without_load(name)
+            instance = self._control_fleet.get_without_load(name)
             if instance is not None:
-                self._all.observe_ttft(instance, num_tokens, seconds)
+                self._control_fleet.observe_ttft(instance, num_tokens, seconds)
         self.telemetry.add(report.measured)
         add_counts(self.refusals, report.refusals)
         self.router.decisions.extend(report.decisions)
@@ -106,7 +106,7 @@ class ControlProxy(Proxy):
         figures.cpu_s = report.cpu_s
         figures.resident_bytes = report.resident_bytes
         self.reports[worker] = report
-        for instance in self._all.all_without_load():
+        for instance in self._control_fleet.all_without_load():
             instance.num_idle_elsewhere = sum(
                 one.idle_connections.get(instance.name, 0) for one in self.reports.values()
             )

@@ -200,7 +200,7 @@ class Worker:
     def _reconfigure(self, settings: Settings) -> None:
         self.keys = settings.keys
         try:
-            self.carrier.renew_certificates()
+            self.carrier.use_certificates(self.carrier.read_certificates())
         except ConfigError as error:  # the control process could read it a moment ago
             logger.error("%s The certificates stay as they were.", error)  # noqa: TRY400
         self.carrier.reconfigure(settings_from(settings.sections))
