@@ -11,8 +11,9 @@
 
 `control.py` is the service without traffic, `supervisor.py` keeps its workers running, `worker.py`
 is one of them, `worker_proxy.py` its port.  `mirror.py` is the fleet as a worker sees it, `news.py`
-what the control process sends it of the fleet; `limits.py` are the keys' limits over all workers.  `messages.py` has what is
-said, `reports.py` what workers say of their traffic and how it is added up.
+what the control process sends it of the fleet; `limits.py` are the keys' limits over all workers.
+`messages.py` has what is said, `reports.py` what workers say of their traffic and how it is added
+up.
 
 Nothing here is imported by a service of one process.
 """
