@@ -23,7 +23,7 @@ from xllm_plugin.service.kv_index.wire import Batch, BlockStored
 from xllm_plugin.testing.fake_publisher import FakePublisher
 
 MAX_TOKENS = 64
-_MAX_TOKENS_FIELD = re.compile(rb'"max_tokens":\s*(\d+)')
+_MAX_TOKENS_FIELD = re.compile(rb'"max_(?:completion_)?tokens":\s*(\d+)')  # a peer renames it
 _CACHED_TOKENS = 65_536
 _BLOCK_SIZE = 16
 _LAST = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
