@@ -130,7 +130,7 @@ class Carrier:
 
     def use_certificates(self, listen: ssl.SSLContext | None) -> None:
         """Put what was read in force."""
-        self._client_files.renew(self.tls)
+        self._client_files.load(self.tls)
         self._listen_tls.use(listen)
 
     def reconfigure(self, config: ServiceConfig) -> None:
