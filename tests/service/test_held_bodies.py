@@ -78,19 +78,24 @@ async def until_held(harness: Harness, num_bytes: int) -> None:
         await asyncio.sleep(0.002)
 
 
-@pytest.mark.parametrize("is_chunked", [False, True])
-def test_what_does_not_fit_beside_what_runs_is_told_to_come_again(
-    run: Any, is_chunked: bool
-) -> None:
-    goes_on = asyncio.Event()
+def waits_for(goes_on: asyncio.Event) -> Any:
+    """An instance that answers once it may."""
 
     async def script(received: Received, writer: asyncio.StreamWriter) -> None:
         await goes_on.wait()
         await answer()(received, writer)
 
+    return script
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_what_does_not_fit_beside_what_runs_is_told_to_come_again(
+    run: Any, is_chunked: bool
+) -> None:
     async def check() -> None:
+        goes_on = asyncio.Event()
         raw = CHUNKED_HEAD + CHUNKED if is_chunked else request(LARGE)
-        async with serving(FakeInstance(script=script), limits=ROOM) as harness:
+        async with serving(FakeInstance(script=waits_for(goes_on)), limits=ROOM) as harness:
             first, second = await harness.connect(), await harness.connect()
             first.send(raw)
             await until_held(harness, len(LARGE))
@@ -132,14 +137,9 @@ def test_a_body_that_comes_whole_is_no_way_around_it(run: Any) -> None:
 def test_what_is_refused_behind_a_running_request_holds_nothing(
     run: Any, comes_whole: bool
 ) -> None:
-    goes_on = asyncio.Event()
-
-    async def script(received: Received, writer: asyncio.StreamWriter) -> None:
-        await goes_on.wait()
-        await answer()(received, writer)
-
     async def check() -> None:
-        async with serving(FakeInstance(script=script), limits=ROOM) as harness:
+        goes_on = asyncio.Event()
+        async with serving(FakeInstance(script=waits_for(goes_on)), limits=ROOM) as harness:
             harness.proxy.bodies.num_bytes += 2 * LARGE_BYTES  # others'
             client = await harness.connect()
             client.send(request())
