@@ -238,6 +238,29 @@ def test_a_plugins_policy_that_fails_is_said_before_many_too(
     assert "ZeroDivisionError" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        Choice("0", "why"),  # type: ignore[arg-type]
+        Choice(0, "why", None),  # type: ignore[arg-type]
+        Choice(10**6, "why"),
+        None,
+    ],
+)
+@pytest.mark.parametrize("count", [2, MANY])
+@pytest.mark.parametrize("ranks", [False, True])
+def test_what_a_plugin_gives_is_looked_at(choice: Any, count: int, ranks: bool) -> None:
+    class Junk(LeastLoadedRanking):
+        def choose(self, request: Any) -> Choice:
+            return choice
+
+    site = Site(count, RoutingPolicy("p", "", lambda *_: choice, ranking=Junk if ranks else None))
+    site.router.has_room = lambda _: True
+    with pytest.raises(Refusal, match="Routing policy 'p' has failed"):
+        site.ask()
+    assert site.fleet._watchers == []
+
+
 def test_the_owner_of_a_response_has_its_prompt_to_compute() -> None:
     """It is chosen by what it made; the prompt is work all the same."""
     site = Site(3, POLICIES["cost"])

@@ -215,18 +215,17 @@ class Router:
             if not candidates:
                 raise self.no_instance("every instance was tried")
         try:
+            found: tuple[Choice, int] | None = None
             if len(candidates) >= MANY and not tried and self._ranks():
                 found = self._roster(request.model, candidates).choose(asked)
-                if found is not None:
-                    choice, num_open = found
-                    return choice, candidates[choice.index], num_open
             else:
                 if self._rosters and not tried:
                     self._forget_roster(request.model)
                 if self.has_room is not None:
                     candidates = [one for one in candidates if self.has_room(one)] or candidates
-            choice = _checked(policy.choose(asked, candidates))
-            return choice, candidates[choice.index], len(candidates)
+            choice, num_open = found or (policy.choose(asked, candidates), len(candidates))
+            _check(choice)
+            return choice, candidates[choice.index], num_open
         except Exception as error:  # a plugin's function may raise anything
             self._forget_roster(request.model)  # its ranking may be half up to date
             logger.exception("routing policy %r has failed", policy.name)
@@ -314,11 +313,10 @@ class Router:
         self.causes[counted] = self.causes.get(counted, 0) + count
 
 
-def _checked(choice: Choice) -> Choice:
+def _check(choice: Choice) -> None:
     """Raise `TypeError` for what a plugin may give, and compiled code would not take later."""
     if not (isinstance(choice.index, int) and isinstance(choice.cause, str)):
         raise TypeError(f"index {choice.index!r} and cause {choice.cause!r}: no number and text")
-    return choice
 
 
 def _left_of(slo: Slo, request: Exchange) -> Slo:
