@@ -28,9 +28,10 @@ from xllm_plugin.bench.fleet_simulator.summary import Promise, Summary, quantile
 from xllm_plugin.bench.fleet_simulator.workload import Arrival, Trace, arrivals, read_trace
 from xllm_plugin.bench.options import command_line, common_options
 from xllm_plugin.bench.schema import Check, Figure, Peer, Row
-from xllm_plugin.errors import ConfigError
+from xllm_plugin.errors import ConfigError, PlatformError
 from xllm_plugin.plugins import build_manager, routing_policies
 from xllm_plugin.service.policy import RoutingPolicy, Slo
+from xllm_plugin.service.process import is_compiled
 
 FOLDER = Path(__file__).resolve().parent
 weighing = beside(FOLDER, "weights")
@@ -537,6 +538,11 @@ def command(
 
     No server is started; a run of 5,700 requests takes seconds.
     """
+    if is_compiled():
+        raise PlatformError(
+            "the service is compiled here, and its router takes no simulated requests; run this in "
+            "an environment with a checkout (`make .venv/.dev`) or a wheel that is not compiled."
+        )
     few = 200 if quick else None
     if weights is not None:
         run_weights(weights, WEIGHED[:1] if quick else WEIGHED, instances, repeats, few, json_path)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from xllm_plugin.bench import readme, schema
 from xllm_plugin.bench.fleet_simulator.promises import ShareSummary
-from xllm_plugin.errors import ConfigError
+from xllm_plugin.errors import ConfigError, PlatformError
 from xllm_plugin.service import cost
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "fleet"
@@ -60,6 +60,15 @@ def test_what_is_not_there_is_named(bench: ModuleType, arguments: tuple[str, str
     done = CliRunner().invoke(bench.command, arguments)
     assert isinstance(done.exception, ConfigError), done.output
     assert arguments[1] in str(done.exception)
+
+
+def test_a_compiled_service_is_refused_at_start(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "is_compiled", lambda: True)
+    done = CliRunner().invoke(bench.command, ["--quick"])
+    assert isinstance(done.exception, PlatformError), done.output
+    assert "compiled" in str(done.exception)
 
 
 def test_other_weights_are_those_of_the_policy_itself(bench: ModuleType, tmp_path: Path) -> None:
