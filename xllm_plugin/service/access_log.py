@@ -102,6 +102,7 @@ class _Writer:
 
 
 _writer: Final = _Writer()
+_encoder: Final = msgspec.json.Encoder()
 
 
 def log(exchange: Exchange, ending: Ending) -> None:
@@ -115,7 +116,7 @@ def log(exchange: Exchange, ending: Ending) -> None:
 
 def _encoded(described: dict[str, Any]) -> str:
     """As ASCII: what clients name their models is none of the locale's that the output has."""
-    line = msgspec.json.encode(described).decode()
+    line = _encoder.encode(described).decode()
     return line if line.isascii() else json.dumps(described, separators=(",", ":"))
 
 

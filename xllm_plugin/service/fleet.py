@@ -61,6 +61,7 @@ class Instance:
         """It says itself which one it is; a plain server is told apart by its start time."""
         self.name = entry.name
         self.capacity = entry.capacity
+        self.max_in_flight: float | None = entry.max_in_flight
         digest = hashlib.blake2b(entry.name.encode(), digest_size=8).digest()
         self.name_hash = int.from_bytes(digest, "little")
         self.models: dict[str, dict[str, Any]] = {}

@@ -11,6 +11,7 @@ import pytest
 
 from xllm_plugin.service import lifecycle
 from xllm_plugin.service.config import FlowConfig
+from xllm_plugin.service.fleet import Instance
 from xllm_plugin.service.flow.metrics import describe_queue
 from xllm_plugin.service.metrics import ServiceCollector
 from xllm_plugin.testing.fake_instance import FakeInstance, Received, answer
@@ -367,7 +368,9 @@ def test_when_clients_go_and_an_instance_dies_who_stays_is_served_once(run: Any,
         ({"max_in_flight": 4}, {"capacity": 2.5}, (10, 0), False),
         ({"max_in_flight": 4}, {"max_in_flight": 6}, (5, 0), True),
         ({"max_in_flight": 4, "num_replicas": 2}, {}, (2, 0), False),
+        ({"max_in_flight": 3, "num_replicas": 2}, {}, (1, 0), False),
         ({"max_in_flight": 4, "num_replicas": 9}, {}, (0, 0), True),
+        ({"max_in_flight": 4, "num_replicas": 9}, {}, (1, 0), False),
         ({}, {"max_in_flight": 3}, (3, 0), False),
         ({"max_waiting": 2}, {}, (0, 2), True),
         ({"max_waiting": 2}, {}, (0, 3), False),
@@ -378,9 +381,9 @@ def test_when_an_instance_has_room(
 ) -> None:
     async def check() -> None:
         async with serving(FakeInstance(), flow={"enabled": True, **flow}) as harness:
-            (instance,) = harness.proxy.fleet
-            instance.entry = instance.entry.model_copy(update=entry)
-            instance.capacity = instance.entry.capacity
+            (known,) = harness.proxy.fleet
+            changed = known.entry.model_copy(update=entry)
+            instance = Instance(changed, known.source, known.life, known.pool)
             instance.in_flight, instance.num_waiting = load
             assert harness.proxy.flow is not None
             assert harness.proxy.flow.has_room(instance) is has_room

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from xllm_plugin.service.config import FlowConfig
 from xllm_plugin.service.fleet import Fleet, Instance
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["FlowControl", "Waiting"]
 
 logger = logging.getLogger(__name__)
+
+_INFINITE: Final = float("inf")
 
 
 class Waiting:
@@ -65,10 +67,8 @@ class FlowControl:
         send: Callable[[Exchange], None],
         retry_after_s: float,
     ) -> None:
-        self.config = config
         self.fleet = fleet
         self.stats = FlowStats()
-        self.retry_after_s = retry_after_s
         self.queue: FairQueue[Exchange] = FairQueue(
             config.max_queued_requests, config.max_queued_bytes, self._weight_of
         )
@@ -78,23 +78,30 @@ class FlowControl:
         """Model -> its candidates, and the one of them that was the last with room."""
         self._freed: set[Instance] = set()
         self._woken: asyncio.Handle | None = None
+        self.reconfigure(config, retry_after_s)
 
     def reconfigure(self, config: FlowConfig, retry_after_s: float) -> None:
         """Take new settings; a queue that is too long now is cut when the next request comes."""
         self.config = config
         self.retry_after_s = retry_after_s
+        # Looked at for each request and instance; reading a setting takes longer than a number.
+        self._num_replicas = config.num_replicas
+        self._max_in_flight = _INFINITE if config.max_in_flight is None else config.max_in_flight
+        self._max_waiting = _INFINITE if config.max_waiting is None else config.max_waiting
         self.queue.max_tickets = config.max_queued_requests
         self.queue.max_bytes = config.max_queued_bytes
 
     def has_room(self, instance: Instance) -> bool:
         """Whether another request may be sent to `instance`."""
-        config = self.config
-        if config.max_waiting is not None and instance.num_waiting > config.max_waiting:
+        if instance.num_waiting > self._max_waiting:
             return False
-        limit: float | None = instance.entry.max_in_flight
-        if limit is None and config.max_in_flight is not None:
-            limit = config.max_in_flight * instance.capacity
-        return limit is None or self._num_sent(instance) < max(1, limit // config.num_replicas)
+        num_sent = self._num_sent(instance)
+        if num_sent < 1:
+            return True
+        limit = instance.max_in_flight
+        if limit is None:
+            limit = self._max_in_flight * instance.capacity
+        return num_sent + 1 <= limit / self._num_replicas
 
     def statistics(self) -> list[tuple[Band, str, int, int]]:
         """(Band, tenant, requests, bytes) of all that waits, the first band first."""
