@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from select import PIPE_BUF
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.service import access_log
@@ -44,7 +38,6 @@ def file(tmp_path: Path) -> Iterator[Path]:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    access_log.flush()
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -225,108 +218,56 @@ def test_standard_output_gets_the_bare_line(file: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == "{}\n"
 
 
-class _Loop:
-    """An event loop whose time passes when it is told."""
+class _Turn:
+    """An event loop that ends its turn when it is told."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def call_later(self, delay_s: float, call: Any) -> None:
-        assert 0 < delay_s <= 0.01, "what is said of it in the service's README"
+    def call_soon(self, call: Any) -> None:
         self.calls.append(call)
 
-    def pass_time(self) -> None:
+    def end(self) -> None:
         calls, self.calls = self.calls, []
         for call in calls:
             call()
 
 
 @pytest.mark.looks_inside
-def test_lines_are_written_together_and_a_lost_folder_costs_only_them(
+def test_a_turns_lines_are_written_at_once_and_a_lost_folder_costs_only_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     logger = access_log.logger
     before = (logger.handlers[:], logger.level, logger.propagate)
     folder = tmp_path / "logs"
     folder.mkdir()
-    writer = access_log._Writer()
-    loop: Any = _Loop()
+    writer, turn = access_log._Writer(), _Turn()
+    loop: Any = turn
     try:
         access_log.open_log(folder / "a.log")
         monkeypatch.setattr(access_log, "_LOOK_S", -1.0)
         writer.add("1\n", loop)
         writer.add("2 % s\n", loop)
-        assert len(loop.calls) == 1
-        loop.pass_time()
+        assert len(turn.calls) == 1
+        turn.end()
         assert (folder / "a.log").read_text() == "1\n2 % s\n"
         folder.rename(tmp_path / "moved")
         writer.add("3\n", loop)
-        loop.pass_time()
+        turn.end()
         assert "the access log cannot be written" in caplog.text
         folder.mkdir()
         writer.add("4 % s\n", loop)
-        loop.pass_time()
+        turn.end()
         writer.add("5\n", loop)
-        loop.pass_time()
+        turn.end()
         assert (folder / "a.log").read_text() == "4 % s\n5\n"
-        other: Any = _Loop()
-        writer.add("6\n", loop)  # it is closed before its time
-        writer.add("7\n", other)
-        other.pass_time()
-        loop.pass_time()
+        other = _Turn()
+        writer.add("6\n", loop)  # a turn that never ends
+        writer.add("7\n", other)  # type: ignore[arg-type]
+        other.end()
+        turn.end()
         assert (folder / "a.log").read_text() == "4 % s\n5\n6\n7\n"
     finally:
         for handler in logger.handlers:
             handler.close()
         logger.handlers, logger.level, logger.propagate = before
-
-
-@pytest.mark.looks_inside
-def test_a_process_that_ends_writes_what_waits(tmp_path: Path) -> None:
-    path = tmp_path / "a.log"
-    program = f"""
-from unittest.mock import Mock
-from xllm_plugin.service import access_log
-from xllm_plugin.service.config import LogConfig
-from xllm_plugin.service.process import prepare_process
-prepare_process(LogConfig(access_file={str(path)!r}))
-access_log._writer.add("last" + chr(10), Mock())
-"""
-    subprocess.run([sys.executable, "-c", program], check=True)
-    assert path.read_text() == "last\n"
-
-
-class _Pipe(io.StringIO):
-    """Keeps apart what was written between two flushes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.writes: list[str] = []
-
-    def flush(self) -> None:
-        self.writes.append(self.getvalue())
-        self.seek(0)
-        self.truncate()
-
-
-@pytest.mark.looks_inside
-@given(st.lists(st.integers(1, 2 * PIPE_BUF), max_size=40))
-def test_processes_that_share_a_pipe_do_not_mix_their_lines(lengths: list[int]) -> None:
-    """A kernel keeps together what is written at once, up to a length."""
-    logger, pipe = access_log.logger, _Pipe()
-    before = (logger.handlers[:], logger.level, logger.propagate)
-    logger.handlers = [logging.StreamHandler(pipe)]
-    writer = access_log._Writer()
-    loop: Any = _Loop()
-    written = [f"{number}".ljust(length, ".") + "\n" for number, length in enumerate(lengths)]
-    try:
-        for line in written:
-            writer.add(line, loop)
-        loop.pass_time()
-    finally:
-        logger.handlers, logger.level, logger.propagate = before
-    assert "".join(pipe.writes) == "".join(written)
-    assert all(text.endswith("\n") for text in pipe.writes)
-    assert all(len(text) <= PIPE_BUF or text.count("\n") == 1 for text in pipe.writes)
-    few = 2 * sum(map(len, written)) // PIPE_BUF + 1
-    assert len(pipe.writes) <= few, "any two that follow each other are longer than one"

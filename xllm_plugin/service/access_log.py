@@ -12,7 +12,6 @@ import sys
 import time
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
-from select import PIPE_BUF
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -23,15 +22,13 @@ if TYPE_CHECKING:
     from xllm_plugin.service.exchange import Exchange
     from xllm_plugin.service.telemetry import Ending
 
-__all__ = ["flush", "log", "open_log"]
+__all__ = ["log", "open_log"]
 
 logger = logging.getLogger("xllm_plugin.service.access")
 _other: Final = logging.getLogger(__name__)
 
 _MAX_ID_CHARS: Final = 128
 _MAX_MODEL_CHARS: Final = 256
-_DELAY_S: Final = 0.01
-"""From a line to its write, so that others share it."""
 _LOOK_S: Final = 1.0
 """Between two looks whether the file was moved."""
 
@@ -65,10 +62,9 @@ def open_log(path: Path | None) -> None:
 
 
 class _Writer:
-    """Writes together what was logged within some milliseconds.
+    """Writes at once what one turn of the event loop has logged.
 
-    A log record, its caller and its format would cost more than all that a line says, and so would
-    a write for each line.
+    A log record, its caller and its format would cost more than all that a line says.
     """
 
     def __init__(self) -> None:
@@ -77,15 +73,14 @@ class _Writer:
         self._looked_s = 0.0
 
     def add(self, line: str, loop: asyncio.AbstractEventLoop) -> None:
-        """Have `line` written soon."""
+        """Write `line` before anything else is read."""
         self._lines.append(line)
         if len(self._lines) == 1 or self._loop is not loop:
             self._loop = loop
-            loop.call_later(_DELAY_S, self.write)
+            loop.call_soon(self._write)
 
-    def write(self) -> None:
-        """Write what waits."""
-        lines, self._lines = self._lines, []
+    def _write(self) -> None:
+        text, self._lines = "".join(self._lines), []
         now_s = time.monotonic()
         is_late = now_s - self._looked_s > _LOOK_S
         if is_late:
@@ -96,29 +91,14 @@ class _Writer:
             try:
                 if is_late and isinstance(handler, WatchedFileHandler):
                     handler.reopenIfNeeded()
-                for text in _joined(lines):
-                    stream = handler.stream
-                    if stream is None:  # it could not be opened anew; this tries again
-                        handler.handle(logging.makeLogRecord({"msg": text[:-1]}))
-                        continue
-                    stream.write(text)
-                    stream.flush()
+                stream = handler.stream
+                if stream is None:  # it could not be opened anew; this tries again
+                    handler.handle(logging.makeLogRecord({"msg": text[:-1]}))
+                    continue
+                stream.write(text)
+                stream.flush()
             except OSError as error:
                 _other.error("the access log cannot be written: %s", error)
-
-
-def _joined(lines: list[str]) -> list[str]:
-    """As few texts as can be written one by one: of two processes' they do not mix in a pipe."""
-    texts: list[str] = []
-    start = num_bytes = 0
-    for index, line in enumerate(lines):
-        if num_bytes and num_bytes + len(line) > PIPE_BUF:
-            texts.append("".join(lines[start:index]))
-            start, num_bytes = index, 0
-        num_bytes += len(line)
-    if lines:
-        texts.append("".join(lines[start:]))
-    return texts
 
 
 _writer: Final = _Writer()
@@ -132,11 +112,6 @@ def log(exchange: Exchange, ending: Ending) -> None:
         logger.info("%s", line)
     else:
         _writer.add(line + "\n", exchange.proxy.loop)
-
-
-def flush() -> None:
-    """Write the lines that wait for others: nothing comes after them."""
-    _writer.write()
 
 
 def _encoded(described: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
 import sys
 from collections.abc import Callable
@@ -28,7 +27,6 @@ def prepare_process(config: LogConfig, name: str = "") -> None:
     form = f"%(asctime)s %(levelname)s {name}%(message)s"
     logging.basicConfig(format=form, stream=sys.stderr)
     access_log.open_log(config.access_file)
-    atexit.register(access_log.flush)
     logging.getLogger("xllm_plugin").setLevel(config.level.upper())
     _raise_file_limit()
 
