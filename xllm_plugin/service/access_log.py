@@ -12,11 +12,12 @@ import sys
 import time
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from xllm_plugin.errors import ConfigError
+from xllm_plugin.service.access_line import AccessLine
 
 if TYPE_CHECKING:
     from xllm_plugin.service.exchange import Exchange
@@ -114,40 +115,42 @@ def log(exchange: Exchange, ending: Ending) -> None:
         _writer.add(line + "\n", exchange.proxy.loop)
 
 
-def _encoded(described: dict[str, Any]) -> str:
+def _encoded(line: AccessLine) -> str:
     """As ASCII: what clients name their models is none of the locale's that the output has."""
-    line = _encoder.encode(described).decode()
-    return line if line.isascii() else json.dumps(described, separators=(",", ":"))
+    text = _encoder.encode(line).decode()
+    if text.isascii():
+        return text
+    return json.dumps(msgspec.to_builtins(line), separators=(",", ":"))
 
 
-def _described(exchange: Exchange, ending: Ending) -> dict[str, Any]:
+def _described(exchange: Exchange, ending: Ending) -> AccessLine:
     duration_s = exchange.proxy.loop.time() - exchange.started_s
     peer, decision, stream = exchange.client.peer, exchange.decision, exchange.stream
     given_id = exchange.noted.get(b"x-request-id", b"").decode("latin-1")[:_MAX_ID_CHARS]
     names = [instance.name for instance in exchange.visited]
-    return {
-        "time": int(time.time() * 1e3) / 1e3,
-        "id": given_id or f"{exchange.draw:016x}",
-        "response_id": (stream.id if stream else "") or None,
-        "client": peer[0] if peer else "",
-        "method": exchange.method.decode("latin-1"),
-        "path": exchange.route.path,
-        "status": exchange.status,
-        "ending": ending.value,
-        "model": (exchange.model or "")[:_MAX_MODEL_CHARS] or None,
-        "instance": names[-1] if names else None,
-        "instances": names,
-        "tenant": exchange.grant.tenant if exchange.grant else None,
-        "cause": decision.cause if decision else None,
-        "continued": stream.num_resumes if stream else 0,
-        "request_bytes": len(exchange.body),
-        "response_bytes": exchange.num_bytes,
-        "prompt_tokens": exchange.num_prompt_tokens or None,
-        "output_tokens": exchange.num_output_tokens or None,
-        "queue_ms": _queue_ms(exchange),
-        "ttft_ms": _in_ms(exchange.ttft_s) if exchange.ttft_s > 0 else None,
-        "duration_ms": _in_ms(duration_s),
-    }
+    return AccessLine(
+        time=int(time.time() * 1e3) / 1e3,
+        id=given_id or f"{exchange.draw:016x}",
+        response_id=(stream.id if stream else "") or None,
+        client=peer[0] if peer else "",
+        method=exchange.method.decode("latin-1"),
+        path=exchange.route.path,
+        status=exchange.status,
+        ending=ending,
+        model=(exchange.model or "")[:_MAX_MODEL_CHARS] or None,
+        instance=names[-1] if names else None,
+        instances=names,
+        tenant=exchange.grant.tenant if exchange.grant else None,
+        cause=decision.cause if decision else None,
+        continued=stream.num_resumes if stream else 0,
+        request_bytes=len(exchange.body),
+        response_bytes=exchange.num_bytes,
+        prompt_tokens=exchange.num_prompt_tokens or None,
+        output_tokens=exchange.num_output_tokens or None,
+        queue_ms=_queue_ms(exchange),
+        ttft_ms=_in_ms(exchange.ttft_s) if exchange.ttft_s > 0 else None,
+        duration_ms=_in_ms(duration_s),
+    )
 
 
 def _in_ms(seconds: float) -> float:
