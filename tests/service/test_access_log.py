@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from select import PIPE_BUF
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.service import access_log
@@ -271,3 +275,38 @@ def test_a_turns_lines_are_written_at_once_and_a_lost_folder_costs_only_them(
         for handler in logger.handlers:
             handler.close()
         logger.handlers, logger.level, logger.propagate = before
+
+
+class _Pipe(io.StringIO):
+    """Keeps apart what was written between two flushes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[str] = []
+
+    def flush(self) -> None:
+        self.writes.append(self.getvalue())
+        self.seek(0)
+        self.truncate()
+
+
+@pytest.mark.looks_inside
+@given(st.lists(st.integers(1, 2 * PIPE_BUF), max_size=40))
+def test_processes_that_share_a_pipe_do_not_mix_their_lines(lengths: list[int]) -> None:
+    """A kernel keeps together what is written at once, up to a length."""
+    logger, pipe = access_log.logger, _Pipe()
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    logger.handlers = [logging.StreamHandler(pipe)]
+    writer, turn = access_log._Writer(), _Turn()
+    written = [f"{number}".ljust(length, ".") + "\n" for number, length in enumerate(lengths)]
+    try:
+        for line in written:
+            writer.add(line, turn)  # type: ignore[arg-type]
+        turn.end()
+    finally:
+        logger.handlers, logger.level, logger.propagate = before
+    assert "".join(pipe.writes) == "".join(written)
+    assert all(text.endswith("\n") for text in pipe.writes)
+    assert all(len(text) <= PIPE_BUF or text.count("\n") == 1 for text in pipe.writes)
+    few = 2 * sum(map(len, written)) // PIPE_BUF + 1
+    assert len(pipe.writes) <= few, "any two that follow each other are longer than one"

@@ -12,6 +12,7 @@ import sys
 import time
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
+from select import PIPE_BUF
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -81,7 +82,7 @@ class _Writer:
             loop.call_soon(self._write)
 
     def _write(self) -> None:
-        text, self._lines = "".join(self._lines), []
+        lines, self._lines = self._lines, []
         now_s = time.monotonic()
         is_late = now_s - self._looked_s > _LOOK_S
         if is_late:
@@ -92,14 +93,29 @@ class _Writer:
             try:
                 if is_late and isinstance(handler, WatchedFileHandler):
                     handler.reopenIfNeeded()
-                stream = handler.stream
-                if stream is None:  # it could not be opened anew; this tries again
-                    handler.handle(logging.makeLogRecord({"msg": text[:-1]}))
-                    continue
-                stream.write(text)
-                stream.flush()
+                for text in _joined(lines):
+                    stream = handler.stream
+                    if stream is None:  # it could not be opened anew; this tries again
+                        handler.handle(logging.makeLogRecord({"msg": text[:-1]}))
+                        continue
+                    stream.write(text)
+                    stream.flush()
             except OSError as error:
                 _other.error("the access log cannot be written: %s", error)
+
+
+def _joined(lines: list[str]) -> list[str]:
+    """As few texts as can be written one by one: of two processes' they do not mix in a pipe."""
+    texts: list[str] = []
+    start = num_bytes = 0
+    for index, line in enumerate(lines):
+        if num_bytes and num_bytes + len(line) > PIPE_BUF:
+            texts.append("".join(lines[start:index]))
+            start, num_bytes = index, 0
+        num_bytes += len(line)
+    if lines:
+        texts.append("".join(lines[start:]))
+    return texts
 
 
 _writer: Final = _Writer()
