@@ -53,7 +53,7 @@ SETTINGS: Final[Mapping[Memory, Mapping[str, str]]] = {
 }
 
 BATCHES, QUICK_BATCHES = (1, 8, 32), (1, 8)
-STARTS, QUICK_STARTS = 10, 1
+STARTS, QUICK_STARTS = 20, 1
 """Two engines that are alike differ by 1 to 2 %, from start to end: by where their memory lies."""
 CONTIGUOUS_STARTS = 2
 """Beside those: what no check is about has fewer."""
@@ -276,7 +276,7 @@ def command(
     """What does elastic KV memory cost a step?
 
     Times the steps of two offline engines in turn, one of them without xtensor.enabled, the other
-    with it or with xtensor.form=contiguous.  Takes about 25 minutes; with --quick two.
+    with it or with xtensor.form=contiguous.  Takes about 45 minutes; with --quick two.
     """
     batches = QUICK_BATCHES if quick else BATCHES
     num_starts = starts or (QUICK_STARTS if quick else STARTS)
