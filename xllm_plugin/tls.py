@@ -50,7 +50,7 @@ class ClientFiles(NamedTuple):
             context = ssl.create_default_context()
         else:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks, and believes nobody yet
-        self.load(context)
+        self._load(context)
         return context
 
     def renew(self, context: ssl.SSLContext) -> None:
@@ -62,7 +62,7 @@ class ClientFiles(NamedTuple):
             ConfigError: one cannot be used.
         """
         self.check()
-        self.load(context)
+        self._load(context)
 
     def check(self) -> None:
         """Read the files, for nobody.  Raises `ConfigError` if one cannot be used.
@@ -70,10 +70,9 @@ class ClientFiles(NamedTuple):
         Before a context that is in use: OpenSSL keeps the half that it has read, and a certificate
         whose key does not fit takes the place of the pair that was there.
         """
-        self.load(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
 
-    def load(self, context: ssl.SSLContext) -> None:
-        """Read the files into `context`.  Raises `ConfigError`; half of them may be in it then."""
+    def _load(self, context: ssl.SSLContext) -> None:
         if self.ca_certs is not None:
             load_authorities(context, self.ca_certs, f"{self.prefix}ssl_ca_certs")
         if self.certfile is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import subprocess
 import sys
 from typing import Any
@@ -81,6 +82,21 @@ def test_a_misspelt_key_is_refused_and_another_s_is_left_alone() -> None:
     assert caught.value.field == "xllm_tttf_ms"
     for key in KEYS:
         assert key in str(caught.value)
+
+
+def test_a_body_full_of_names_is_not_compared_name_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+
+    def matches(key: str, *_: object, **__: object) -> list[str]:
+        compared.append(key)
+        return []
+
+    monkeypatch.setattr(difflib, "get_close_matches", matches)
+    args = {f"xllm_{number}": 0 for number in range(1000)}
+    assert read_promise({"xllm_" + "a" * 60: 0, **args}, DEFAULTS) == DEFAULTS
+    assert compared == list(args)[:64]
+    with pytest.raises(PromiseError, match="xllm_tpot_ms is '1111"):
+        read_promise({"xllm_tpot_ms": "1" * 65}, DEFAULTS)
 
 
 def test_the_settings_are_the_defaults() -> None:

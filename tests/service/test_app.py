@@ -160,6 +160,18 @@ def test_without_a_registration_token_nobody_registers(run: Any) -> None:
     run(check())
 
 
+def test_a_token_that_is_no_text_is_a_wrong_one(run: Any) -> None:
+    async def check() -> None:
+        async with running(settings()) as it:
+            reader, writer = await asyncio.open_connection("127.0.0.1", it.service.admin_port)
+            head = b"GET /v1/instances HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+            writer.write(head + b"Authorization: Bearer \xff\r\n\r\n")
+            assert (await reader.read()).startswith(b"HTTP/1.1 401")
+            writer.close()
+
+    run(check())
+
+
 def test_a_registration_cannot_take_anothers_name(run: Any) -> None:
     async def check() -> None:
         async with FakeInstance() as one:
@@ -288,6 +300,25 @@ def test_keys_that_are_none_by_the_time_they_are_put_in_force_change_nothing(
             proxy, router = it.service.proxy, it.service.router
             assert it.service.config is proxy.config is it.service.carrier.config is before
             assert (router.policy.name, proxy.telemetry.slo) == ("cost", before.slo)
+
+    run(check())
+
+
+def test_certificates_that_have_gone_since_they_were_read_are_named(
+    run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    after = settings(routing={"policy": "session"})
+
+    def gone(_: object) -> None:
+        raise ConfigError("instances.ssl_certfile is gone")
+
+    async def check() -> None:
+        async with running(settings(), lambda: after) as it:
+            monkeypatch.setattr(it.service.carrier, "use_certificates", gone)
+            it.service.reload()
+            said = "certificates for instances stay as they were: instances.ssl_certfile is gone"
+            assert said in caplog.text
+            assert (it.service.config, it.service.router.policy.name) == (after, "session")
 
     run(check())
 

@@ -362,6 +362,25 @@ def test_an_error_of_the_request_is_passed_on(run: Any) -> None:
     run(check())
 
 
+def test_a_stream_after_an_answer_that_was_none_can_be_continued_and_hides_its_ids(
+    run: Any,
+) -> None:
+    async def check() -> None:
+        model = FakeModel(PIECES)
+        garbage = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nno number\r\n"
+        instances = (
+            FakeInstance(script=answer_raw(garbage)),
+            stream_instance(model, Death(500)),
+            stream_instance(model),
+        )
+        async with serving(*instances, policy=first) as harness:
+            body = body_of(CHAT)
+            assert await ask(harness, CHAT, body) == expected(model, CHAT, body)
+            assert all(one.requests for one in instances)
+
+    run(check())
+
+
 def test_a_stalled_stream_goes_on_elsewhere(run: Any) -> None:
     async def check() -> None:
         model = FakeModel(PIECES)

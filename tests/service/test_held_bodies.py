@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 
 import pytest
@@ -159,6 +160,26 @@ def test_what_is_refused_behind_a_running_request_holds_nothing(
             assert answers.count(b"HTTP/1.1 503 ") == 1
             assert len(harness.instances[0].requests) == 1
             harness.proxy.bodies.num_bytes -= 2 * LARGE_BYTES
+
+    run(check())
+
+
+@pytest.mark.looks_inside
+def test_small_parts_take_no_more_room_than_they_are_long(run: Any) -> None:
+    async def check() -> None:
+        body = LARGE[:-3].ljust(2 * LARGE_BYTES)
+        chunks = b"".join(b"2\r\n%b\r\n" % body[at : at + 2] for at in range(0, len(body), 2))
+        limits = {"max_body_bytes": 64 * LARGE_BYTES}
+        async with serving(FakeInstance(), limits=limits) as harness:
+            client = await harness.connect()
+            client.send(CHUNKED_HEAD + chunks)
+            await until_held(harness, len(body))
+            (connection,) = harness.proxy.clients
+            assert sum(map(sys.getsizeof, connection._body)) < 1.5 * len(body)
+            client.send(b"0\r\n\r\n")
+            assert (await client.read_answer())[0].startswith(b"HTTP/1.1 200")
+            assert harness.instances[0].requests[0].body == body
+            await harness.settle()
 
     run(check())
 

@@ -316,6 +316,13 @@ def test_the_clients_key_stays_here_unless_it_is_to_go_on(
         ("X-Xllm-Priority: -1\r\n", {}, 403),
         ("", {"priority": -1}, 403),
         ("", {"vllm_xargs": {"xllm_priority": -1}}, 403),
+        ("", {"priority": 3}, 200),
+        ("X-Xllm-Priority: 0\r\n", {"priority": -1}, 403),
+        ("", {"vllm_xargs": {"xllm_priority": 0}, "priority": -1}, 403),
+        ("", {"priority": "-1"}, 400),  # vLLM makes numbers of these
+        ("", {"priority": -1.0}, 400),
+        ("", {"priority": True}, 400),
+        ("", {"priority": None}, 200),
     ],
 )
 def test_a_key_is_of_one_tenant_and_has_a_first_priority(

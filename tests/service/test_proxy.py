@@ -432,6 +432,9 @@ def test_a_request_goes_where_its_model_is(run: Any) -> None:
             head, body = await harness.ask(request(b'{"model": "c"}'))
             assert head.startswith(b"HTTP/1.1 404")
             assert "`a`, `b`" in json.loads(body)["error"]["message"]
+            head, body = await harness.ask(request(b'{"model": "%b"}' % (b"c" * 9999)))
+            assert head.startswith(b"HTTP/1.1 404")
+            assert len(body) < 999, "a name is not repeated at any length"
             head, body = await harness.ask(request(b"{}"))
             assert head.startswith(b"HTTP/1.1 400")
             assert json.loads(body)["error"]["param"] == "model"

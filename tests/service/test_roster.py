@@ -244,6 +244,7 @@ def test_a_plugins_policy_that_fails_is_said_before_many_too(
         Choice("0", "why"),  # type: ignore[arg-type]
         Choice(0, "why", None),  # type: ignore[arg-type]
         Choice(10**6, "why"),
+        Choice(-1, "why"),
         None,
     ],
 )

@@ -14,6 +14,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import islice
 from typing import Any, Final
 
 from xllm_plugin.errors import PromiseError
@@ -39,6 +40,10 @@ TENANT_KEY: Final = "xllm_tenant"
 # A day: longer waits are what the offline class is for, and it keeps the arithmetic finite.
 MAX_TARGET_MS: Final = 86_400_000.0
 MAX_PRIORITY: Final = 2**31 - 1
+# To compare names takes time, and a body may be full of them.
+_MAX_MISSPELT: Final = 64
+_MAX_KEY_CHARS: Final = 64
+_MAX_NUMBER_CHARS: Final = 64
 TENANT_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9_.:@/-]{0,63}"
 
 
@@ -96,9 +101,12 @@ def read_promise(extra_args: Mapping[str, Any] | None, defaults: Promise) -> Pro
 
 
 def _refuse_misspelt(extra_args: Mapping[str, Any]) -> None:
-    for key in extra_args:
-        if key in _READERS or not key.startswith("xllm_"):
-            continue
+    ours = (
+        key
+        for key in extra_args
+        if key.startswith("xllm_") and len(key) <= _MAX_KEY_CHARS and key not in _READERS
+    )
+    for key in islice(ours, _MAX_MISSPELT):
         if close := difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8):
             known = ", ".join(KEYS)
             raise PromiseError(
@@ -140,6 +148,8 @@ def _tenant(key: str, value: Any) -> str:
 
 def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, str) and len(value) > _MAX_NUMBER_CHARS:
         return None
     try:
         number = float(value)

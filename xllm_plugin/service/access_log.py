@@ -105,7 +105,10 @@ class _Writer:
 
 
 def _joined(lines: list[str]) -> list[str]:
-    """As few texts as can be written one by one: of two processes' they do not mix in a pipe."""
+    """As few texts as can be written one by one: of two processes' they do not mix in a pipe.
+
+    A longer line (of a path of kilobytes) stands alone.
+    """
     texts: list[str] = []
     start = num_bytes = 0
     for index, line in enumerate(lines):

@@ -115,7 +115,8 @@ class AdminApi:
                 return False
             expected = registration.get_secret_value()
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        return hmac.compare_digest(given.encode(), expected.encode())
+        # aiohttp keeps bytes that are not UTF-8 as surrogates.
+        return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), expected.encode())
 
     # -- see ------------------------------------------------------------------------------------
 

@@ -148,11 +148,14 @@ class Service:
             admin_tls = self._admin_tls.read()
             listen_tls = self.carrier.read_certificates()
             self.carrier.reconfigure(config)
-            self.carrier.use_certificates(listen_tls)
         except ConfigError as error:
             logger.error("not reloaded, the settings stay as they were: %s", error)  # noqa: TRY400
             return
         self._admin_tls.use(admin_tls)
+        try:
+            self.carrier.use_certificates(listen_tls)
+        except ConfigError as error:  # they were written anew since they were read above
+            logger.error("certificates for instances stay as they were: %s", error)  # noqa: TRY400
         for name in _fixed_that_differ(self._started, config):
             logger.warning("%s settings have changed and need a restart", name)
         self.config = config

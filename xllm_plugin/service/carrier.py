@@ -129,9 +129,14 @@ class Carrier:
         return self._listen_tls.read()
 
     def use_certificates(self, listen: ssl.SSLContext | None) -> None:
-        """Put what was read in force."""
-        self._client_files.load(self.tls)
+        """Put what was read in force.
+
+        Raises:
+            ConfigError: a file for instances has changed since, and cannot be used; those that were
+                read before stay in force.
+        """
         self._listen_tls.use(listen)
+        self._client_files.renew(self.tls)
 
     def reconfigure(self, config: ServiceConfig) -> None:
         """Take new settings, which were checked; connections stay.

@@ -37,6 +37,8 @@ _NEVER: Final = float("inf")
 _NO_PROMISES: dict[str, str] = {}
 _LINGER_S: Final = 2.0
 _MAX_EARLY_BYTES: Final = 64 * 1024
+_SMALL_PART_BYTES: Final = 4096
+"""Of a body: those below are put together as they come."""
 _CONNECTION_HEADERS: Final = frozenset(
     {
         *(b"connection", b"keep-alive", b"proxy-connection", b"proxy-authorization", b"te"),
@@ -142,7 +144,7 @@ class ClientConnection(asyncio.Protocol):
         """What the last request's head was understood as."""
         self._learns_from: bytes | None = b""
         """What was read from the first byte of a head on; None: they are compared no more."""
-        self._body: list[bytes] = []
+        self._body: list[bytes | bytearray] = []
         self._body_bytes = 0
         self._overhead_bytes = 0
         self._remaining_bytes = 0
@@ -243,7 +245,15 @@ class ClientConnection(asyncio.Protocol):
         if self._body_bytes > self.proxy.config.limits.max_body_bytes:
             raise _RefusedError(self._body_too_large())
         self._overhead_bytes -= len(body)
-        self._body.append(body)
+        parts = self._body
+        if not parts or len(body) >= _SMALL_PART_BYTES:
+            parts.append(body)
+            return
+        last = parts[-1]  # an object for each small part would take many times its length
+        if isinstance(last, bytearray) and len(last) < LARGE_BYTES:
+            last += body
+        else:
+            parts.append(bytearray(body))
 
     def on_message_complete(self) -> None:
         """The request is whole."""
@@ -253,7 +263,8 @@ class ClientConnection(asyncio.Protocol):
         self._head_bytes = -1
         self.deadline_s = _NEVER
         body = self._body
-        exchange.body = body[0] if len(body) == 1 else b"".join(body)
+        first = body[0] if len(body) == 1 else None
+        exchange.body = first if isinstance(first, bytes) else b"".join(body)
         self._body = []
         if self._parser.should_upgrade():
             if not exchange.upgrades:

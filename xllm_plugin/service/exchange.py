@@ -67,7 +67,11 @@ _NUMBER: Final = re.compile(rb"\d{1,12}")
 _MAX_TAIL_BYTES: Final = 1024
 _CLIENT_GONE: Final = 499  # nginx's, for the access log alone
 _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"})
-_MODEL_FIELD: Final = re.compile(rb'name="?model"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')
+# Each step is bounded and none is taken back, so that no body costs more than it is long.
+_MODEL_FIELD: Final = re.compile(
+    rb"\r\n(?i:content-disposition):[^\r\n]{0,256}?[; \t]name=(?:\"model\"|model)(?=[;\s])"
+    rb"[^\r\n]{0,256}+\r\n(?:[^\r\n]{1,512}+\r\n){0,4}+\r\n([^\r\n]{0,256}+)\r\n"
+)
 _RESPONSE_ID: Final = re.compile(rb'"id"\s*:\s*"(resp_[^"]{1,200})"')
 _REASON: Final = re.compile(rb"\r\n%b: *([^\r\n]{1,999})" % REASON_HEADER.encode(), re.IGNORECASE)
 _NO_HEADERS: dict[bytes, bytes] = {}
@@ -96,6 +100,7 @@ class Exchange:
     """
 
     __slots__ = (
+        "_armed",
         "_awaits_first",
         "_booked_tokens",
         "_connecting",
@@ -210,6 +215,8 @@ class Exchange:
         self.is_answering = self.is_done = False
         self.stalled_reads = -1
         self.stalled_since_s = 0.0
+        self._armed: ArmedStream | None = None
+        """The stream that was asked for, whatever an instance has answered with."""
         self._awaits_first = True
         self._booked_tokens = 0
         self._connecting: asyncio.Task[None] | None = None
@@ -273,7 +280,7 @@ class Exchange:
                 found = seen.sampling_params.get("extra_args")
             self.wishes = read_wishes(headers, found, seen.priority)
             if self.grant is not None:
-                self.wishes = self.grant.account.bind(self.wishes)
+                self.wishes = self.grant.account.bind(self.wishes, seen.priority)
         except Refusal as refusal:
             if self.proxy.reads_promises:  # else they only help to choose; an instance refuses it
                 self.refusal = refusal
@@ -281,7 +288,7 @@ class Exchange:
     def _arm(self, seen: Peek) -> None:
         if self.unframes or self.method != b"POST":
             return
-        self.stream = arm(self.route, self.body, seen)
+        self.stream = self._armed = arm(self.route, self.body, seen)
         if self.stream is not None:
             self.body = self.stream.body
             self.head = with_body(self.head, self.body)
@@ -404,7 +411,6 @@ class Exchange:
                 self.stream = None
         if status == _RETRYABLE_STATUS and self._refused():
             self.instance.stats.count_error("unavailable")
-            self.stream = stream
             self._retry()
             return None
         if self.hedging is not None and self.stream is None:
@@ -860,6 +866,7 @@ class Exchange:
         instance.stats.retries += 1
         self._leave()
         self.is_answering = False
+        self.stream = self._armed  # what has failed may have answered with something else
         self.tried = (*self.tried, instance)
         self.dispatch()
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from xllm_plugin.errors import ConfigError
 from xllm_plugin.service.exchange import Exchange, prompt_tokens_of
@@ -80,21 +81,35 @@ class Account:
         self.in_flight += 1
         self.num_requests += 1
 
-    def bind(self, wishes: Wishes) -> Wishes:
+    def bind(self, wishes: Wishes, priority: Any) -> Wishes:
         """`wishes` for the key's tenant.
 
+        Args:
+            wishes: as the request says them.
+            priority: of its body, vLLM's own field, which goes to the instance as it is.
+
         Raises:
-            Refusal: 403, it asks for another tenant or an earlier priority.
+            Refusal: 403, it asks for another tenant or an earlier priority; 400, `priority` is what
+                an instance may make a number of.
         """
         record, promise = self.record, wishes.promise
+        if priority is None:
+            priority = promise.priority
+        elif not isinstance(priority, int) or isinstance(priority, bool):
+            raise Refusal(
+                400,
+                f"`priority` is {reprlib.repr(priority)}; accepted is a whole number.",
+                param="priority",
+            )
+        first_priority = min(promise.priority, priority)
         if wishes.has_tenant and promise.tenant != record.tenant:
             raise Refusal(
                 403, f"Key {record.name!r} is of another tenant than {promise.tenant!r}; name none."
             )
-        if promise.priority < record.first_priority:
+        if first_priority < record.first_priority:
             raise Refusal(
                 403,
-                f"Key {record.name!r} may not ask for priority {promise.priority}; "
+                f"Key {record.name!r} may not ask for priority {first_priority}; "
                 f"{record.first_priority} is its first.",
             )
         return self._no_wishes if wishes is NO_WISHES else for_tenant(wishes, record.tenant)

@@ -10,7 +10,15 @@ from collections.abc import Callable, Sequence
 
 from xllm_plugin.service.policy import Choice, InstanceView, RequestView
 
-__all__ = ["ListRanking"]
+__all__ = ["ListRanking", "check_choice"]
+
+
+def check_choice(choice: Choice, num_candidates: int) -> None:
+    """Raise `TypeError` or `ValueError` for what a plugin may give and nobody could use."""
+    if not (isinstance(choice.index, int) and isinstance(choice.cause, str)):
+        raise TypeError(f"index {choice.index!r} and cause {choice.cause!r}: no number and text")
+    if not 0 <= choice.index < num_candidates:
+        raise ValueError(f"index {choice.index} of {num_candidates} candidates")
 
 
 class ListRanking:
@@ -57,4 +65,5 @@ class ListRanking:
     def choose(self, request: RequestView) -> Choice:
         """What the policy's function says of those that are open."""
         choice = self._choose(request, self._listed)
+        check_choice(choice, len(self._listed))
         return Choice(self._open[choice.index], choice.reason, choice.cause)

@@ -10,6 +10,8 @@ from typing import Final
 
 __all__ = ["Refusal", "error_body", "error_reply", "json_reply", "unknown_model"]
 
+_MAX_MODEL_CHARS: Final = 256
+
 
 class Refusal(Exception):  # noqa: N818 - an answer, not a fault of the program
     """A request that is answered with an error here, and goes no further."""
@@ -78,8 +80,9 @@ def json_reply(payload: object, status: int = 200, *, close: bool = False) -> by
 def unknown_model(model: str, known: Iterable[str]) -> Refusal:
     """404 with the names that would work."""
     names = ", ".join(f"`{name}`" for name in sorted(known)) or "none"
+    asked = model[:_MAX_MODEL_CHARS]
     return Refusal(
-        404, f"The model `{model}` does not exist. Models served here: {names}.", param="model"
+        404, f"The model `{asked}` does not exist. Models served here: {names}.", param="model"
     )
 
 

@@ -11,6 +11,7 @@ from xllm_plugin.service.decision import Asked, Decision, Sent
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.lifecycle import State
 from xllm_plugin.service.policy import Choice, RoutingPolicy, Slo
+from xllm_plugin.service.ranking import check_choice
 from xllm_plugin.service.replies import Refusal, unknown_model
 from xllm_plugin.service.roster import MANY, Roster
 from xllm_plugin.service.routes import Kind
@@ -224,7 +225,7 @@ class Router:
                 if self.has_room is not None:
                     candidates = [one for one in candidates if self.has_room(one)] or candidates
             choice, num_open = found or (policy.choose(asked, candidates), len(candidates))
-            _check(choice)
+            check_choice(choice, len(candidates))
             return choice, candidates[choice.index], num_open
         except Exception as error:  # a plugin's function may raise anything
             self._forget_roster(request.model)  # its ranking may be half up to date
@@ -311,12 +312,6 @@ class Router:
         if counted not in self.causes and len(self.causes) >= _MAX_CAUSES:
             counted = (policy, "")  # a plugin that gives each choice a cause of its own
         self.causes[counted] = self.causes.get(counted, 0) + count
-
-
-def _check(choice: Choice) -> None:
-    """Raise `TypeError` for what a plugin may give, and compiled code would not take later."""
-    if not (isinstance(choice.index, int) and isinstance(choice.cause, str)):
-        raise TypeError(f"index {choice.index!r} and cause {choice.cause!r}: no number and text")
 
 
 def _left_of(slo: Slo, request: Exchange) -> Slo:

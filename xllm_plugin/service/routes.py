@@ -52,7 +52,6 @@ CONTROL_ROUTES = frozenset(
         "/is_sleeping",
         "/kv_event_sources",
         "/load",
-        "/metrics",
         "/pause",
         "/release_kv_cache_memory",
         "/reset_encoder_cache",
@@ -77,6 +76,7 @@ CONTROL_ROUTES = frozenset(
     }
 )
 _CONTROL_PREFIX: Final = "/xllm/"
+_METRICS: Final = "/metrics"  # vLLM takes whatever begins like that for it
 _INFERENCE: Final = frozenset(
     {
         "/v1/chat/completions",
@@ -108,7 +108,7 @@ def is_control(path: str) -> bool:
 
     Ends are compared, since a server with --root-path takes the same routes under a prefix.
     """
-    if path.endswith("/xllm") or _CONTROL_PREFIX in path:
+    if path.endswith("/xllm") or _CONTROL_PREFIX in path or _METRICS in path:
         return True
     start = -1
     for _ in range(3):  # the longest control route has three segments
