@@ -67,6 +67,8 @@ KEEPER_S = 1.0
 """How often the page keeper looks at what nobody uses."""
 LAG_S = 0.5
 """Time between two samples, with room."""
+KEEPS_S = CACHE_IDLE_S + KEEPER_S + LAG_S
+"""How long blocks of a request that has ended are live, for the prefix cache may find them."""
 RESERVE_S = KEEP_IDLE_S + KEEPER_S + LAG_S
 IDLE_S = CACHE_IDLE_S + KEEP_IDLE_S + 5.0
 IDLE_WITHIN: Final = 0.05
@@ -147,7 +149,8 @@ def allowed_bytes(samples: Sequence[Sample], at: int) -> int:
     """What may be resident at a sample: live KV, a slab a request, and the reserve.
 
     The reserve is what was live until `RESERVE_S` before, for what is given back stays a while for
-    whoever needs it next, and the slab mapped ahead.  What a step takes is
+    whoever needs it next, and the slab mapped ahead.  Of a request that has ended the cache may keep
+    the last slab, part of which is nobody's, for another `KEEPS_S`.  What a step takes is
     resident when it runs and told of when it ends, so what is told next counts as well.  What the
     cache has dropped since the sample before was live until then, beside what was taken meanwhile.
     """
@@ -160,7 +163,9 @@ def allowed_bytes(samples: Sequence[Sample], at: int) -> int:
         two.live_bytes + (two.num_dropped_slabs - one.num_dropped_slabs) * two.slab_bytes
         for one, two in pairwise([before, *recent])
     )
-    slabs = max(sample.num_requests for sample in recent) + PREMAP_SLABS
+    kept_since_s = now.at_s - RESERVE_S - KEEPS_S
+    num_kept = max(one.num_requests for one in known if one.at_s >= kept_since_s)
+    slabs = num_kept + PREMAP_SLABS
     return live + slabs * now.slab_bytes
 
 
@@ -330,7 +335,8 @@ def notes(plan: Plan) -> tuple[str, ...]:
         ),
         (
             f"The hour is compressed {COMPRESSION} times, and with it what the settings count in "
-            f"seconds: xtensor.cache_idle_s={CACHE_IDLE_S:g}, xtensor.keep_idle_s={KEEP_IDLE_S:g}."
+            f"seconds: xtensor.cache_idle_s={CACHE_IDLE_S:g} (for a minute; five are the default), "
+            f"xtensor.keep_idle_s={KEEP_IDLE_S:g}."
         ),
         (
             f"The reserve: what was live up to {RESERVE_S:g} s before (keep_idle_s, the "

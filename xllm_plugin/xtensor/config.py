@@ -46,9 +46,9 @@ class XTensorConfig(BaseModel):
     each is shown once more.  Rounded up to whole pages of the
     system, which matters where a block is none (latent attention: two blocks)."""
 
-    cache_idle_s: float = Field(default=60.0, ge=0)
+    cache_idle_s: float = Field(default=300.0, ge=0)
     """Cached blocks that no request has used for so long are dropped, when their whole slab is
-    unused."""
+    unused.  Five minutes, for which hosted APIs keep prompts: a chat's next turn comes within."""
 
     keep_idle_s: float = Field(default=10.0, ge=0)
     """Memory given back stays mapped for so long, for the next one who needs it, and then returns
