@@ -149,8 +149,8 @@ def allowed_bytes(samples: Sequence[Sample], at: int) -> int:
     """What may be resident at a sample: live KV, a slab a request, and the reserve.
 
     The reserve is what was live until `RESERVE_S` before, for what is given back stays a while for
-    whoever needs it next, and the slab mapped ahead.  Of a request that has ended the cache may keep
-    the last slab, part of which is nobody's, for another `KEEPS_S`.  What a step takes is
+    whoever needs it next, and the slab mapped ahead.  Of a request that has ended the cache may
+    keep the last slab, part of which is nobody's, for another `KEEPS_S`.  What a step takes is
     resident when it runs and told of when it ends, so what is told next counts as well.  What the
     cache has dropped since the sample before was live until then, beside what was taken meanwhile.
     """
