@@ -121,12 +121,10 @@ class ElasticKvCache:
                 PoolDemand(
                     name=str(vllm_config.model_config.served_model_name),
                     slab_bytes=slab_bytes,
+                    slab_blocks=slab_blocks,
                     full_request_slabs=needed,
                     max_slabs=budget_slabs,
-                    # Each running request may begin a block in a step.
-                    ahead_slabs=max(
-                        needed, -(-vllm_config.scheduler_config.max_num_seqs // slab_blocks)
-                    ),
+                    max_requests=vllm_config.scheduler_config.max_num_seqs,
                 ),
             )
             budget_slabs = share.num_leased_slabs
@@ -140,17 +138,17 @@ class ElasticKvCache:
 
     # At each step
 
-    def plan(self, *, is_busy: bool = True) -> None:
+    def plan(self, *, num_requests: int = 1) -> None:
         """Decide what is given back; called before a step is scheduled.
 
         Not after: the step may still copy from blocks that are freed while it is scheduled.
 
         Args:
-            is_busy: whether there are requests.
+            num_requests: that are not finished.
         """
         ledger = self._ledger
         if self._share is not None:
-            demand = Demand(ledger.num_in_use, ledger.num_resident, is_busy)
+            demand = Demand(ledger.num_in_use, ledger.num_resident, num_requests)
             ledger.budget_slabs = self._share.plan(demand)
         now_s = self._clock()
         if ledger.version == self._planned_version and now_s < self._cold_s:
