@@ -597,7 +597,9 @@ class Machine:
         self.folder = TemporaryDirectory()
         self.engines: list[Engine] = []
 
-    def start(self, min_slabs: int = 1, max_requests: int = 1) -> Engine:
+    def start(
+        self, min_slabs: int = 1, max_requests: int = 1, max_slabs: int = NUM_BLOCKS
+    ) -> Engine:
         share = join_pool(
             XTensorConfig(
                 enabled=True,
@@ -612,7 +614,7 @@ class Machine:
                 slab_bytes=self.slab_bytes,
                 slab_blocks=self.slab_blocks,
                 full_request_slabs=-(-2 // self.slab_blocks),  # of one block, and the null block
-                max_slabs=NUM_BLOCKS // self.slab_blocks,
+                max_slabs=min(max_slabs, NUM_BLOCKS // self.slab_blocks),
                 max_requests=max_requests,
             ),
             path=Path(self.folder.name) / "p.pool",
@@ -653,12 +655,17 @@ class Machine:
 class SharingMachine(RuleBasedStateMachine):
     """Two engines never have more pages than their pool, and each keeps what its requests wrote."""
 
-    @initialize(slab_blocks=st.integers(1, 3), max_requests=st.sampled_from([1, 4, 128]))
-    def start(self, slab_blocks: int, max_requests: int) -> None:
-        self.max_requests = max_requests
-        self.machine = Machine(slab_blocks, NUM_BLOCKS // slab_blocks)
+    @initialize(
+        slab_blocks=st.integers(1, 3),
+        max_requests=st.sampled_from([1, 4, 128]),
+        max_slabs=st.sampled_from([2, 5, NUM_BLOCKS]),
+        total_slabs=st.integers(4, NUM_BLOCKS),
+    )
+    def start(self, slab_blocks: int, max_requests: int, max_slabs: int, total_slabs: int) -> None:
+        self.machine = Machine(slab_blocks, total_slabs)
+        self.limits = {"max_requests": max_requests, "max_slabs": max_slabs}
         for _ in range(2):
-            self.machine.start(max_requests=max_requests)
+            self.machine.start(**self.limits)
 
     def drawn(self, data: st.DataObject) -> Engine:
         return data.draw(st.sampled_from(self.machine.engines))
@@ -666,7 +673,7 @@ class SharingMachine(RuleBasedStateMachine):
     @rule(data=st.data(), num_blocks=st.integers(1, 5))
     def allocate(self, data: st.DataObject, num_blocks: int) -> None:
         engine = self.drawn(data)
-        if num_blocks <= engine.pool.get_num_free_blocks():
+        if num_blocks <= engine.pool.get_num_free_blocks() and not engine.memory._is_asleep:
             request = engine.allocate(num_blocks)
             if data.draw(st.booleans()):
                 engine.cache_blocks(request)
@@ -696,6 +703,25 @@ class SharingMachine(RuleBasedStateMachine):
             engine.driver.finish_work()
         engine.memory.pool.maintain()
 
+    @rule(data=st.data(), budget_slabs=st.integers(0, NUM_BLOCKS + 1))
+    def resize(self, data: st.DataObject, budget_slabs: int) -> None:
+        engine = self.drawn(data)
+        assert engine.share is not None
+        most = min(self.machine.total_slabs, engine.pool.ledger.num_slabs)
+        if engine.share.min_slabs <= budget_slabs <= most:
+            engine.cache.set_budget(budget_slabs * engine.slab_bytes)
+        else:
+            with pytest.raises(MisuseError, match="give"):
+                engine.cache.set_budget(budget_slabs * engine.slab_bytes)
+
+    @rule(data=st.data())
+    def sleep(self, data: st.DataObject) -> None:
+        self.drawn(data).sleep()
+
+    @rule(data=st.data())
+    def wake(self, data: st.DataObject) -> None:
+        self.drawn(data).memory.wake()
+
     @rule(seconds=st.sampled_from([0.1, 6.0]))
     def let_time_pass(self, seconds: float) -> None:
         self.machine.clock.advance(seconds)
@@ -705,7 +731,7 @@ class SharingMachine(RuleBasedStateMachine):
         if len(self.machine.engines) == 2:
             self.machine.kill(self.drawn(data))
         try:
-            self.machine.start(max_requests=self.max_requests)
+            self.machine.start(**self.limits)
         except NotNowError:
             assert len(self.machine.engines) == 1, "the other has waited for what was free"
 
@@ -716,6 +742,7 @@ class SharingMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """When all requests have ended and time has passed, only minima are leased."""
         for engine in self.machine.engines:
+            engine.memory.wake()
             for request in list(engine.requests):
                 engine.end(request)
         for _ in range(3):
@@ -821,6 +848,48 @@ def test_the_minimum_and_the_most_of_an_engine_hold(machine: Machine) -> None:
         3 * machine.slab_bytes,
         4 * machine.slab_bytes,
     )
+
+
+def test_the_most_of_an_engine_may_rise_above_what_it_started_with(machine: Machine) -> None:
+    engine = machine.start(max_slabs=4)
+    engine.cache.set_budget(8 * machine.slab_bytes)
+    for _ in range(7):
+        grown(machine, engine)
+    section = engine.cache.section()
+    assert section.budget_slabs == 8
+    assert section.pool is not None
+    assert section.pool.max_bytes == 8 * machine.slab_bytes
+    assert section.pool.members[0].max_bytes == 8 * machine.slab_bytes
+
+
+def test_the_most_of_an_engine_may_fall_below_what_its_requests_use(machine: Machine) -> None:
+    engine = machine.start()
+    held = [grown(machine, engine) for _ in range(6)]
+    engine.cache.set_budget(3 * machine.slab_bytes)
+    machine.run()
+    assert engine.share is not None
+    assert engine.share.num_leased_slabs >= 7, "they stay until they end"
+    for request in held:
+        engine.end(request)
+    machine.run()
+    assert engine.share.num_leased_slabs == 3
+
+
+@pytest.mark.parametrize(
+    ("budget_slabs", "accepted"),
+    [
+        (2, r"give \d+ \(its minimum, xtensor\.min_bytes\) to"),
+        (11, r"to \d+ \(all of the pool, xtensor\.pool_bytes\)"),
+    ],
+)
+def test_a_budget_that_the_pool_cannot_give_is_refused_and_nothing_changes(
+    machine: Machine, budget_slabs: int, accepted: str
+) -> None:
+    engine = machine.start(min_slabs=3, max_slabs=5)
+    before = engine.cache.section()
+    with pytest.raises(MisuseError, match=accepted):
+        engine.cache.set_budget(budget_slabs * machine.slab_bytes)
+    assert engine.cache.section() == before
 
 
 def grown(machine: Machine, engine: Engine) -> FakeRequest:

@@ -215,6 +215,21 @@ def test_shares_are_equal_beyond_the_least_unless_somebody_wants_less(
         assert max(extras) - min(short) <= 1
 
 
+def test_what_a_member_has_beyond_a_lower_most_goes_when_it_can(join: Any) -> None:
+    member = join()
+    assert member.lease(60) == 60
+    member.set_most(30)
+    assert member.lease(60, need_bytes=30) == 60
+    with pytest.raises(ValueError, match="61 bytes are not in 10 to 30"):
+        member.lease(61)
+    assert member.lease(30) == 30
+    with pytest.raises(ValueError, match="31 bytes"):
+        member.lease(31)
+    member.set_most(40)
+    assert member.lease(40) == 40
+    assert member.members()[0].max_bytes == 40
+
+
 def test_members_agree_on_the_total(join: Any) -> None:
     first = join()
     assert join(total_bytes=None).total_bytes == TOTAL

@@ -239,16 +239,26 @@ class ElasticKvCache:
         )
 
     def set_budget(self, budget_bytes: int) -> MemorySection:
-        """Change how much memory the KV cache may take; what is beyond goes as requests end."""
+        """Change how much memory the KV cache may take; what is beyond goes as requests end.
+
+        Raises:
+            MisuseError: it is no budget that the cache, or its pool, can have; nothing is changed.
+        """
         slab_bytes = self._ledger.slab_blocks * self._layout.block_bytes
-        most = self._ledger.num_slabs
         if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int):
             raise MisuseError(f"budget_bytes={budget_bytes!r}: give a whole number of bytes.")
-        if not self._min_budget_slabs * slab_bytes <= budget_bytes <= most * slab_bytes:
+        least, most = self._min_budget_slabs, self._ledger.num_slabs
+        of_least = "one request of full length"
+        of_most = "what the engine was started with, --kv-cache-memory-bytes"
+        if self._share is not None:
+            if self._share.min_slabs > least:
+                least, of_least = self._share.min_slabs, "its minimum, xtensor.min_bytes"
+            if self._share.total_slabs < most:
+                most, of_most = self._share.total_slabs, "all of the pool, xtensor.pool_bytes"
+        if not least * slab_bytes <= budget_bytes <= most * slab_bytes:
             raise MisuseError(
-                f"budget_bytes={budget_bytes}: give {self._min_budget_slabs * slab_bytes} (one "
-                f"request of full length) to {most * slab_bytes} (what the engine was started "
-                "with, --kv-cache-memory-bytes)."
+                f"budget_bytes={budget_bytes}: give {least * slab_bytes} ({of_least}) to "
+                f"{most * slab_bytes} ({of_most})."
             )
         if self._share is None:
             self._pool.set_budget(budget_bytes // slab_bytes)

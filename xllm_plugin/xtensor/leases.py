@@ -173,12 +173,13 @@ class PoolMember:
             What the member may use from now on; no less than before, unless it wished for less.
 
         Raises:
-            ValueError: less than the member's least, or more than its most.
+            ValueError: less than the member's least, or more than its most and than it has.
         """
         need_bytes = wish_bytes if need_bytes is None else need_bytes
         with self._locked():
             own = self._record(self._index)._replace(wanted=need_bytes)
-            if not own.least <= wish_bytes <= own.most:
+            # What it has it may keep for now: its most may have been lowered since.
+            if not own.least <= wish_bytes <= max(own.most, own.leased):
                 raise ValueError(f"{wish_bytes} bytes are not in {own.least} to {own.most}")
             granted, since_ns = wish_bytes, 0
             if wish_bytes > own.leased or need_bytes > wish_bytes:
@@ -190,6 +191,12 @@ class PoolMember:
                     since_ns = own.since_ns or self._clock_ns()
             self._write(self._index, own._replace(leased=granted, since_ns=since_ns))
         return granted
+
+    def set_most(self, most_bytes: int) -> None:
+        """Never ask for more from now on; what the member has beyond that it may keep."""
+        with self._locked():
+            own = self._record(self._index)
+            self._write(self._index, own._replace(most=min(most_bytes, self.total_bytes)))
 
     def awaited_bytes(self, need_bytes: int | None = None) -> int:
         """What others wait for, as far as this member has more than its share.

@@ -118,6 +118,11 @@ class BudgetShare:
         return self._min_slabs
 
     @property
+    def total_slabs(self) -> int:
+        """What the pool has for all."""
+        return self._member.total_bytes // self._slab_bytes
+
+    @property
     def num_leased_slabs(self) -> int:
         """What the pool has granted; at least the budget."""
         return self._leased_slabs
@@ -144,8 +149,13 @@ class BudgetShare:
         return self._target_slabs
 
     def set_most(self, max_slabs: int) -> None:
-        """Never go above so many slabs from the next step on; no less than the minimum."""
-        self._max_slabs = max(max_slabs, self._min_slabs)
+        """Never go above so many slabs from the next step on.
+
+        Args:
+            max_slabs: `min_slabs` to `total_slabs`.
+        """
+        self._max_slabs = max_slabs
+        self._member.set_most(max_slabs * self._slab_bytes)
 
     def tell(self, change: int) -> None:
         """Note that the workers are told of the target with the change of that number."""
