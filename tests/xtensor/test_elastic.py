@@ -573,6 +573,17 @@ def test_an_engine_that_takes_no_step_asleep_has_its_slabs_with_the_first_one_aw
     assert not engine.memory.owes
 
 
+def test_who_closes_has_given_all_memory_back() -> None:
+    engine = Engine(slab_blocks=2, budget_slabs=6)
+    engine.memory.start()
+    engine.allocate(7)
+    engine.run()
+    assert engine.driver.num_pages > 0
+    engine.memory.close()
+    assert engine.driver.num_pages == 0
+    engine.memory.close()  # vLLM may do so twice
+
+
 def test_a_sleep_that_the_kernel_refuses_changes_nothing() -> None:
     engine = Engine(slab_blocks=2, budget_slabs=6)
     engine.allocate(5)

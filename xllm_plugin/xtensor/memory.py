@@ -71,8 +71,13 @@ class ElasticMemory:
         self._keeper.enter_context(PoolKeeper(self.pool))
 
     def close(self) -> None:
-        """End the keeper's thread."""
+        """End the keeper's thread and give all memory back; nothing may use the range from then on.
+
+        Raises:
+            NotNowError: the kernel takes no memory back; see `sleep`.
+        """
         self._keeper.close()
+        self.sleep()
 
     # Asleep the memory is with the system.  The scheduler does not know: what it has told to commit
     # is owed from then on, until the first step after waking.
