@@ -33,6 +33,7 @@ from xllm_plugin.xtensor.config import XTensorConfig
 from xllm_plugin.xtensor.layout import Column, KVLayout
 from xllm_plugin.xtensor.memory import ElasticMemory
 from xllm_plugin.xtensor.messages import MemoryChange
+from xllm_plugin.xtensor.page_pool import PoolPolicy
 from xllm_plugin.xtensor.share import BudgetShare, Demand, PoolDemand, join_pool
 from xllm_plugin.xtensor.slabs import SlabLedger
 
@@ -484,6 +485,32 @@ def test_the_report_counts_pages_and_calls() -> None:
     section = engine.cache.section()
     assert (section.num_resident_slabs, section.fragmentation) == (1, 0.0)
     assert section.budget_bytes == 5 * BLOCK_BYTES
+
+
+class TickingClock(ManualClock):
+    """Passes a second whenever it is asked."""
+
+    def __call__(self) -> float:
+        self.advance(1.0)
+        return super().__call__()
+
+
+def test_time_is_counted_where_something_was_done() -> None:
+    engine = Engine(slab_blocks=1, budget_slabs=5)
+    engine.run()
+    memory = engine.memory
+    memory._clock = TickingClock()
+    before = memory.report()
+    memory.apply(MemoryChange(budget_slabs=4, expected=(3,), number=9))
+    report = memory.report()
+    assert (report.commit_s, report.release_s) == (before.commit_s, before.release_s)
+    memory.apply(MemoryChange(budget_slabs=4, committed=(3,), number=10))
+    memory.apply(MemoryChange(budget_slabs=4, released=(3,), number=11))
+    report = memory.report()
+    assert (report.commit_s - before.commit_s, report.release_s) == (1.0, 1.0)
+    memory.pool.policy = PoolPolicy(keep_mapped_pages=0)
+    memory.pool.maintain()
+    assert memory.report().num_unmap_calls == before.num_unmap_calls + 1
 
 
 def test_only_vllm_s_own_pool_is_adopted() -> None:

@@ -646,6 +646,37 @@ def test_taking_what_is_mapped_does_not_wait_for_a_slow_unmap() -> None:
     assert scene.states() == {"mapped": 1, "reusable": 2, "free": 1}
 
 
+class SlowDriver(FakeMemoryDriver):
+    """Takes two seconds to map and three to unmap, by the pool's clock."""
+
+    def __init__(self) -> None:
+        super().__init__(granularity_bytes=SIZE, capacity_pages=64)
+        self.clock = ManualClock()
+
+    def map(self, pages: Mapping[int, PageHandle]) -> None:
+        self.clock.advance(2.0)
+        super().map(pages)
+
+    def unmap(self, addresses: Collection[int], *, keep: bool = True) -> None:
+        self.clock.advance(3.0)
+        super().unmap(addresses, keep=keep)
+
+
+def test_the_calls_of_the_device_are_timed_whoever_waits_for_them() -> None:
+    driver = SlowDriver()
+    scene = Scene(policy=PoolPolicy(premap_pages=2, keep_mapped_pages=0), driver=driver)
+    driver.clock = scene.clock
+    pool, at = scene.pool, scene.at
+    pool.take("a", at[:3])
+    pool.retire("a", at[:3])
+    pool.take("a", at[:1])  # is still mapped
+    pool.expect(at[5:7])
+    pool.maintain()
+    found = pool.statistics()
+    assert (found.num_map_calls, found.map_s) == (2, 4.0)
+    assert (found.num_unmap_calls, found.unmap_s) == (1, 3.0)
+
+
 def test_a_keeper_that_fails_tells_the_next_caller() -> None:
     scene = Scene(policy=PoolPolicy(premap_pages=0, keep_mapped_pages=0))
 
