@@ -211,6 +211,14 @@ def _a_request_can_come_with_output() -> None:
         raise TypeError(f"PrefillStats.set takes {', '.join(names)}")
 
 
+def _executors_note_that_they_sleep() -> None:
+    executor = _attribute("vllm.v1.executor.abstract:Executor")
+    _attribute("vllm.v1.executor.abstract:SLEEP_TAGS")
+    for method in ("sleep", "wake_up"):
+        if "sleeping_tags" not in getattr(executor, method).__code__.co_names:
+            raise AttributeError(f"Executor.{method} no longer knows sleeping_tags")
+
+
 def _a_worker_can_run_on_a_thread() -> None:
     executor = _attribute("vllm.v1.executor.uniproc_executor:UniProcExecutor")
     for method in ("execute_model", "sample_tokens"):
@@ -571,6 +579,16 @@ SEAMS: tuple[Seam, ...] = (
             "vllm.v1.executor.multiproc_executor:MultiprocExecutor",
             "vllm.v1.executor.uniproc_executor:UniProcExecutor",
         ),
+    ),
+    Seam(
+        name="sleep-of-ranks",
+        target="vllm.v1.executor.abstract:Executor.sleep",
+        why="a sleep that fails on one rank is undone on all: to vLLM they are awake then.",
+        versions="0.32",
+        upstream="vllm/v1/executor/abstract.py, vllm/v1/executor/multiproc_executor.py",
+        leaves_when="Executor.sleep wakes all ranks when one of them fails.",
+        process=Process.ENGINE,
+        fits=_executors_note_that_they_sleep,
     ),
     Seam(
         name="scheduler-internals",

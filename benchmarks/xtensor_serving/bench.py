@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 import click
+from msgspec import structs
 from rich.console import Console
 
 from xllm_plugin.bench import outputs, schema
@@ -82,6 +83,15 @@ def kv_memory(server: Server) -> MemorySection | None:
         return snapshot_of(client).section(MEMORY_SECTION, MemorySection)
 
 
+def since(before: MemorySection, after: MemorySection) -> MemorySection:
+    """The later one, whose totals of steps and of their time count from the earlier one."""
+    if before.pages is None or after.pages is None:
+        return after
+    totals = ("num_commits", "num_releases", "commit_s", "release_s")
+    done = {name: getattr(after.pages, name) - getattr(before.pages, name) for name in totals}
+    return structs.replace(after, pages=structs.replace(after.pages, **done))
+
+
 @dataclass(frozen=True, slots=True)
 class Session:
     """What a run holds open."""
@@ -95,11 +105,12 @@ class Session:
         """Start both servers, compare their outputs, then run all pairs.
 
         Returns:
-            What each gave, and the elastic one's memory afterwards.
+            What each gave, and the elastic one's memory afterwards, with what it did in the turns.
         """
         measured = [Measured(peer) for peer in peers]
         for one, peer in zip(measured, peers, strict=True):
             self._prepare(one, peer, is_reference=one is measured[0])
+        warmed_up = self._elastic(peers)
         turns = list(zip(measured, peers, strict=True))
         for pair in range(self.plan.repeats):
             for one in measured:
@@ -107,9 +118,12 @@ class Session:
             for load in self.plan.loads:
                 for one, peer in turns if pair % 2 == 0 else turns[::-1]:
                     self._run(one, peer, load, pair)
+        return measured, since(warmed_up, self._elastic(peers))
+
+    def _elastic(self, peers: Sequence[PeerServer]) -> MemorySection:
         elastic = kv_memory(self.fleet.server(peers[-1]))
         assert elastic is not None
-        return measured, elastic
+        return elastic
 
     def _prepare(self, one: Measured, peer: PeerServer, *, is_reference: bool) -> None:
         """Start a server, see that its memory is what was asked for, collect outputs, warm up.
@@ -180,7 +194,7 @@ def rows(measured: Sequence[Measured], loads: Sequence[Load], memory: MemorySect
 
 
 def memory_row(measured: Sequence[Measured], memory: MemorySection) -> Row:
-    """How often steps waited for memory to be mapped or given back, and for how long."""
+    """How often steps of the turns took memory or gave it back, and for how long they waited."""
     figures = [Figure.of("resident at the end", "MiB", [memory.resident_bytes / 2**20])]
     if (pages := memory.pages) is not None:
         waited_ms = 1e3 * (pages.commit_s + pages.release_s)

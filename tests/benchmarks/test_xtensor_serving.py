@@ -102,8 +102,20 @@ def fake_peers(*flags: str) -> tuple[PeerServer, PeerServer]:
     return fake("xllm"), fake("xllm-elastic", *flags)
 
 
-def kv_memory(server: Server) -> MemorySection | None:
-    return memory_section(pages=PAGES) if server.name == "xllm-elastic" else None
+class GrowingMemory:
+    """As `kv_memory` sees an elastic server that does as much as `PAGES` says between two looks."""
+
+    def __init__(self, *, from_look: int = 0) -> None:
+        self._num_looks = -from_look
+
+    def __call__(self, server: Server) -> MemorySection | None:
+        if server.name != "xllm-elastic":
+            return None
+        self._num_looks += 1
+        totals = ("num_commits", "num_releases", "commit_s", "release_s")
+        num = max(1, self._num_looks)  # as many at the first look as a start takes
+        grown = {name: num * getattr(PAGES, name) for name in totals}
+        return memory_section(pages=structs.replace(PAGES, **grown))
 
 
 def run(
@@ -122,10 +134,12 @@ def run(
 def test_both_of_a_pair_get_the_same_requests_in_an_order_that_changes(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "kv_memory", kv_memory)
+    monkeypatch.setattr(bench, "kv_memory", GrowingMemory())
     peers = fake_peers()
     measured, memory, client = run(bench, tmp_path, peers)
-    assert memory.pages == PAGES
+    assert memory.pages is not None
+    assert (memory.pages.num_commits, memory.pages.num_releases) == (7, 4), "in the turns alone"
+    assert memory.pages.commit_s + memory.pages.release_s == pytest.approx(0.5)
     warm_ups, turns = client.asked[:2], client.asked[2:]
     assert [load.clients for _, load, _ in warm_ups] == [bench.WARM_UP_CLIENTS] * 2
     fixed, elastic = (f"http://127.0.0.1:{peer.port}" for peer in peers)
@@ -142,10 +156,19 @@ def test_both_of_a_pair_get_the_same_requests_in_an_order_that_changes(
     assert found[-1].detail == "0.960 times, by the median"
 
 
+def test_memory_that_was_taken_before_the_turns_is_not_taken_while_it_served(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "kv_memory", GrowingMemory(from_look=9))
+    measured, memory, _ = run(bench, tmp_path, fake_peers(), repeats=1)
+    took = bench.checks(measured, LOADS, memory, is_quick=True)[-1]
+    assert (took.passed, took.detail) == (False, "in 0 steps")
+
+
 def test_other_outputs_fail_the_run(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "kv_memory", kv_memory)
+    monkeypatch.setattr(bench, "kv_memory", GrowingMemory())
     measured, memory, _ = run(bench, tmp_path, fake_peers("--token-shift", "1"), repeats=1)
     _, equal, _ = bench.checks(measured, LOADS, memory, is_quick=True)
     assert not equal.passed

@@ -31,7 +31,7 @@ from xllm_plugin.cli.top_view import Rates, frame
 from xllm_plugin.errors import ChannelError
 from xllm_plugin.scheduler.report import ClassReport, SchedulerReport, StepReport
 from xllm_plugin.testing.fake_memory import memory_section
-from xllm_plugin.xtensor.messages import PoolSection
+from xllm_plugin.xtensor.messages import MemoryReport, PoolSection
 
 Start = Callable[..., EngineChannel]
 
@@ -97,6 +97,36 @@ def test_an_elastic_kv_cache_has_a_line_below_the_table(start_engine: Start) -> 
     engine.add_section("memory", lambda: memory_section(block_bytes=2**20))
     engine.publish_if_due(force=True)
     assert "dp0: KV memory 10 of 16 MiB, 20 % of it unused" in run("--once").output
+
+
+def test_its_pages_have_a_line_by_state_and_with_what_mapping_takes(start_engine: Start) -> None:
+    pages = MemoryReport(
+        page_bytes=2**21,
+        num_free=1,
+        num_allocated=0,
+        num_mapped=50,
+        num_retired=0,
+        num_reusable=4,
+        num_created=55,
+        num_released=0,
+        num_maps=90,
+        num_unmaps=20,
+        num_reused=30,
+        num_premapped=5,
+        commit_s=0.25,
+        release_s=0.5,
+        num_commits=6,
+        num_releases=7,
+        num_map_calls=8,
+        num_unmap_calls=4,
+        map_s=0.002,
+        unmap_s=0.006,
+    )
+    engine = start_engine("e1")
+    engine.add_section("memory", lambda: memory_section(pages=pages))
+    engine.publish_if_due(force=True)
+    shown = " ".join(run("--once").output.split())
+    assert "dp0: pages: 1 free, 50 mapped, 4 reusable; 0.25 ms to map a batch; 1.50 ms" in shown
 
 
 def test_a_shared_pool_is_named_beside_it(start_engine: Start) -> None:

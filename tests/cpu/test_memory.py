@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -287,6 +288,57 @@ def test_an_unmap_that_the_kernel_refuses_changes_nothing(
     assert ctypes.string_at(start, SIZE) == b"a" * SIZE
     assert ctypes.string_at(start + 2 * SIZE, SIZE) == b"b" * SIZE
     driver.unmap(list(placed))
+
+
+def test_only_what_is_gone_is_mapped_again(
+    driver: CpuMemoryDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near the limit of mappings every call may be refused."""
+    start, pages = driver.reserve(6 * SIZE), driver.create(3)
+    at = [start, start + 2 * SIZE, start + 4 * SIZE]
+    driver.map(dict(zip(at, pages, strict=True)))
+    hold, map_run = driver._calls.hold, driver._map_run
+    mapped: list[int] = []
+
+    def refuse_the_last(address: int, num_bytes: int) -> None:
+        if address == at[2]:
+            raise OSError(12, "Cannot allocate memory")
+        hold(address, num_bytes)
+
+    monkeypatch.setattr(driver._calls, "hold", refuse_the_last)
+    monkeypatch.setattr(driver, "_map_run", lambda run: (mapped.append(run[0][0]), map_run(run)))
+    with pytest.raises(MemoryError):
+        driver.unmap(at, keep=False)
+    assert mapped == [at[1], at[0]]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_pages_that_cannot_be_put_back_are_no_not_now(
+    driver: CpuMemoryDriver, monkeypatch: pytest.MonkeyPatch, keep: bool
+) -> None:
+    start, pages = driver.reserve(6 * SIZE), driver.create(3)
+    at = [start, start + 2 * SIZE, start + 4 * SIZE]
+    driver.map(dict(zip(at, pages, strict=True)))
+    for address in at:
+        fill(address, b"a")
+    hold, map_run = driver._calls.hold, driver._map_run
+
+    def refuse_the_last(address: int, num_bytes: int) -> None:
+        if address == at[2]:
+            raise OSError(12, "Cannot allocate memory")
+        hold(address, num_bytes)
+
+    def refuse_the_second(run: Any) -> None:
+        if run[0].address == at[1]:
+            raise MemoryError("no mapping left")
+        map_run(run)
+
+    monkeypatch.setattr(driver._calls, "hold", refuse_the_last)
+    monkeypatch.setattr(driver, "_map_run", refuse_the_second)
+    with pytest.raises(RuntimeError, match=r"1 pages could not be put back: no mapping.*Restart"):
+        driver.unmap(at, keep=keep)
+    monkeypatch.undo()
+    assert ctypes.string_at(at[0], SIZE) == ctypes.string_at(at[2], SIZE) == b"a" * SIZE
 
 
 def test_a_fence_waits_for_the_work_of_all_threads(driver: CpuMemoryDriver) -> None:

@@ -53,6 +53,11 @@ MEMORY = memory_section(
         release_s=0.5,
         num_commits=6,
         num_releases=7,
+        num_premap_failures=2,
+        num_map_calls=8,
+        num_unmap_calls=4,
+        map_s=0.125,
+        unmap_s=1.5,
     ),
     pool=PoolSection(
         name="gpu",

@@ -92,10 +92,15 @@ def test_an_elastic_kv_cache_shows_its_memory(
         "xllm:kv_memory_pages_unmapped_total": 20,
         "xllm:kv_memory_pages_reused_total": 30,
         "xllm:kv_memory_pages_premapped_total": 5,
+        "xllm:kv_memory_premap_failures_total": 2,
         "xllm:kv_memory_commit_seconds_count": 6,
         "xllm:kv_memory_commit_seconds_sum": 0.25,
         "xllm:kv_memory_release_seconds_count": 7,
         "xllm:kv_memory_release_seconds_sum": 0.5,
+        "xllm:kv_memory_map_seconds_count": 8,
+        "xllm:kv_memory_map_seconds_sum": 0.125,
+        "xllm:kv_memory_unmap_seconds_count": 4,
+        "xllm:kv_memory_unmap_seconds_sum": 1.5,
     }
     assert ("xllm:kv_memory_budget_bytes", "1") not in found
     assert 'engine="0",model_name="served",state="mapped"} 50.0' in text

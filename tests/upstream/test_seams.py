@@ -142,6 +142,15 @@ def test_executor_is_taken_by_path() -> None:
     assert not re.search(r"def \w*executor", vllm_source("platforms", "interface.py"))
 
 
+def test_a_sleep_that_fails_on_one_rank_is_undone_on_none() -> None:
+    """The executor calls all workers, notes that they sleep, and catches nothing."""
+    source = vllm_source("v1", "executor", "abstract.py")
+    sleep = source.partition("    def sleep(")[2].partition("    def wake_up(")[0]
+    assert 'self.collective_rpc("sleep"' in sleep
+    assert "except" not in sleep
+    assert "finally" not in sleep
+
+
 def test_scheduler_stats_do_not_reach_plugins_in_the_engine() -> None:
     """Stat loggers are made in the API server only."""
     assert "stat_logger" not in vllm_source("v1", "engine", "core.py")
@@ -427,6 +436,7 @@ TESTS = {
     "request-phases": "test_an_engine_client_tells_how_many_tokens_wait_and_not_whose",
     "chat-template": "test_no_route_tells_the_chat_template_in_force",
     "executor-by-path": "test_executor_is_taken_by_path",
+    "sleep-of-ranks": "test_a_sleep_that_fails_on_one_rank_is_undone_on_none",
     "scheduler-internals": "test_scheduler_stats_do_not_reach_plugins_in_the_engine",
     "scheduler-plan": "test_nobody_else_chooses_who_runs",
     "step-attributes": "test_outputs_have_no_field_for_extensions",

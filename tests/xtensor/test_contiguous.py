@@ -157,7 +157,7 @@ class Engine:
         return job
 
     def schedule(self) -> None:
-        self.cache.plan(is_busy=bool(self.waiting or self.running))
+        self.cache.plan(num_requests=len(self.waiting) + len(self.running))
         version = self.pool.ledger.version
         self.pool.rebalance()
         assert self.pool.ledger.version == version, "there was more to plan"

@@ -33,6 +33,7 @@ from xllm_plugin.xtensor.config import XTensorConfig
 from xllm_plugin.xtensor.layout import Column, KVLayout
 from xllm_plugin.xtensor.memory import ElasticMemory
 from xllm_plugin.xtensor.messages import MemoryChange
+from xllm_plugin.xtensor.page_pool import PoolPolicy
 from xllm_plugin.xtensor.share import BudgetShare, Demand, PoolDemand, join_pool
 from xllm_plugin.xtensor.slabs import SlabLedger
 
@@ -153,7 +154,7 @@ class Engine:
         writes = {block: stamp for block, stamp in self.writes.items() if block in held}
         self.writes = {}
         shows = {block: self.shows[block] for block in held}
-        self.cache.plan(is_busy=bool(self.requests))
+        self.cache.plan(num_requests=len(self.requests))
         version = self.pool.ledger.version
         self.pool.rebalance()
         assert self.pool.ledger.version == version, "there was more to plan"
@@ -486,6 +487,32 @@ def test_the_report_counts_pages_and_calls() -> None:
     assert section.budget_bytes == 5 * BLOCK_BYTES
 
 
+class TickingClock(ManualClock):
+    """Passes a second whenever it is asked."""
+
+    def __call__(self) -> float:
+        self.advance(1.0)
+        return super().__call__()
+
+
+def test_time_is_counted_where_something_was_done() -> None:
+    engine = Engine(slab_blocks=1, budget_slabs=5)
+    engine.run()
+    memory = engine.memory
+    memory._clock = TickingClock()
+    before = memory.report()
+    memory.apply(MemoryChange(budget_slabs=4, expected=(3,), number=9))
+    report = memory.report()
+    assert (report.commit_s, report.release_s) == (before.commit_s, before.release_s)
+    memory.apply(MemoryChange(budget_slabs=4, committed=(3,), number=10))
+    memory.apply(MemoryChange(budget_slabs=4, released=(3,), number=11))
+    report = memory.report()
+    assert (report.commit_s - before.commit_s, report.release_s) == (1.0, 1.0)
+    memory.pool.policy = PoolPolicy(keep_mapped_pages=0)
+    memory.pool.maintain()
+    assert memory.report().num_unmap_calls == before.num_unmap_calls + 1
+
+
 def test_only_vllm_s_own_pool_is_adopted() -> None:
     engine = Engine(slab_blocks=1, budget_slabs=3)
     from xllm_plugin.xtensor.block_pool import adopt_block_pool
@@ -573,6 +600,17 @@ def test_an_engine_that_takes_no_step_asleep_has_its_slabs_with_the_first_one_aw
     assert not engine.memory.owes
 
 
+def test_who_closes_has_given_all_memory_back() -> None:
+    engine = Engine(slab_blocks=2, budget_slabs=6)
+    engine.memory.start()
+    engine.allocate(7)
+    engine.run()
+    assert engine.driver.num_pages > 0
+    engine.memory.close()
+    assert engine.driver.num_pages == 0
+    engine.memory.close()  # vLLM may do so twice
+
+
 def test_a_sleep_that_the_kernel_refuses_changes_nothing() -> None:
     engine = Engine(slab_blocks=2, budget_slabs=6)
     engine.allocate(5)
@@ -597,7 +635,9 @@ class Machine:
         self.folder = TemporaryDirectory()
         self.engines: list[Engine] = []
 
-    def start(self, min_slabs: int = 1, ahead_slabs: int = 1) -> Engine:
+    def start(
+        self, min_slabs: int = 1, max_requests: int = 1, max_slabs: int = NUM_BLOCKS
+    ) -> Engine:
         share = join_pool(
             XTensorConfig(
                 enabled=True,
@@ -610,9 +650,10 @@ class Machine:
             PoolDemand(
                 name=f"model {len(self.engines)}",
                 slab_bytes=self.slab_bytes,
-                full_request_slabs=1,
-                max_slabs=NUM_BLOCKS // self.slab_blocks,
-                ahead_slabs=ahead_slabs,
+                slab_blocks=self.slab_blocks,
+                full_request_slabs=-(-2 // self.slab_blocks),  # of one block, and the null block
+                max_slabs=min(max_slabs, NUM_BLOCKS // self.slab_blocks),
+                max_requests=max_requests,
             ),
             path=Path(self.folder.name) / "p.pool",
             sleep=lambda seconds: self.run(),
@@ -645,19 +686,24 @@ class Machine:
             engine.check()
             assert engine.share is not None
             leased = engine.share.num_leased_slabs
-            assert leased >= 1
+            assert leased >= engine.share.min_slabs
             assert engine.driver.num_pages * PAGE <= leased * self.slab_bytes
 
 
 class SharingMachine(RuleBasedStateMachine):
     """Two engines never have more pages than their pool, and each keeps what its requests wrote."""
 
-    @initialize(slab_blocks=st.integers(1, 3), ahead_slabs=st.integers(1, 3))
-    def start(self, slab_blocks: int, ahead_slabs: int) -> None:
-        self.ahead_slabs = ahead_slabs
-        self.machine = Machine(slab_blocks, NUM_BLOCKS // slab_blocks)
+    @initialize(
+        slab_blocks=st.integers(1, 3),
+        max_requests=st.sampled_from([1, 4, 128]),
+        max_slabs=st.sampled_from([2, 5, NUM_BLOCKS]),
+        total_slabs=st.integers(4, NUM_BLOCKS),
+    )
+    def start(self, slab_blocks: int, max_requests: int, max_slabs: int, total_slabs: int) -> None:
+        self.machine = Machine(slab_blocks, total_slabs, wait_s=1.0)
+        self.limits = {"max_requests": max_requests, "max_slabs": max_slabs}
         for _ in range(2):
-            self.machine.start(ahead_slabs=ahead_slabs)
+            self.machine.start(**self.limits)
 
     def drawn(self, data: st.DataObject) -> Engine:
         return data.draw(st.sampled_from(self.machine.engines))
@@ -665,7 +711,7 @@ class SharingMachine(RuleBasedStateMachine):
     @rule(data=st.data(), num_blocks=st.integers(1, 5))
     def allocate(self, data: st.DataObject, num_blocks: int) -> None:
         engine = self.drawn(data)
-        if num_blocks <= engine.pool.get_num_free_blocks():
+        if num_blocks <= engine.pool.get_num_free_blocks() and not engine.memory._is_asleep:
             request = engine.allocate(num_blocks)
             if data.draw(st.booleans()):
                 engine.cache_blocks(request)
@@ -695,18 +741,45 @@ class SharingMachine(RuleBasedStateMachine):
             engine.driver.finish_work()
         engine.memory.pool.maintain()
 
+    @rule(data=st.data(), budget_slabs=st.integers(0, NUM_BLOCKS + 1))
+    def resize(self, data: st.DataObject, budget_slabs: int) -> None:
+        engine = self.drawn(data)
+        assert engine.share is not None
+        most = min(self.machine.total_slabs, engine.pool.ledger.num_slabs)
+        if engine.share.min_slabs <= budget_slabs <= most:
+            engine.cache.set_budget(budget_slabs * engine.slab_bytes)
+        else:
+            with pytest.raises(MisuseError, match="give"):
+                engine.cache.set_budget(budget_slabs * engine.slab_bytes)
+
+    @rule(data=st.data())
+    def sleep(self, data: st.DataObject) -> None:
+        self.drawn(data).sleep()
+
+    @rule(data=st.data())
+    def wake(self, data: st.DataObject) -> None:
+        self.drawn(data).memory.wake()
+
     @rule(seconds=st.sampled_from([0.1, 6.0]))
     def let_time_pass(self, seconds: float) -> None:
         self.machine.clock.advance(seconds)
 
+    @precondition(lambda self: len(self.machine.engines) == 2)
     @rule(data=st.data())
-    def die_and_start_again(self, data: st.DataObject) -> None:
-        if len(self.machine.engines) == 2:
-            self.machine.kill(self.drawn(data))
+    def die(self, data: st.DataObject) -> None:
+        self.machine.kill(self.drawn(data))
+
+    @precondition(lambda self: len(self.machine.engines) == 1)
+    @rule()
+    def start_again(self) -> None:
+        (other,) = self.machine.engines
         try:
-            self.machine.start(ahead_slabs=self.ahead_slabs)
+            self.machine.start(**self.limits)
         except NotNowError:
-            assert len(self.machine.engines) == 1, "the other has waited for what was free"
+            # Cached blocks and what is leased ahead the other has given up: requests use the rest.
+            assert other.share is not None
+            num_left = self.machine.total_slabs - other.pool.ledger.num_in_use
+            assert num_left < other.share.min_slabs, "there was memory for the minimum"
 
     @invariant()
     def the_pool_is_never_overdrawn(self) -> None:
@@ -715,6 +788,7 @@ class SharingMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """When all requests have ended and time has passed, only minima are leased."""
         for engine in self.machine.engines:
+            engine.memory.wake()
             for request in list(engine.requests):
                 engine.end(request)
         for _ in range(3):
@@ -723,7 +797,7 @@ class SharingMachine(RuleBasedStateMachine):
         self.machine.run()
         for engine in self.machine.engines:
             assert engine.share is not None
-            assert engine.share.num_leased_slabs == 1
+            assert engine.share.num_leased_slabs == engine.share.min_slabs
         self.machine.close()
 
 
@@ -740,16 +814,14 @@ def machine() -> Iterator[Machine]:
 
 def test_what_one_engine_leaves_another_has(machine: Machine) -> None:
     first, second = machine.start(), machine.start()
-    held = [grown(machine, first) for _ in range(8)]
-    assert (free(first), free(second)) == (0, 0), (
-        "nine for the first, the null block for the second"
-    )
+    held = [grown(machine, first) for _ in range(7)]
+    assert (free(first), free(second)) == (0, 1), "eight for the first, two for the second"
     assert first.share is not None
     assert second.share is not None
     for request in held:
         first.end(request)
     machine.run()
-    assert first.share.num_leased_slabs > 1, "nobody else wants it yet"
+    assert first.share.num_leased_slabs == 8, "nobody else wants it yet"
     for _ in range(4):
         grown(machine, second)
     machine.check()
@@ -761,12 +833,12 @@ def test_what_one_engine_leaves_another_has(machine: Machine) -> None:
 
 def test_cached_blocks_go_before_another_s_requests_wait(machine: Machine) -> None:
     first, second = machine.start(), machine.start()
-    for _ in range(8):
+    for _ in range(7):
         first.cache_blocks(grown(machine, first))
     for request in list(first.requests):
         first.end(request)
     machine.run()
-    assert first.pool.ledger.num_cached_blocks == 8
+    assert first.pool.ledger.num_cached_blocks == 7
     for _ in range(4):
         grown(machine, second)
     assert 0 < first.pool.ledger.num_cached_blocks < 6
@@ -774,13 +846,14 @@ def test_cached_blocks_go_before_another_s_requests_wait(machine: Machine) -> No
 
 def test_what_requests_use_stays_until_they_end(machine: Machine) -> None:
     first, second = machine.start(), machine.start()
-    for _ in range(8):
+    for _ in range(7):
         grown(machine, first)
+    grown(machine, second)
     waiting = second.allocate(0)
     for _ in range(3):
         machine.run()
     assert free(second) == 0
-    assert len(first.requests) == 8
+    assert len(first.requests) == 7
     for request in first.requests[:3]:
         first.end(request)
     for _ in range(3):
@@ -823,6 +896,48 @@ def test_the_minimum_and_the_most_of_an_engine_hold(machine: Machine) -> None:
     )
 
 
+def test_the_most_of_an_engine_may_rise_above_what_it_started_with(machine: Machine) -> None:
+    engine = machine.start(max_slabs=4)
+    engine.cache.set_budget(8 * machine.slab_bytes)
+    for _ in range(7):
+        grown(machine, engine)
+    section = engine.cache.section()
+    assert section.budget_slabs == 8
+    assert section.pool is not None
+    assert section.pool.max_bytes == 8 * machine.slab_bytes
+    assert section.pool.members[0].max_bytes == 8 * machine.slab_bytes
+
+
+def test_the_most_of_an_engine_may_fall_below_what_its_requests_use(machine: Machine) -> None:
+    engine = machine.start()
+    held = [grown(machine, engine) for _ in range(6)]
+    engine.cache.set_budget(3 * machine.slab_bytes)
+    machine.run()
+    assert engine.share is not None
+    assert engine.share.num_leased_slabs >= 7, "they stay until they end"
+    for request in held:
+        engine.end(request)
+    machine.run()
+    assert engine.share.num_leased_slabs == 3
+
+
+@pytest.mark.parametrize(
+    ("budget_slabs", "accepted"),
+    [
+        (2, r"give \d+ \(its minimum, xtensor\.min_bytes\) to"),
+        (11, r"to \d+ \(all of the pool, xtensor\.pool_bytes\)"),
+    ],
+)
+def test_a_budget_that_the_pool_cannot_give_is_refused_and_nothing_changes(
+    machine: Machine, budget_slabs: int, accepted: str
+) -> None:
+    engine = machine.start(min_slabs=3, max_slabs=5)
+    before = engine.cache.section()
+    with pytest.raises(MisuseError, match=accepted):
+        engine.cache.set_budget(budget_slabs * machine.slab_bytes)
+    assert engine.cache.section() == before
+
+
 def grown(machine: Machine, engine: Engine) -> FakeRequest:
     """One more request of one block, when the pool has given it."""
     request = engine.allocate(0)  # a request that waits makes the engine busy
@@ -846,15 +961,15 @@ def test_a_report_from_before_a_shrink_gives_nothing_back(machine: Machine) -> N
     engine = machine.start()
     share = engine.share
     assert share is not None
-    assert share.plan(Demand(num_in_use=1, num_resident=1, is_busy=True)) == 2
+    assert share.plan(Demand(num_in_use=1, num_resident=1, num_requests=1)) == 3
     share.tell(1)
     machine.clock.advance(6.0)
-    assert share.plan(Demand(num_in_use=1, num_resident=1, is_busy=False)) == 1
+    assert share.plan(Demand(num_in_use=1, num_resident=1, num_requests=0)) == 2
     share.tell(2)
     assert share.is_returning
     report = engine.memory.report()
     share.record(msgspec.structs.replace(report, change=1))
-    assert share.num_leased_slabs == 2
+    assert share.num_leased_slabs == 3
     share.record(msgspec.structs.replace(report, change=2))
-    assert share.num_leased_slabs == 1
+    assert share.num_leased_slabs == 2
     assert not share.is_returning

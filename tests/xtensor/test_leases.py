@@ -5,17 +5,18 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from xllm_plugin.errors import ConfigError, NotNowError
-from xllm_plugin.xtensor.leases import MAX_MEMBERS, PoolMember
+from xllm_plugin.xtensor.leases import MAX_MEMBERS, PoolMember, fair_shares
 
 TOTAL = 100
 
@@ -68,6 +69,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.members: list[PoolMember] = []
         self.least: dict[PoolMember, int] = {}
         self.leased: dict[PoolMember, int] = {}
+        self.wanted: dict[PoolMember, int] = {}
+        self.waiting: list[PoolMember] = []  # the longest first
 
     @rule(least=st.integers(1, 60))
     def join(self, least: int) -> None:
@@ -89,7 +92,7 @@ class PoolMachine(RuleBasedStateMachine):
         member = attempt()
         self.members.append(member)
         self.least[member] = least
-        self.leased[member] = 0
+        self.leased[member] = self.wanted[member] = 0
 
     @precondition(lambda self: self.members)
     @rule(data=st.data(), unit=st.integers(1, 7))
@@ -97,16 +100,23 @@ class PoolMachine(RuleBasedStateMachine):
         member = data.draw(st.sampled_from(self.members))
         least = self.least[member]
         wish = data.draw(st.integers(least, TOTAL))
-        need = data.draw(st.integers(least, wish))
+        need = self.wanted[member] = data.draw(st.integers(least, TOTAL))
         before, free = self.leased[member], TOTAL - sum(self.leased.values())
-        awaited = member.awaited_bytes()
+        members = sorted(self.members, key=lambda one: one._index)
+        claims = [(self.least[one], self.wanted[one]) for one in members]
+        shares = dict(zip(members, fair_shares(TOTAL, claims), strict=True))
+        unmet = [(one, max(0, shares[one] - self.leased[one])) for one in self.waiting]
+        awaited = sum(misses for one, misses in unmet if one is not member)
+        assert member.awaited_bytes(need) == min(awaited, max(0, before - shares[member]))
         granted = member.lease(wish, need, unit)
-        assert granted == wish if wish <= before else before <= granted <= min(wish, before + free)
-        if wish > before:
-            assert granted <= before + max(0, free - awaited), "others have waited longer"
-            most = before + max(0, free - awaited) // unit * unit
-            assert granted == min(wish, most), "what is free is given"
+        promised = sum(misses for _, misses in takewhile(lambda has: has[0] is not member, unmet))
+        room = max(0, free - promised) // unit * unit
+        assert granted == (min(wish, before + room) if wish > before else wish)
         self.leased[member] = granted
+        is_met = granted >= min(need, max(least, shares[member] // unit * unit))
+        if is_met or member not in self.waiting:
+            self.waiting = [one for one in self.waiting if one is not member]
+            self.waiting += [] if is_met else [member]
 
     @precondition(lambda self: self.members)
     @rule(data=st.data(), is_killed=st.booleans())
@@ -117,7 +127,8 @@ class PoolMachine(RuleBasedStateMachine):
         else:
             member.leave()
         self.members.remove(member)
-        del self.least[member], self.leased[member]
+        del self.least[member], self.leased[member], self.wanted[member]
+        self.waiting = [one for one in self.waiting if one is not member]
 
     @invariant()
     def the_pool_is_never_overdrawn(self) -> None:
@@ -148,8 +159,7 @@ def test_who_waited_longer_comes_first(join: Any) -> None:
     assert first.lease(40) == 20
     assert second.lease(10) == 0
     assert holder.awaited_bytes() == 30
-    assert first.awaited_bytes() == 0, "the second has waited less long"
-    assert second.awaited_bytes() == 20
+    assert first.awaited_bytes() == second.awaited_bytes() == 0, "they have nothing to give"
     assert holder.lease(55) == 55
     assert second.lease(10) == 5, "20 of the 25 are the first's"
     assert first.lease(40) == 40
@@ -168,6 +178,56 @@ def test_a_wish_beyond_need_is_no_reason_to_wait(join: Any) -> None:
     assert holder.awaited_bytes() == 1
     assert other.lease(60, need_bytes=20) == 30
     assert holder.awaited_bytes() == 0, "it waits no more"
+
+
+def test_two_that_want_all_come_to_half_and_take_nothing_from_each_other(join: Any) -> None:
+    first, second = join(), join()
+    assert first.lease(90) == 90
+    assert second.lease(100) == 10
+    assert [member.unmet_bytes for member in first.members()] == [0, 40]
+    assert first.awaited_bytes(90) == 40
+    assert first.lease(50, need_bytes=90) == 50
+    assert second.lease(100) == 50
+    assert first.awaited_bytes(90) == second.awaited_bytes(100) == 0
+    assert [member.unmet_bytes for member in first.members()] == [0, 0]
+
+
+@given(
+    claims=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 200)), min_size=1, max_size=6),
+    left=st.integers(0, 200),
+)
+def test_shares_are_equal_beyond_the_least_unless_somebody_wants_less(
+    claims: list[tuple[int, int]], left: int
+) -> None:
+    total = left + sum(least for least, _ in claims)
+    shares = fair_shares(total, claims)
+    assert sum(shares) <= total
+    extras = [share - least for share, (least, _) in zip(shares, claims, strict=True)]
+    assert min(extras) >= 0
+    short = [
+        extra
+        for share, extra, (_, wanted) in zip(shares, extras, claims, strict=True)
+        if share < wanted
+    ]
+    assert all(share <= max(claim) for share, claim in zip(shares, claims, strict=True))
+    if short:
+        assert sum(shares) == total, "somebody misses what nobody has"
+        assert max(extras) - min(short) <= 1
+
+
+def test_what_a_member_has_beyond_a_lower_most_goes_when_it_can(join: Any) -> None:
+    member = join()
+    assert member.lease(60) == 60
+    member.set_most(30)
+    assert member.lease(60, need_bytes=30) == 60
+    with pytest.raises(ValueError, match="61 bytes are not in 10 to 30"):
+        member.lease(61)
+    assert member.lease(30) == 30
+    with pytest.raises(ValueError, match="31 bytes"):
+        member.lease(31)
+    member.set_most(40)
+    assert member.lease(40) == 40
+    assert member.members()[0].max_bytes == 40
 
 
 def test_members_agree_on_the_total(join: Any) -> None:

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 
 from xllm_plugin.accelerator.memory import PageHandle
 from xllm_plugin.errors import InternalError, PagesExhaustedError
-from xllm_plugin.testing.fakes import FakeMemoryDriver, ManualClock
+from xllm_plugin.testing.fakes import FakeFence, FakeMemoryDriver, ManualClock
 from xllm_plugin.xtensor.keeper import PoolKeeper
 from xllm_plugin.xtensor.page import Page, PageState
 from xllm_plugin.xtensor.page_pool import PagePool, PoolPolicy
@@ -547,12 +547,12 @@ TestPool = PoolMachine.TestCase
 
 
 class OneAtATime(FakeMemoryDriver):
-    """Notices calls that come while another is under way."""
+    """Notices calls that come while another is under way; a fence's may, and is counted."""
 
     def __init__(self) -> None:
         super().__init__(granularity_bytes=SIZE, capacity_pages=64)
         self.entered = threading.Lock()
-        self.overlaps = 0
+        self.overlaps = self.fences_beside = 0
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -579,6 +579,10 @@ class OneAtATime(FakeMemoryDriver):
     def release(self, pages: Collection[PageHandle]) -> None:
         with self.alone():
             super().release(pages)
+
+    def fence(self) -> FakeFence:
+        self.fences_beside += self.entered.locked()
+        return super().fence()
 
 
 def test_threads_and_a_keeper_share_a_pool() -> None:
@@ -624,7 +628,8 @@ def test_threads_and_a_keeper_share_a_pool() -> None:
 
 
 def test_taking_what_is_mapped_does_not_wait_for_a_slow_unmap() -> None:
-    scene = Scene()
+    driver = OneAtATime()
+    scene = Scene(driver=driver)
     pool, at = scene.pool, scene.at
     pool.take("a", at[:4])
     pool.drop_owner("a")
@@ -637,7 +642,39 @@ def test_taking_what_is_mapped_does_not_wait_for_a_slow_unmap() -> None:
         pool.retire("b", at[1:2])
         assert evicting.is_alive()
     evicting.join()
+    assert (driver.fences_beside, driver.overlaps) == (1, 0)
     assert scene.states() == {"mapped": 1, "reusable": 2, "free": 1}
+
+
+class SlowDriver(FakeMemoryDriver):
+    """Takes two seconds to map and three to unmap, by the pool's clock."""
+
+    def __init__(self) -> None:
+        super().__init__(granularity_bytes=SIZE, capacity_pages=64)
+        self.clock = ManualClock()
+
+    def map(self, pages: Mapping[int, PageHandle]) -> None:
+        self.clock.advance(2.0)
+        super().map(pages)
+
+    def unmap(self, addresses: Collection[int], *, keep: bool = True) -> None:
+        self.clock.advance(3.0)
+        super().unmap(addresses, keep=keep)
+
+
+def test_the_calls_of_the_device_are_timed_whoever_waits_for_them() -> None:
+    driver = SlowDriver()
+    scene = Scene(policy=PoolPolicy(premap_pages=2, keep_mapped_pages=0), driver=driver)
+    driver.clock = scene.clock
+    pool, at = scene.pool, scene.at
+    pool.take("a", at[:3])
+    pool.retire("a", at[:3])
+    pool.take("a", at[:1])  # is still mapped
+    pool.expect(at[5:7])
+    pool.maintain()
+    found = pool.statistics()
+    assert (found.num_map_calls, found.map_s) == (2, 4.0)
+    assert (found.num_unmap_calls, found.unmap_s) == (1, 3.0)
 
 
 def test_a_keeper_that_fails_tells_the_next_caller() -> None:

@@ -43,8 +43,10 @@ class MemoryDriver(Protocol):
     Pages are created, mapped, unmapped and released several at a time, because a device does
     neighbours in one go: the longer the batch, the cheaper the page.  An empty batch does nothing.
 
-    Calls come one at a time, but not always from one thread.  No call waits for the device's work:
-    before `unmap`, the caller sees to it that a fence taken after the last use has passed.
+    Calls come one at a time, but not always from one thread; `fence` alone, and what is asked of a
+    fence, may come beside any other call: a step that gives pages up does not wait for a thread
+    that unmaps.  No call waits for the device's work: before `unmap`, the caller sees to it that a
+    fence taken after the last use has passed.
     """
 
     @property
@@ -119,5 +121,5 @@ class MemoryDriver(Protocol):
         ...
 
     def fence(self) -> Fence:
-        """Mark this moment in the device's work."""
+        """Mark this moment in the device's work; also while another call is under way."""
         ...

@@ -191,16 +191,34 @@ class BookedMemoryDriver(ABC, Generic[PhysicalT]):
     # What this class does for it
 
     def _in_runs(self, placements: Sequence[Placement], do: Any, undo: Any) -> None:
-        """Do all runs, or undo those done and raise."""
+        """Do all runs, or undo those done and raise; see `_take_back`."""
         done: list[Sequence[Placement]] = []
         try:
             for run in self._runs(placements):
                 do(run)
                 done.append(run)
         except BaseException:  # also Ctrl-C: half a batch would belong to nobody
-            for run in reversed(done):
-                undo(run)
+            self._take_back(undo, done)
             raise
+
+    @staticmethod
+    def _take_back(undo: Any, done: Sequence[Sequence[Placement]]) -> None:
+        """Undo runs, the last one first, as many as can be.
+
+        Raises:
+            RuntimeError: some could not, and the books say of them what is not so.
+        """
+        lost = []
+        for run in reversed(done):
+            try:
+                undo(run)
+            except MemoryError as error:
+                lost.append((len(run), error))
+        if lost:
+            raise RuntimeError(
+                f"the device stopped half-way, and {sum(num for num, _ in lost)} pages could not "
+                f"be put back: {lost[0][1]}. Restart the engine."
+            )
 
     def _runs(self, placements: Sequence[Placement]) -> list[list[Placement]]:
         runs: list[list[Placement]] = []

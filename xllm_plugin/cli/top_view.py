@@ -17,7 +17,8 @@ from rich.text import Text
 from xllm_plugin.channel.messages import Reading, Readings, Snapshot
 from xllm_plugin.errors import ChannelError
 from xllm_plugin.scheduler.report import REPORT_SECTION, SchedulerReport
-from xllm_plugin.xtensor.messages import MEMORY_SECTION, MemorySection
+from xllm_plugin.xtensor.messages import MEMORY_SECTION, MemoryReport, MemorySection
+from xllm_plugin.xtensor.page import PageState
 
 __all__ = ["Rates", "frame", "memory_text"]
 
@@ -209,12 +210,24 @@ def _remarks(readings: Readings, problems: list[str], hint: str) -> Text:
 
 
 def _memory_line(reading: Reading) -> str | None:
-    """What an elastic KV cache has taken of its budget, or None."""
+    """What an elastic KV cache has taken of its budget, and its pages; None for a fixed one."""
     snapshot = reading.snapshot
     memory = None if snapshot is None else snapshot.section(MEMORY_SECTION, MemorySection)
     if memory is None:
         return None
-    return f"dp{reading.dp_rank}: {memory_text(memory)}"
+    lines = [memory_text(memory), *([_pages_text(memory.pages)] if memory.pages else [])]
+    return "\n".join(f"dp{reading.dp_rank}: {line}" for line in lines)
+
+
+def _pages_text(pages: MemoryReport) -> str:
+    """Pages by state, and what a call takes that maps or unmaps some."""
+    counted = {state.value: getattr(pages, f"num_{state.value}") for state in PageState}
+    found = [", ".join(f"{num} {state}" for state, num in counted.items() if num) or "none"]
+    if pages.num_map_calls:
+        found.append(f"{1e3 * pages.map_s / pages.num_map_calls:.2f} ms to map a batch")
+    if pages.num_unmap_calls:
+        found.append(f"{1e3 * pages.unmap_s / pages.num_unmap_calls:.2f} ms to unmap one")
+    return f"pages: {'; '.join(found)}"
 
 
 def memory_text(memory: MemorySection) -> str:

@@ -226,12 +226,14 @@ class CpuMemoryDriver(BookedMemoryDriver[int]):
         """Neighbours in one call, wherever their pages are; page tables are not kept."""
         size = self._granularity_bytes
         places = [placement.address // size for placement in placements]
+        num_done = 0
         try:
             for start, count in _neighbours(places):
                 self._calls.hold(start * size, count * size)
+                num_done += count
         except OSError as error:
-            for run in self._runs(placements):
-                self._map_run(run)
+            # No more than what is gone: near the limit of mappings each call may be one too many.
+            self._take_back(self._map_run, self._runs(placements[:num_done]))
             raise _refused("unmap", len(placements), error) from error
 
     def _moved(self, source: int, num_bytes: int, target: int) -> bool:

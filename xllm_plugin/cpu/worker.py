@@ -80,11 +80,18 @@ class XllmCpuWorker(XllmWorkerMixin, CPUWorker):
         return self._sleep_mode
 
     def shutdown(self) -> None:
-        """End what runs beside the steps."""
-        memory = self.elastic_memory()
-        if memory is not None:
-            memory.close()
-        super().shutdown()
+        """Give the KV cache's memory back, and end what runs beside the steps.
+
+        vLLM shuts the scheduler down afterwards, which gives the lease of a pool back: another
+        server may take the memory at once.  If it does not go, the error keeps vLLM from that, and
+        the lease ends with the process.
+        """
+        try:
+            memory = self.elastic_memory()
+            if memory is not None:
+                memory.close()
+        finally:
+            super().shutdown()
 
     def compile_or_warm_up_model(self) -> Any:
         """The last thing before the first answer."""

@@ -73,15 +73,27 @@ _COUNTERS: dict[str, tuple[str, Callable[[MemoryReport], float]]] = {
         "Pages mapped before they were asked for.",
         lambda pages: pages.num_premapped,
     ),
+    "xllm:kv_memory_premap_failures": (
+        "Times that the device refused to map pages ahead.",
+        lambda pages: pages.num_premap_failures,
+    ),
 }
 _SUMMARIES: dict[str, tuple[str, Callable[[MemoryReport], tuple[int, float]]]] = {
     "xllm:kv_memory_commit_seconds": (
-        "Time a step waited for memory to be mapped.",
+        "Time a step waited for memory, mapped anew or still mapped.",
         lambda pages: (pages.num_commits, pages.commit_s),
     ),
     "xllm:kv_memory_release_seconds": (
-        "Time a step waited for memory to be given back.",
+        "Time a step took to give memory up, which is unmapped later.",
         lambda pages: (pages.num_releases, pages.release_s),
+    ),
+    "xllm:kv_memory_map_seconds": (
+        "Time the device took to map a batch of pages, whoever waited for it.",
+        lambda pages: (pages.num_map_calls, pages.map_s),
+    ),
+    "xllm:kv_memory_unmap_seconds": (
+        "Time the device took to unmap a batch of pages, mostly beside the steps.",
+        lambda pages: (pages.num_unmap_calls, pages.unmap_s),
     ),
 }
 

@@ -65,7 +65,7 @@ class MemoryControl:
         """Decide what is given back, before a step is scheduled."""
         if self._cache is not None:
             # Those that a pause keeps do not count: asleep, nothing beyond the minimum is needed.
-            self._cache.plan(is_busy=self._scheduler.get_num_unfinished_requests() > 0)
+            self._cache.plan(num_requests=self._scheduler.get_num_unfinished_requests())
 
     def take_change(self) -> MemoryChange | None:
         """What the step that was just scheduled tells the workers, or None."""

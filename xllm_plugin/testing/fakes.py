@@ -101,7 +101,8 @@ class WorkQueue:
 
     @property
     def num_launched(self) -> int:
-        return self.num_finished + len(self._pending)
+        with self._changed:  # of two numbers that change together
+            return self.num_finished + len(self._pending)
 
     def launch(self, addresses: frozenset[int]) -> None:
         with self._changed:

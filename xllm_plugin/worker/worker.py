@@ -78,6 +78,14 @@ class XllmWorkerMixin:
         output = self._timer.measure(super().sample_tokens, grammar_output)  # type: ignore[misc]
         return self._stamped(output)
 
+    def try_sleep(self, level: int) -> str | None:
+        """Fall asleep; return what keeps this rank from it, or None.  See `XllmExecutorMixin`."""
+        return _why_not(self.sleep, level)  # type: ignore[attr-defined]
+
+    def try_wake_up(self) -> str | None:
+        """Bring back what is away, if anything is; return what is in the way, or None."""
+        return _why_not(self.wake_up)  # type: ignore[attr-defined]
+
     @property
     def _timer(self) -> StepTimer:
         if self._step_timer is None:
@@ -106,3 +114,11 @@ class XllmWorkerMixin:
         attach(output, stamp)
         self._memory_report = None
         return output
+
+
+def _why_not(call: Callable[..., None], *args: Any) -> str | None:
+    try:
+        call(*args)
+    except Exception as error:  # noqa: BLE001 - said to the executor, which raises
+        return str(error) or type(error).__name__
+    return None

@@ -121,12 +121,10 @@ class ElasticKvCache:
                 PoolDemand(
                     name=str(vllm_config.model_config.served_model_name),
                     slab_bytes=slab_bytes,
+                    slab_blocks=slab_blocks,
                     full_request_slabs=needed,
                     max_slabs=budget_slabs,
-                    # Each running request may begin a block in a step.
-                    ahead_slabs=max(
-                        needed, -(-vllm_config.scheduler_config.max_num_seqs // slab_blocks)
-                    ),
+                    max_requests=vllm_config.scheduler_config.max_num_seqs,
                 ),
             )
             budget_slabs = share.num_leased_slabs
@@ -140,17 +138,17 @@ class ElasticKvCache:
 
     # At each step
 
-    def plan(self, *, is_busy: bool = True) -> None:
+    def plan(self, *, num_requests: int = 1) -> None:
         """Decide what is given back; called before a step is scheduled.
 
         Not after: the step may still copy from blocks that are freed while it is scheduled.
 
         Args:
-            is_busy: whether there are requests.
+            num_requests: that are not finished.
         """
         ledger = self._ledger
         if self._share is not None:
-            demand = Demand(ledger.num_in_use, ledger.num_resident, is_busy)
+            demand = Demand(ledger.num_in_use, ledger.num_resident, num_requests)
             ledger.budget_slabs = self._share.plan(demand)
         now_s = self._clock()
         if ledger.version == self._planned_version and now_s < self._cold_s:
@@ -241,16 +239,26 @@ class ElasticKvCache:
         )
 
     def set_budget(self, budget_bytes: int) -> MemorySection:
-        """Change how much memory the KV cache may take; what is beyond goes as requests end."""
+        """Change how much memory the KV cache may take; what is beyond goes as requests end.
+
+        Raises:
+            MisuseError: it is no budget that the cache, or its pool, can have; nothing is changed.
+        """
         slab_bytes = self._ledger.slab_blocks * self._layout.block_bytes
-        most = self._ledger.num_slabs
         if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int):
             raise MisuseError(f"budget_bytes={budget_bytes!r}: give a whole number of bytes.")
-        if not self._min_budget_slabs * slab_bytes <= budget_bytes <= most * slab_bytes:
+        least, most = self._min_budget_slabs, self._ledger.num_slabs
+        of_least = "one request of full length"
+        of_most = "what the engine was started with, --kv-cache-memory-bytes"
+        if self._share is not None:
+            if self._share.min_slabs > least:
+                least, of_least = self._share.min_slabs, "its minimum, xtensor.min_bytes"
+            if self._share.total_slabs < most:
+                most, of_most = self._share.total_slabs, "all of the pool, xtensor.pool_bytes"
+        if not least * slab_bytes <= budget_bytes <= most * slab_bytes:
             raise MisuseError(
-                f"budget_bytes={budget_bytes}: give {self._min_budget_slabs * slab_bytes} (one "
-                f"request of full length) to {most * slab_bytes} (what the engine was started "
-                "with, --kv-cache-memory-bytes)."
+                f"budget_bytes={budget_bytes}: give {least * slab_bytes} ({of_least}) to "
+                f"{most * slab_bytes} ({of_most})."
             )
         if self._share is None:
             self._pool.set_budget(budget_bytes // slab_bytes)

@@ -24,7 +24,7 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,7 @@ from typing import NamedTuple
 from xllm_plugin.errors import ConfigError, NotNowError
 from xllm_plugin.xtensor.messages import PoolMemberReport
 
-__all__ = ["MAX_MEMBERS", "Lease", "PoolMember", "pool_path"]
+__all__ = ["MAX_MEMBERS", "Lease", "PoolMember", "fair_shares", "pool_path"]
 
 MAX_MEMBERS = 63
 MAGIC = b"xLpool01"
@@ -50,8 +50,8 @@ class Lease(NamedTuple):
 
     Attributes:
         leased: that the member may use.
-        wanted: that it would use; it waits for the difference.
-        since_ns: since when, by CLOCK_MONOTONIC, which all processes share; 0: it does not wait.
+        wanted: that its requests can use; it waits for what it misses of that, up to its share.
+        since_ns: since when it waits, by CLOCK_MONOTONIC, which all processes share; 0: not at all.
         least: that it never goes below while it lives.
         most: that it never asks for more than.
         pid: of the member, for people to read.
@@ -66,15 +66,45 @@ class Lease(NamedTuple):
     pid: int
     name: bytes
 
-    @property
-    def unmet(self) -> int:
-        """What it waits for."""
-        return max(0, self.wanted - self.leased) if self.since_ns else 0
+
+def fair_shares(total_bytes: int, claims: Sequence[tuple[int, int]]) -> list[int]:
+    """What each member may have while all of them want memory.
+
+    Its least, and an equal part of what is left, unless it wants less: others have that then.
+
+    Args:
+        total_bytes: no less than all leasts together.
+        claims: each member's least, and what it wants.
+    """
+    found = [least for least, _ in claims]
+    extras = [max(0, wanted - least) for least, wanted in claims]
+    left = total_bytes - sum(found)
+    for rank, at in enumerate(sorted(range(len(claims)), key=extras.__getitem__)):
+        part = min(extras[at], left // (len(claims) - rank))
+        found[at] += part
+        left -= part
+    return found
 
 
 def pool_path(name: str) -> Path:
     """The file of a pool of this user; memory that processes share, empty again after a reboot."""
     return Path(f"/dev/shm/xllm-{os.getuid()}-{name}.pool")  # noqa: S108 - opened with care
+
+
+class _View(NamedTuple):
+    """The pool as one member finds it, in bytes.
+
+    Attributes:
+        free: that nobody has leased.
+        share: that the member may have while others want memory, too.
+        awaited: what others wait for.
+        promised: the part of it that others wait for who have waited longer.
+    """
+
+    free: int
+    share: int
+    awaited: int
+    promised: int
 
 
 class PoolMember:
@@ -129,58 +159,76 @@ class PoolMember:
     def lease(self, wish_bytes: int, need_bytes: int | None = None, unit_bytes: int = 1) -> int:
         """Have more, or give back.
 
-        What is free goes to those who have waited longer first, then to this member.
+        What is free goes to those who have waited longer first, as far as their shares go
+        (`fair_shares`), then to this member.
 
         Args:
             wish_bytes: what would be of use; less than there is now gives the rest back.
-            need_bytes: as far as this is not granted, the member waits for it and others who hold
-                more than they use are asked to give; None is as much as the wish.
+            need_bytes: that requests can use; as far as it is within the member's share and not
+                granted, the member waits for it, and others who hold more than theirs are asked to
+                give.  None is as much as the wish.
             unit_bytes: more is granted in multiples of this.
 
         Returns:
             What the member may use from now on; no less than before, unless it wished for less.
 
         Raises:
-            ValueError: less than the member's least, or more than its most.
+            ValueError: less than the member's least, or more than its most and than it has.
         """
         need_bytes = wish_bytes if need_bytes is None else need_bytes
         with self._locked():
-            own = self._record(self._index)
-            if not own.least <= wish_bytes <= own.most:
+            own = self._record(self._index)._replace(wanted=need_bytes)
+            # What it has it may keep for now: its most may have been lowered since.
+            if not own.least <= wish_bytes <= max(own.most, own.leased):
                 raise ValueError(f"{wish_bytes} bytes are not in {own.least} to {own.most}")
-            granted = wish_bytes
-            if wish_bytes > own.leased:
-                room = self._room_for(own) // unit_bytes * unit_bytes
+            granted, since_ns = wish_bytes, 0
+            if wish_bytes > own.leased or need_bytes > wish_bytes:
+                view = self._view(own)
+                room = max(0, view.free - view.promised) // unit_bytes * unit_bytes
                 granted = min(wish_bytes, own.leased + room)
-            is_met = granted >= need_bytes
-            since_ns = 0 if is_met else own.since_ns or self._clock_ns()
-            self._write(
-                self._index,
-                own._replace(leased=granted, wanted=max(granted, need_bytes), since_ns=since_ns),
-            )
+                share = max(own.least, view.share // unit_bytes * unit_bytes)
+                if granted < min(need_bytes, share):
+                    since_ns = own.since_ns or self._clock_ns()
+            self._write(self._index, own._replace(leased=granted, since_ns=since_ns))
         return granted
 
-    def awaited_bytes(self) -> int:
-        """What others wait for who have waited longer than this member."""
+    def set_most(self, most_bytes: int) -> None:
+        """Never ask for more from now on; what the member has beyond that it may keep."""
+        with self._locked():
+            own = self._record(self._index)
+            self._write(self._index, own._replace(most=min(most_bytes, self.total_bytes)))
+
+    def awaited_bytes(self, need_bytes: int | None = None) -> int:
+        """What others wait for, as far as this member has more than its share.
+
+        Two who both miss something of their shares take nothing from each other.
+
+        Args:
+            need_bytes: as in `lease`; None is what it was there.
+        """
         if not any(self._all_since_ns.tolist()):  # at every step: without the lock
             return 0
         with self._locked():
             own = self._record(self._index)
-            return sum(other.unmet for other in self._living() if _is_before(other, own))
+            if need_bytes is not None:
+                own = own._replace(wanted=need_bytes)
+            view = self._view(own)
+            return min(view.awaited, max(0, own.leased - view.share))
 
     def members(self) -> tuple[PoolMemberReport, ...]:
         """Everybody who lives, this member included."""
         with self._locked():
+            living = [lease for _, lease in self._living()]
             return tuple(
                 PoolMemberReport(
                     name=lease.name.rstrip(b"\0").decode(errors="replace"),
                     pid=lease.pid,
                     leased_bytes=lease.leased,
-                    unmet_bytes=lease.unmet,
+                    unmet_bytes=_unmet(lease, share),
                     min_bytes=lease.least,
                     max_bytes=lease.most,
                 )
-                for lease in self._living()
+                for lease, share in zip(living, self._shares(living), strict=True)
             )
 
     def leave(self) -> None:
@@ -204,7 +252,7 @@ class PoolMember:
 
     def _agree(self, total_bytes: int | None) -> int:
         magic, found = HEADER.unpack_from(self._memory)
-        members = [lease.name.rstrip(b"\0").decode(errors="replace") for lease in self._living()]
+        members = [lease.name.rstrip(b"\0").decode(errors="replace") for _, lease in self._living()]
         if magic == MAGIC and members:
             if total_bytes in {None, found}:
                 return int(found)
@@ -221,7 +269,7 @@ class PoolMember:
         return total_bytes
 
     def _join(self, name: str, least_bytes: int, most_bytes: int) -> int:
-        taken = sum(lease.least for lease in self._living())
+        taken = sum(lease.least for _, lease in self._living())
         if taken + least_bytes > self.total_bytes:
             raise ConfigError(
                 f"a minimum of {least_bytes} bytes (xtensor.min_bytes, or one request of full "
@@ -241,19 +289,33 @@ class PoolMember:
             f"the pool {self.pool} has {MAX_MEMBERS} members; try again when one has left."
         )
 
-    def _room_for(self, own: Lease) -> int:
-        """What is free and nobody has waited for longer."""
-        living = list(self._living())
-        promised = sum(other.unmet for other in living if _is_before(other, own))
-        return max(0, self.total_bytes - sum(lease.leased for lease in living) - promised)
+    def _view(self, own: Lease) -> _View:
+        living = dict(self._living()) | {self._index: own}
+        shares = dict(zip(living, self._shares(living.values()), strict=True))
+        unmet = {
+            index: _unmet(lease, shares[index])
+            for index, lease in living.items()
+            if index != self._index
+        }
+        return _View(
+            free=self.total_bytes - sum(lease.leased for lease in living.values()),
+            share=shares[self._index],
+            awaited=sum(unmet.values()),
+            promised=sum(
+                misses for index, misses in unmet.items() if _is_before(living[index], own)
+            ),
+        )
 
-    def _living(self) -> Iterator[Lease]:
+    def _shares(self, leases: Iterable[Lease]) -> list[int]:
+        return fair_shares(self.total_bytes, [(lease.least, lease.wanted) for lease in leases])
+
+    def _living(self) -> Iterator[tuple[int, Lease]]:
         for index in range(MAX_MEMBERS):
             record = self._record(index)
             if not record.pid:
                 continue
             if self._is_alive(index):
-                yield record
+                yield index, record
             else:
                 self._clear(index)
 
@@ -292,6 +354,11 @@ def _opened(path: Path) -> int:
         raise ConfigError(f"{path} is another user's; choose another name in xtensor.pool.")
     os.ftruncate(file, FILE_BYTES)
     return file
+
+
+def _unmet(lease: Lease, share_bytes: int) -> int:
+    """What a member waits for."""
+    return max(0, share_bytes - lease.leased) if lease.since_ns else 0
 
 
 def _is_before(other: Lease, own: Lease) -> bool:

@@ -71,8 +71,13 @@ class ElasticMemory:
         self._keeper.enter_context(PoolKeeper(self.pool))
 
     def close(self) -> None:
-        """End the keeper's thread."""
+        """End the keeper's thread and give all memory back; nothing may use the range from then on.
+
+        Raises:
+            NotNowError: the kernel takes no memory back; see `sleep`.
+        """
         self._keeper.close()
+        self.sleep()
 
     # Asleep the memory is with the system.  The scheduler does not know: what it has told to commit
     # is owed from then on, until the first step after waking.
@@ -129,26 +134,26 @@ class ElasticMemory:
             PagesExhaustedError: the device has not the memory that the budget promises; what was to
                 be released is released, and what is not there is still owed.
         """
-        started_s = self._clock()
         self._budget_slabs, self._num_changes = change.budget_slabs, change.number
         released = [slab for slab in change.released if self.range.has(slab)]
         for slab in change.released:
             self._owed.pop(slab, None)
         self._owed |= {slab: slab for slab in change.committed} | dict(change.aliased)
         if released:
+            started_s = self._clock()
             self.range.decommit(released)
             self._num_releases += 1
+            self._release_s += self._clock() - started_s
         if self._is_asleep:
             return
         self._set_budget()
-        released_s = self._clock()
         if self._owed:
+            started_s = self._clock()
             self._commit(self._owed)
             self._owed.clear()
             self._num_commits += 1
+            self._commit_s += self._clock() - started_s
         self.range.expect(change.expected)
-        self._release_s += released_s - started_s
-        self._commit_s += self._clock() - released_s
 
     def report(self) -> MemoryReport:
         """The pages as they are now."""
@@ -167,6 +172,11 @@ class ElasticMemory:
             num_unmaps=pool.num_unmapped,
             num_reused=pool.num_reused,
             num_premapped=pool.num_premapped,
+            num_premap_failures=pool.num_premap_failures,
+            num_map_calls=pool.num_map_calls,
+            num_unmap_calls=pool.num_unmap_calls,
+            map_s=pool.map_s,
+            unmap_s=pool.unmap_s,
             commit_s=self._commit_s,
             release_s=self._release_s,
             num_commits=self._num_commits,

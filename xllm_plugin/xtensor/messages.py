@@ -60,11 +60,16 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
         num_unmaps: pages unmapped, total.
         num_reused: pages taken that were still mapped, total.
         num_premapped: pages mapped ahead, total.
-        commit_s: time spent to commit slabs, total.
-        release_s: time spent to release slabs, total.
+        commit_s: that steps waited for slabs, mapped anew or still mapped, total.
+        release_s: that steps took to give slabs up, which are unmapped later, total.
         num_commits: calls that committed slabs.
         num_releases: calls that released slabs.
         change: number of the last change that was carried out.
+        num_premap_failures: times that the device refused to map ahead, total.
+        num_map_calls: of the device, each for several pages, total.
+        num_unmap_calls: likewise.
+        map_s: that those to map took, whoever waited for them, total.
+        unmap_s: likewise, those to unmap.
     """
 
     page_bytes: int
@@ -84,6 +89,11 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
     num_commits: int
     num_releases: int
     change: int = 0
+    num_premap_failures: int = 0
+    num_map_calls: int = 0
+    num_unmap_calls: int = 0
+    map_s: float = 0.0
+    unmap_s: float = 0.0
 
     @property
     def num_bytes(self) -> int:

@@ -57,6 +57,7 @@ class PagePool:
         self.driver = driver
         self.policy = policy or PoolPolicy()
         self._books = PoolBooks(budget_pages, clock)
+        self._clock = clock
         self._lock = threading.RLock()
         self._device = threading.RLock()
         self._expected: tuple[int, ...] = ()
@@ -305,18 +306,26 @@ class PagePool:
         surplus = [*plan.going, *plan.stale]
         if not surplus:
             return
+        started_s = self._clock()
         with self._or_undo(partial(self._books.restore, plan)):
             self.driver.unmap([mapping.address for mapping in surplus], keep=keep)
+        took_s = self._clock() - started_s
         with self._lock:
             self._books.cleared(plan)
+            self._books.counts.unmap_calls += 1
+            self._books.counts.unmap_s += took_s
 
     def _map(self, placed: Mapping[int, Page], undo: Callable[[], None]) -> None:
         if not placed:
             return
+        started_s = self._clock()
         with self._or_undo(undo):
             self.driver.map({address: page.handle for address, page in placed.items()})
+        took_s = self._clock() - started_s
         with self._lock:
             self._books.counts.mapped += len(placed)
+            self._books.counts.map_calls += 1
+            self._books.counts.map_s += took_s
 
     def _release_surplus(self) -> None:
         # Only here do free pages go, and only with the device locked are they taken: what is

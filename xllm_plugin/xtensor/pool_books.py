@@ -46,6 +46,8 @@ class PoolStatistics:
         num_reused: addresses taken that were still mapped.
         num_premapped: addresses mapped ahead.
         num_premap_failures: times that the device refused to map ahead.
+        num_map_calls, num_unmap_calls: of the device; each does several addresses.
+        map_s, unmap_s: they took, whoever waited for them.
     """
 
     budget_pages: int
@@ -57,6 +59,10 @@ class PoolStatistics:
     num_reused: int
     num_premapped: int
     num_premap_failures: int
+    num_map_calls: int
+    num_unmap_calls: int
+    map_s: float
+    unmap_s: float
 
 
 @dataclass(slots=True)
@@ -70,6 +76,10 @@ class Counts:
     reused: int = 0
     premapped: int = 0
     premap_failures: int = 0
+    map_calls: int = 0
+    unmap_calls: int = 0
+    map_s: float = 0.0
+    unmap_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -388,6 +398,10 @@ class PoolBooks:
             num_reused=counts.reused,
             num_premapped=counts.premapped,
             num_premap_failures=counts.premap_failures,
+            num_map_calls=counts.map_calls,
+            num_unmap_calls=counts.unmap_calls,
+            map_s=counts.map_s,
+            unmap_s=counts.unmap_s,
         )
 
     def problems(self) -> Iterable[str]:

@@ -4,8 +4,11 @@ The rules, for an engine that shares:
 
 1. It never holds less than its minimum, so that it can always serve one request of full length.
 2. It leases ahead of need, so that a step finds what vLLM was promised when it was scheduled.
+   Nobody waits for that: another has to give only what requests can use next.
 3. First come, first leased: what requests use stays with them until they end.  Cached blocks and
-   room to spare go to whoever has waited longer for memory that requests need.
+   room to spare beyond an engine's share (`leases.fair_shares`) go to those who wait for less than
+   theirs, and of those to who has waited longer.  So two that are busy at once come to a share
+   each and stay there.
 4. A lease shrinks only when the workers have said that the memory is with the system again.
 """
 
@@ -38,12 +41,12 @@ class Demand(NamedTuple):
     Attributes:
         num_in_use: with blocks of requests.
         num_resident: those, and with cached blocks or none.
-        is_busy: whether there are requests.
+        num_requests: that are not finished.
     """
 
     num_in_use: int
     num_resident: int
-    is_busy: bool
+    num_requests: int
 
 
 class PoolDemand(NamedTuple):
@@ -52,16 +55,29 @@ class PoolDemand(NamedTuple):
     Attributes:
         name: of its model.
         slab_bytes: what one slab takes.
-        full_request_slabs: what one request of full length takes; the least minimum.
+        slab_blocks: blocks of a slab.
+        full_request_slabs: what one request of full length takes, the null block included; the
+            least minimum.
         max_slabs: never to go above.
-        ahead_slabs: to lease beyond need while there are requests.
+        max_requests: that run at once.
     """
 
     name: str
     slab_bytes: int
+    slab_blocks: int
     full_request_slabs: int
     max_slabs: int
-    ahead_slabs: int
+    max_requests: int
+
+    def ahead(self, num_requests: int) -> int:
+        """Slabs that requests may take in a step: each begins a block, or one has a long prompt."""
+        num_running = min(num_requests, self.max_requests)
+        return max(self.full_request_slabs, -(-num_running // self.slab_blocks))
+
+    def needed(self, now: Demand) -> int:
+        """Slabs that the requests there are have and can use next."""
+        next_slabs = now.num_in_use + self.ahead(now.num_requests)
+        return max(now.num_in_use, min(next_slabs, now.num_requests * self.full_request_slabs))
 
 
 class BudgetShare:
@@ -85,16 +101,26 @@ class BudgetShare:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._member = member
+        self._demand = demand
         self._slab_bytes = demand.slab_bytes
-        self._min_slabs = min_slabs
+        self._min_slabs = self._need_slabs = min_slabs
         self._max_slabs = demand.max_slabs
-        self._ahead_slabs = demand.ahead_slabs
         self._keep_s = keep_s
         self._clock = clock
         self._target_slabs = self._leased_slabs = min_slabs
         self._idle_from_s = clock()
         self._look_s = math.inf
         self._told = (min_slabs, 0)  # the last target that workers were told, and in which change
+
+    @property
+    def min_slabs(self) -> int:
+        """What it can always have."""
+        return self._min_slabs
+
+    @property
+    def total_slabs(self) -> int:
+        """What the pool has for all."""
+        return self._member.total_bytes // self._slab_bytes
 
     @property
     def num_leased_slabs(self) -> int:
@@ -104,25 +130,32 @@ class BudgetShare:
     def plan(self, demand: Demand) -> int:
         """Lease more or decide to give back; return the budget of the next step, in slabs."""
         now_s = self._clock()
-        if demand.is_busy:
+        wish = demand.num_resident
+        if demand.num_requests:
             self._idle_from_s = now_s
-        ahead = self._ahead_slabs if demand.is_busy else 0
-        wish = self._within(demand.num_resident + ahead)
-        need = self._within(demand.num_in_use + ahead)
-        num_awaited = math.ceil(self._member.awaited_bytes() / self._slab_bytes)
+            wish += self._demand.ahead(self._demand.max_requests)
+        wish, self._need_slabs = self._within(wish), self._within(self._demand.needed(demand))
+        awaited_bytes = self._member.awaited_bytes(self._need_slabs * self._slab_bytes)
+        num_awaited = math.ceil(awaited_bytes / self._slab_bytes)
         if num_awaited:
             kept = max(demand.num_in_use, self._leased_slabs - num_awaited)
             wish = self._within(min(wish, kept))
         elif now_s - self._idle_from_s < self._keep_s:
             wish = self._within(max(wish, self._leased_slabs))
-        self._lease(max(wish, self._leased_slabs), need)
+        self._lease(max(wish, self._leased_slabs))
         self._target_slabs = min(wish, self._leased_slabs)
-        self._look_s = now_s + LOOK_S if self._leased_slabs > self._min_slabs else math.inf
+        is_at_rest = self._need_slabs <= self._leased_slabs == self._min_slabs
+        self._look_s = math.inf if is_at_rest else now_s + LOOK_S
         return self._target_slabs
 
     def set_most(self, max_slabs: int) -> None:
-        """Never go above so many slabs from the next step on; no less than the minimum."""
-        self._max_slabs = max(max_slabs, self._min_slabs)
+        """Never go above so many slabs from the next step on.
+
+        Args:
+            max_slabs: `min_slabs` to `total_slabs`.
+        """
+        self._max_slabs = max_slabs
+        self._member.set_most(max_slabs * self._slab_bytes)
 
     def tell(self, change: int) -> None:
         """Note that the workers are told of the target with the change of that number."""
@@ -136,7 +169,7 @@ class BudgetShare:
             return
         num_slabs = max(target, math.ceil(report.num_bytes / self._slab_bytes))
         if num_slabs < self._leased_slabs:
-            self._lease(num_slabs, num_slabs)
+            self._lease(num_slabs)
 
     @property
     def is_returning(self) -> bool:
@@ -166,9 +199,9 @@ class BudgetShare:
     def _within(self, num_slabs: int) -> int:
         return min(max(num_slabs, self._min_slabs), self._max_slabs)
 
-    def _lease(self, wish_slabs: int, need_slabs: int) -> None:
+    def _lease(self, wish_slabs: int) -> None:
         size = self._slab_bytes
-        granted = self._member.lease(wish_slabs * size, need_slabs * size, size)
+        granted = self._member.lease(wish_slabs * size, self._need_slabs * size, size)
         self._leased_slabs = granted // size
 
 
