@@ -737,9 +737,7 @@ class Exchange:
         router = self.proxy.router
         if not stream.is_known:
             return router.choose(self)
-        others = [
-            one for one in self.proxy.fleet.candidates(self.model) if one not in self.tried
-        ]
+        others = [one for one in self.proxy.fleet.candidates(self.model) if one not in self.tried]
         able = [one for one in others if one.resumes] or [one for one in others if one.scales_out]
         return router.choose(self, able or None)
 

@@ -1,7 +1,7 @@
 """Asks instances how they are by `/health`, `/v1/models` and `/metrics`, as vLLM has them.
 
-Who sends heartbeats is not asked for figures; who sends them elsewhere is, by `/xllm/load`.  A server
-without this plugin is asked once a start whether it has the routes of `--enable-scale-out`.
+Who sends heartbeats is not asked for figures; who sends them elsewhere is, by `/xllm/load`.  A
+server without this plugin is asked once a start whether it has vLLM's scale-out routes.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
         ...
         instance.requests[-1].body
 
-It answers `/health`, `/v1/models`, `/metrics`, `/kv_event_sources` and probes of scale-out routes as
-vLLM does, `/xllm/load` as this plugin does, and everything else by its script.
+It answers `/health`, `/v1/models`, `/metrics`, `/kv_event_sources` and probes of scale-out routes
+as vLLM does, `/xllm/load` as this plugin does, and everything else by its script.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A server without this plugin that has vLLM's `--enable-scale-out` routes, and fails where it is told to.
+"""A server without this plugin that has vLLM's scale-out routes, and fails where it is told to.
 
 It is held to what the routes are for: tokens that were sent come back after the prompt, their text
-is asked for once and in order, and how much is left is counted.  `FakeModel` says what it generates.
+is asked for once and in order, and how much is left is counted.  `FakeModel` is what it generates.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class ScaleOutServer:
         """The answer's body, events; leaving early ends the work."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s)
         async with self._post(GENERATE_PATH, body, timeout) as reply:
-            if reply.status != _OK:
+            if reply.status != _OK or reply.content_type != "text/event-stream":
                 said = await _read(reply)
                 raise NotContinuedError(_said(GENERATE_PATH, reply.status, said))
             yield reply.content
@@ -113,8 +113,8 @@ class ScaleOutServer:
         except TimeoutError as error:
             raise NotContinuedError(f"{path} does not answer in {_CALL_TIMEOUT_S:g} s") from error
 
-    async def _call_once(self, path: str, body: bytes, timeout: aiohttp.ClientTimeout) -> bytes:
-        async with self._post(path, body, timeout) as reply:
+    async def _call_once(self, path: str, body: bytes, within: aiohttp.ClientTimeout) -> bytes:
+        async with self._post(path, body, within) as reply:
             said = await _read(reply)
             if reply.status != _OK:
                 raise NotContinuedError(_said(path, reply.status, said))
