@@ -317,8 +317,10 @@ class Exchange:
 
     async def _connect(self, instance: Instance, resumer: Resumer | None = None) -> None:
         try:
-            over = None if resumer is None else await resumer.open(instance)
-            connection = await instance.pool.connect(over)
+            if resumer is None:
+                connection = await instance.pool.connect()
+            else:
+                connection = await instance.pool.adopt(await resumer.open(instance))
         except OSError as error:
             self._turn_to(instance.pool)
             self._connecting = None

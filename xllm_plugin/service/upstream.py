@@ -387,22 +387,22 @@ class Pool:
         connection.idle_since_s = asyncio.get_running_loop().time()
         self._idle.append(connection)
 
-    async def connect(self, over: socket.socket | None = None) -> UpstreamConnection:
-        """Open a connection.
+    async def adopt(self, opened: socket.socket) -> UpstreamConnection:
+        """A connection that is open already, to who stands in for the instance."""
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_unix_connection(
+            lambda: UpstreamConnection(self), sock=opened
+        )
+        return connection
 
-        Args:
-            over: one that is open already, to who stands in for the instance.
+    async def connect(self) -> UpstreamConnection:
+        """Open a connection.
 
         Raises:
             OSError: it was refused, or not accepted in time (`TimeoutError`).
         """
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(self.connect_timeout_s):
-            if over is not None:
-                _, connection = await loop.create_unix_connection(
-                    lambda: UpstreamConnection(self), sock=over
-                )
-                return connection
             _, connection = await loop.create_connection(
                 lambda: UpstreamConnection(self), *self._address, ssl=self._tls
             )

@@ -166,7 +166,7 @@ class _ScaleOut:
         ids = choice["token_ids"]
         assert ids == list(range(state["num_tokens"], state["num_tokens"] + len(ids)))
         new = "".join(text.add(self._model.pieces[one]) for one in ids)
-        found = {"index": 0, "logprobs": None, "finish_reason": None, "token_ids": None}
+        found: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": None}
         is_chat = path == "/v1/chat/completions/derender"
         found |= {"delta": {"role": None, "content": new or None}} if is_chat else {"text": new}
         state = {"held": text.held.hex(), "num_tokens": state["num_tokens"] + len(ids)}

@@ -32,6 +32,7 @@ def why(asked: dict[str, Any], params: dict[str, Any], rendered: dict[str, Any])
         {"logit_bias": {"30": 4.0}, "allowed_token_ids": [1, 2]},
         {"skip_special_tokens": False, "spaces_between_special_tokens": False},
         {"stream_interval": 4},
+        {"skip_reading_prefix_cache": False},
         {"frequency_penalty": 0.0, "presence_penalty": 0, "repetition_penalty": 1.0, "n": 1},
         {"watermarking": False, "structured_outputs": None, "extra_args": None},
         {"extra_args": {"xllm_tpot_ms": 90}},

@@ -26,6 +26,7 @@ _FREE: Final = frozenset(
         "min_tokens",
         "output_kind",
         "skip_clone",
+        "skip_reading_prefix_cache",
         "skip_special_tokens",
         "spaces_between_special_tokens",
         "stop_token_ids",
