@@ -424,7 +424,8 @@ def test_every_line_of_the_table_has_its_cases() -> None:
     assert {line for line, (by_ours, _) in lines.items() if not by_ours} == ends
     assert all(by_ours for by_ours, by_plain in lines.values() if by_plain)
     refused = {PLAIN_REFUSED[name][0].line for name in PLAIN_REFUSED}
-    assert {line for line, (by_ours, by_plain) in lines.items() if by_ours > by_plain} == refused
+    no_plain = {line for line, (by_ours, by_plain) in lines.items() if by_ours > by_plain}
+    assert no_plain == refused | {PARSERS}
 
 
 def on_two_servers(test: Any) -> Any:
@@ -559,19 +560,17 @@ PLAIN_WHY = {
     SEEDED: "a stream with a seed",
     STRINGS: "a stream with stop strings",
     PENALTIES: "a stream with",
-    GRAMMARS: "a stream with structured outputs",
-    PARSERS: "a stream with",
+    GRAMMARS: "a stream with",
     MEDIA: "a stream with media in its prompt",
 }
 """By line of the table: why a server without this plugin does not go on."""
-# What such a server without parsers answers at all.
-UNASKED = {name for name in EXACT if name.startswith(("reasoning", "a tool of", "a required"))}
 PLAIN_REFUSED = {
-    name: (case, PLAIN_WHY[case.line])
-    for name, case in EXACT.items()
-    if case.line in PLAIN_WHY and name not in UNASKED
+    name: (case, PLAIN_WHY[case.line]) for name, case in EXACT.items() if case.line in PLAIN_WHY
 }
-PLAIN_EXACT = {name: case for name, case in EXACT.items() if case.line not in PLAIN_WHY}
+PARSED = {name: case for name, case in EXACT.items() if case.line == PARSERS}
+PLAIN_EXACT = {
+    name: case for name, case in EXACT.items() if case.line not in PLAIN_WHY and name not in PARSED
+}
 
 
 def plain_sum(events: list[Any]) -> Said:
@@ -636,7 +635,14 @@ def test_a_plain_server_goes_on_when_another_is_killed(fleet: RelayedFleet) -> N
 
 
 @on_two_servers
-def test_a_plain_server_with_parsers_continues_no_chat(fleet: RelayedFleet) -> None:
+@pytest.mark.parametrize("name", PARSED)
+def test_a_plain_server_with_parsers_continues_no_chat(fleet: RelayedFleet, name: str) -> None:
+    fleet.have(PARSING, PARSING)
+    check_error(ask(fleet, PARSED[name], EARLY), "a stream with")
+
+
+@on_two_servers
+def test_a_plain_server_with_parsers_continues_completions(fleet: RelayedFleet) -> None:
     fleet.have(PARSING, PARSING)
     check_error(ask(fleet, chat(GREEDY, "Name a colour."), EARLY), "parser")
     assert say_together(ask(fleet, completion(GREEDY), EARLY)).is_done

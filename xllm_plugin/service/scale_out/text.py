@@ -76,10 +76,10 @@ class Text:
         if self._state is None:
             body["prompt_token_ids"] = self._seeds
         if self._decoding and self._is_chat:
-            message = {"role": "user", "content": ""}
+            message = {"role": "user", "content": "x"}
             body["chat_request"] = {"messages": [message], **self._decoding}
         elif self._decoding:
-            body["completion_request"] = {"prompt": "", **self._decoding}
+            body["completion_request"] = {"prompt": "x", **self._decoding}
         found = await self._server.derender(msgspec.json.encode(body))
         self._state = found.stream_state
         return found
