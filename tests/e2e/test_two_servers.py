@@ -25,6 +25,7 @@ import xllm_plugin.service
 from xllm_plugin.bench.peers import PeerServer, xllm_server
 from xllm_plugin.instance.resumption import RESUME_PATH
 from xllm_plugin.models import prepare
+from xllm_plugin.service.scale_out.server import GENERATE_PATH
 from xllm_plugin.testing.dialogues import LOOSE_WEATHER_TOOL
 from xllm_plugin.testing.relay import Cut
 from xllm_plugin.testing.relayed_fleet import PATIENCE_S, READY_TIMEOUT_S, RelayedFleet
@@ -39,17 +40,20 @@ RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 GREEDY = "completions, chat, greedy"
 SEEDED = "the same, sampled with a seed"
 SAMPLED = "the same, sampled without a seed"
-STOPS = "stop strings, stop tokens, `min_tokens`, `max_tokens`, `stream_interval`"
+STOPS = "stop tokens, `min_tokens`, `max_tokens`, `stream_interval`"
+STRINGS = "stop strings"
 COUNTS = "log probabilities, usage (also in every event)"
-PENALTIES = "penalties, logit bias, bad words, repetition detection"
+BIASES = "logit bias, allowed tokens"
+PENALTIES = "penalties, bad words, repetition detection"
 GRAMMARS = "structured outputs, `response_format`"
 PARSERS = "tools (`auto`, required, named), reasoning parsers"
 MEDIA = "images and other media in the prompt"
+PROMISES = "promises in `vllm_xargs`"
 ARGUMENTS = "thinking budget, watermarking, extra arguments (`vllm_xargs`) but promises"
 SEVERAL = "`n` or `best_of` over 1, beam search, several prompts, echo of a completion"
 HIDDEN = "`include_reasoning: false`"
 INTERFACES = "responses, messages, audio; any stream of an HTTP/1.0 client"
-OTHERS = "an instance without this plugin, or with a `--scheduler-cls` of another, goes on"
+OTHERS = "by an instance with neither, or with a `--scheduler-cls` of another"
 
 # -- requests -----------------------------------------------------------------------------------
 
@@ -145,9 +149,9 @@ EXACT = {
         SEEDED, shows=("log_probs",), seed=7, temperature=1.0, top_p=0.9, logprobs=1
     ),
     "a chat with a seed": chat(SEEDED, "Name a colour.", seed=3, temperature=1.5, top_k=50),
-    "a stop string": completion(STOPS, stop=["there was", "e wa"], min_tokens=3),
+    "a stop string": completion(STRINGS, stop=["there was", "e wa"], min_tokens=3),
     "a stop string that is shown": completion(
-        STOPS, stop=[" and"], include_stop_str_in_output=True, max_tokens=60
+        STRINGS, stop=[" and"], include_stop_str_in_output=True, max_tokens=60
     ),
     "a stop token": completion(STOPS, stop_token_ids=[END_OF_SENTENCE], max_tokens=60),
     "a least length": completion(STOPS, stop_token_ids=[END_OF_SENTENCE], min_tokens=16, **USAGE),
@@ -164,7 +168,8 @@ EXACT = {
         PENALTIES, frequency_penalty=0.8, presence_penalty=0.4, repetition_penalty=1.1
     ),
     "bad words": completion(PENALTIES, bad_words=[" the", " was"]),
-    "a logit bias": completion(PENALTIES, logit_bias={str(END_OF_SENTENCE): 4.0}),
+    "a logit bias": completion(BIASES, logit_bias={str(END_OF_SENTENCE): 4.0}),
+    "allowed tokens": completion(BIASES, allowed_token_ids=[*range(1000, 1200)], logprobs=2),
     "a repetition that ends it": completion(
         PENALTIES,
         "la la la la la la la la",
@@ -226,7 +231,7 @@ EXACT = {
         max_tokens=90,
     ),
     "an image": chat(MEDIA, QUESTION, **USAGE),
-    "a promise": completion(ARGUMENTS, vllm_xargs={"xllm_tpot_ms": 90}),
+    "a promise": completion(PROMISES, vllm_xargs={"xllm_tpot_ms": 90}),
 }
 """By name: the stream is the undisturbed one."""
 
@@ -301,6 +306,7 @@ REFUSED = {
 # -- servers ------------------------------------------------------------------------------------
 
 OURS, NATIVE, OTHER_SCHEDULER = "ours", "native", "other scheduler"
+OWN, PLAIN, PARSING = "ours without parsers", "plain", "plain with parsers"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -318,9 +324,13 @@ PARSER_FLAGS = (
     *("--reasoning-parser", "first_sentence"),
     *("--reasoning-parser-plugin", str(Path(__file__).with_name("first_sentence.py"))),
 )
+SCALE_OUT = ("--enable-scale-out",)
 KINDS: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
     OURS: ("smollm2-llava", PARSER_FLAGS, {}),
     NATIVE: ("smollm2", (), {"XLLM_PLATFORM": "native"}),
+    OWN: ("smollm2-llava", (), {}),
+    PLAIN: ("smollm2-llava", SCALE_OUT, {"XLLM_PLATFORM": "native"}),
+    PARSING: ("smollm2", (*SCALE_OUT, *PARSER_FLAGS), {"XLLM_PLATFORM": "native"}),
     OTHER_SCHEDULER: (
         "smollm2",
         ("--scheduler-cls", "vllm.v1.core.sched.scheduler.Scheduler"),
@@ -349,7 +359,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayedFleet]:
             environment={"VLLM_CPU_OMP_THREADS_BIND": core, **environment},
         )
 
-    paths = (CHAT, COMPLETION, RESPONSES, MESSAGES, RESUME_PATH)
+    paths = (CHAT, COMPLETION, RESPONSES, MESSAGES, RESUME_PATH, GENERATE_PATH)
     with contextlib.ExitStack() as stack:
         yield RelayedFleet(make, paths, num_servers=2, folder=folder, stack=stack)
 
@@ -393,15 +403,15 @@ def score(fleet: RelayedFleet, said: Said) -> tuple[str, list[float]]:
 # -- tests --------------------------------------------------------------------------------------
 
 
-def table() -> dict[str, bool]:
-    """Each line of README's table, and whether it says yes."""
+def table() -> dict[str, tuple[bool, bool]]:
+    """Each line of README's table, and whether it says yes of this plugin, and of plain servers."""
     _, _, after = README.read_text(encoding="utf-8").partition(
-        "| request | continued |\n|---|---|\n"
+        "| request | with this plugin | plain, `--enable-scale-out` |\n|---|---|---|\n"
     )
     rows = [row.strip("| ").split(" | ") for row in after.partition("\n\n")[0].split("\n")]
-    assert {len(row) for row in rows} == {2}
-    assert all(verdict.startswith(("yes", "no")) for _, verdict in rows)
-    return {line: verdict.startswith("yes") for line, verdict in rows}
+    assert {len(row) for row in rows} == {3}
+    assert all(verdict.startswith(("yes", "no")) for row in rows for verdict in row[1:])
+    return {line: (ours.startswith("yes"), plain.startswith("yes")) for line, ours, plain in rows}
 
 
 def test_every_line_of_the_table_has_its_cases() -> None:
@@ -410,8 +420,12 @@ def test_every_line_of_the_table_has_its_cases() -> None:
     ends = {case.line for case in REFUSED.values()} | {OTHERS}
     lines = table()
     assert continued | ends == lines.keys()
-    assert {line for line, is_continued in lines.items() if is_continued} <= continued
-    assert {line for line, is_continued in lines.items() if not is_continued} == ends
+    assert {line for line, (by_ours, _) in lines.items() if by_ours} <= continued
+    assert {line for line, (by_ours, _) in lines.items() if not by_ours} == ends
+    assert all(by_ours for by_ours, by_plain in lines.values() if by_plain)
+    refused = {PLAIN_REFUSED[name][0].line for name in PLAIN_REFUSED}
+    no_plain = {line for line, (by_ours, by_plain) in lines.items() if by_ours > by_plain}
+    assert no_plain == refused | {PARSERS}
 
 
 def on_two_servers(test: Any) -> Any:
@@ -458,8 +472,11 @@ def check_usage(case: Case, events: list[Any]) -> None:
 @pytest.mark.parametrize("name", MAYBE)
 def test_a_sample_goes_on_from_what_was_sent(fleet: RelayedFleet, name: str) -> None:
     """Its tokens are as probable after the prompt and those before them as it says they are."""
-    case = MAYBE[name]
     fleet.have(OURS, OURS)
+    check_sample(fleet, MAYBE[name])
+
+
+def check_sample(fleet: RelayedFleet, case: Case) -> None:
     num_events = len(ask(fleet, case)) - 1
     for cuts in cuts_of(num_events):
         said = say_together(ask(fleet, case, *cuts))
@@ -497,6 +514,11 @@ KILLED = (
     completion(PENALTIES, frequency_penalty=0.5, repetition_penalty=1.1, **LONG, **IDS),
     chat(GRAMMARS, "Write.", structured_outputs={"regex": "[a-z ]{400,500}"}, **LONG),
 )
+KILLED_PLAIN = (
+    chat(GREEDY, "Tell me about the sea.", **LONG, **USAGE),
+    completion(COUNTS, logprobs=2, **LONG, **IDS),
+    completion(STOPS, EMOJI, stream_interval=3, **LONG, **USAGE),
+)
 
 
 @on_two_servers
@@ -530,3 +552,97 @@ def test_who_cannot_go_on_is_named(fleet: RelayedFleet, kind: str, why: str) -> 
         if events[-1] != "[DONE]":
             break
     check_error(events, why)
+
+
+# -- servers without this plugin ------------------------------------------------------------------
+
+PLAIN_WHY = {
+    SEEDED: "a stream with a seed",
+    STRINGS: "a stream with stop strings",
+    PENALTIES: "a stream with",
+    GRAMMARS: "a stream with",
+    MEDIA: "a stream with media in its prompt",
+}
+"""By line of the table: why a server without this plugin does not go on."""
+PLAIN_REFUSED = {
+    name: (case, PLAIN_WHY[case.line]) for name, case in EXACT.items() if case.line in PLAIN_WHY
+}
+PARSED = {name: case for name, case in EXACT.items() if case.line == PARSERS}
+PLAIN_EXACT = {
+    name: case for name, case in EXACT.items() if case.line not in PLAIN_WHY and name not in PARSED
+}
+
+
+def plain_sum(events: list[Any]) -> Said:
+    """Without the only field that the routes of such servers do not tell."""
+    return say_together(
+        {key: value for key, value in event.items() if key != "system_fingerprint"}
+        if isinstance(event, dict)
+        else event
+        for event in events
+    )
+
+
+@on_two_servers
+@pytest.mark.parametrize("name", PLAIN_EXACT)
+def test_nobody_can_tell_of_plain_servers_either(fleet: RelayedFleet, name: str) -> None:
+    case = PLAIN_EXACT[name]
+    fleet.have(PLAIN, PLAIN)
+    assert {one["continues"] for one in fleet.instances()} == {"scale-out"}
+    events = ask(fleet, case)
+    wanted = plain_sum(events)
+    assert wanted.is_done
+    assert all(getattr(wanted, field) for field in case.shows), wanted
+    for cuts in cuts_of(len(events) - 1):
+        num_resumes = fleet.num_resumes
+        events = ask(fleet, case, *cuts)
+        check_usage(case, events)
+        assert not differences(wanted, plain_sum(events)), cuts
+        assert fleet.num_resumes == num_resumes + len(cuts)
+
+
+@on_two_servers
+@pytest.mark.parametrize("name", MAYBE)
+def test_a_sample_goes_on_at_a_plain_server(fleet: RelayedFleet, name: str) -> None:
+    fleet.have(PLAIN, PLAIN)
+    check_sample(fleet, MAYBE[name])
+
+
+@on_two_servers
+@pytest.mark.parametrize("name", PLAIN_REFUSED)
+def test_what_a_plain_server_cannot_continue_says_why(fleet: RelayedFleet, name: str) -> None:
+    case, why = PLAIN_REFUSED[name]
+    fleet.have(PLAIN, PLAIN)
+    check_error(ask(fleet, case, EARLY), why)
+
+
+@on_two_servers
+def test_a_plain_server_goes_on_when_another_is_killed(fleet: RelayedFleet) -> None:
+    """`kill -9` in mid-stream: what ran there becomes what it would have become."""
+    fleet.have(OWN, PLAIN)
+    assert [one["continues"] for one in fleet.instances()] == ["plugin", "scale-out"]
+    wanted = [plain_sum(ask(fleet, case)) for case in KILLED_PLAIN] * 2
+    num_resumes = fleet.num_resumes
+    begun = threading.Semaphore(0)
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        streams = [pool.submit(read, fleet, case, begun.release) for case in KILLED_PLAIN * 2]
+        for _ in range(UNDER_WAY * len(streams)):
+            assert begun.acquire(timeout=PATIENCE_S)
+        fleet.kill(0)
+        found = [plain_sum(stream.result()) for stream in streams]
+    assert [differences(one, two) for one, two in zip(wanted, found, strict=True)] == [{}] * 6
+    assert fleet.num_resumes > num_resumes
+
+
+@on_two_servers
+@pytest.mark.parametrize("name", PARSED)
+def test_a_plain_server_with_parsers_continues_no_chat(fleet: RelayedFleet, name: str) -> None:
+    fleet.have(PARSING, PARSING)
+    check_error(ask(fleet, PARSED[name], EARLY), "a stream with")
+
+
+@on_two_servers
+def test_a_plain_server_with_parsers_continues_completions(fleet: RelayedFleet) -> None:
+    fleet.have(PARSING, PARSING)
+    check_error(ask(fleet, chat(GREEDY, "Name a colour."), EARLY), "parser")
+    assert say_together(ask(fleet, completion(GREEDY), EARLY)).is_done

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from xllm_plugin.registration import Load
+from xllm_plugin.service import lifecycle
 from xllm_plugin.service.config import InstanceEntry, InstancesConfig
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.lifecycle import Timings
@@ -18,6 +21,10 @@ class ScriptedProber(Prober):
     def __init__(self, fleet: Fleet, beat: Load | None) -> None:
         super().__init__(fleet, None, InstancesConfig())  # type: ignore[arg-type]
         self.beat = beat
+        self.statuses: dict[str, int] = {}
+
+    async def _status(self, instance: Instance, path: str) -> int:
+        return self.statuses.get(path, 404)
 
     async def _get(self, instance: Instance, path: str) -> bytes:
         if path == "/metrics" and self.beat is not None:
@@ -42,3 +49,33 @@ def test_metrics_are_read_where_no_heartbeat_says_more(run: Any) -> None:
 
 def test_a_heartbeat_that_comes_while_metrics_are_asked_is_newer(run: Any) -> None:
     assert foreign_requests(run, Load(num_running=3, num_waiting=2)) == 5
+
+
+GENERATE, DERENDER = "/inference/v1/generate", "/v1/completions/derender"
+
+
+@pytest.mark.parametrize(
+    ("statuses", "has_plugin", "scales_out"),
+    [
+        ({GENERATE: 400, DERENDER: 400}, False, True),
+        ({GENERATE: 422, DERENDER: 400}, False, True),
+        ({GENERATE: 403, DERENDER: 403}, False, False),  # vLLM 0.32 without the flag
+        ({GENERATE: 400, DERENDER: 404}, False, False),  # an older one
+        ({GENERATE: 200, DERENDER: 200}, False, None),  # some other server, that takes anything
+        ({GENERATE: 503, DERENDER: 400}, False, None),  # asked again
+        ({GENERATE: 400, DERENDER: 400}, True, None),  # has a better way, and is not asked
+    ],
+)
+def test_a_plain_server_is_asked_for_its_scale_out_routes(
+    run: Any, statuses: dict[str, int], has_plugin: bool, scales_out: bool | None
+) -> None:
+    fleet = Fleet(Timings(lease_s=1e9), make_pool, clock=lambda: 0.0)
+    incarnation = "one" if has_plugin else ""
+    entry = InstanceEntry(url="http://i:80", name="i")
+    instance = fleet.register(entry, source="test", incarnation=incarnation)
+    prober = ScriptedProber(fleet, None)
+    prober.statuses = statuses
+    run(prober.probe(instance, models=True, metrics=False))
+    assert instance.scales_out is scales_out
+    fleet.report(instance, lifecycle.Registered("another"))
+    assert instance.scales_out is None, "what is known of a server that was restarted"

@@ -192,7 +192,7 @@ def instances_command(admin: _Admin) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "state", "since", "in flight", "tokens", "models", "reason")
+    table = Table("name", "state", "since", "in flight", "tokens", "continues", "models", "reason")
     found = admin.ask("GET", "/v1/instances")
     for one in found["instances"]:
         table.add_row(
@@ -201,6 +201,7 @@ def instances_command(admin: _Admin) -> None:
             f"{one['state_age_s']:.0f} s",
             str(one["in_flight"]),
             str(one["outstanding_tokens"]),
+            one["continues"],
             ", ".join(one["models"]),
             one["reason"],
         )

@@ -8,7 +8,8 @@ The way of one request: `client.py` (bytes to a request; `known_head.py`: one li
 `cost_reason.py`: and why; of many: `roster.py`, `ranking.py`, `cost_ranking.py`) -> `upstream.py`
 (one connection to an instance, and the pool; `chunks.py`: one event by itself) ->
 `continuation.py` (what the client has of a stream, for another instance to go on;
-`stream_events.py`: how it comes).  Where they are set, `keys.py` (who asks, and how much;
+`stream_events.py`: how it comes; `scale_out/`: at a server without this plugin).  Where they are
+set, `keys.py` (who asks, and how much;
 `key_file.py`) and `flow/` (who is next when not all fit) come before the router.  Beside it:
 `lifecycle.py` and `fleet.py` (which instances there are, in what state), `speed.py` (how fast they
 are), `kv_index/` (which prefixes they hold), `registry.py`, `etcd_registry.py` and `probes.py` (who

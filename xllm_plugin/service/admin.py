@@ -263,6 +263,7 @@ def _described(instance: Instance, now_s: float) -> dict[str, Any]:
         "outstanding_tokens": instance.outstanding_tokens,
         "foreign_requests": instance.foreign_requests,
         "role": instance.entry.role.value,
+        "continues": instance.continues,
         "load": instance.load.model_dump() if instance.load else None,
         "reported": instance.reported,
         "speed": asdict(instance.speed),

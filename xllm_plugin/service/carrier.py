@@ -24,6 +24,7 @@ from xllm_plugin.service.lifecycle import Timings
 from xllm_plugin.service.policy import RoutingPolicy
 from xllm_plugin.service.proxy import Proxy
 from xllm_plugin.service.router import Router
+from xllm_plugin.service.scale_out.resumer import Resumer
 from xllm_plugin.service.tls import PortTls
 from xllm_plugin.service.tracing import Tracing, exporting_provider
 from xllm_plugin.service.upstream import Pool
@@ -93,6 +94,7 @@ class Carrier:
             stack.callback(tracing.close)
             self.proxy.use_tracing(tracing)
         self.proxy.use_kv_index(self.directory, self._prompts)
+        self.proxy.resumer = Resumer(session)
 
     async def listen(self, port: int | None = None) -> int:
         """Open the public port; returns it.

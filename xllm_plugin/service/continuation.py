@@ -173,6 +173,11 @@ class ArmedStream:
         return ids.count(b",") + 1 if ids else 0
 
     @property
+    def is_known(self) -> bool:
+        """Whether the client has an event: another instance has to go on, and cannot begin anew."""
+        return self._is_known
+
+    @property
     def can_resume(self) -> bool:
         """Whether all that the client has is known."""
         if self._is_lost:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from xllm_plugin.service.keys import Grant
     from xllm_plugin.service.kv_index.prompts import Prompt
     from xllm_plugin.service.proxy import Proxy
+    from xllm_plugin.service.scale_out.resumer import Resumer
     from xllm_plugin.service.upstream import Pool, UpstreamConnection
 
 __all__ = ["Exchange", "cost_tokens_of", "peek", "prompt_tokens_of"]
@@ -321,9 +322,12 @@ class Exchange:
             return
         self._begin(connection)
 
-    async def _connect(self, instance: Instance) -> None:
+    async def _connect(self, instance: Instance, resumer: Resumer | None = None) -> None:
         try:
-            connection = await instance.pool.connect()
+            if resumer is None:
+                connection = await instance.pool.connect()
+            else:
+                connection = await instance.pool.adopt(await resumer.open(instance))
         except OSError as error:
             self._turn_to(instance.pool)
             self._connecting = None
@@ -720,12 +724,30 @@ class Exchange:
         self.is_answering = False
         self.stalled_reads = -1
         try:
-            instance = self.proxy.router.choose(self)
+            instance = self._who_goes_on(self.stream)
         except Refusal as refusal:
             self._end_in_error(f"{why} {refusal}")
             return
         self.head, self.body = self.stream.next_request(self.head, self.route.target)
-        self._send(instance)
+        resumer = self.proxy.resumer
+        if resumer is None or not self.stream.is_known or instance.continues != "scale-out":
+            self._send(instance)
+            return
+        self._enter(instance)
+        self._connecting = self.proxy.loop.create_task(self._connect(instance, resumer))
+
+    def _who_goes_on(self, stream: ArmedStream) -> Instance:
+        """Rather one with this plugin, which continues more streams than vLLM's routes do.
+
+        Raises:
+            Refusal: as `Router.choose`.
+        """
+        router = self.proxy.router
+        if not stream.is_known:
+            return router.choose(self)
+        others = [one for one in self.proxy.fleet.candidates(self.model) if one not in self.tried]
+        able = [one for one in others if one.resumes] or [one for one in others if one.scales_out]
+        return router.choose(self, able or None)
 
     def _begin_continuation(self, status: int, head: bytes, *, is_stream: bool) -> bytes | None:
         instance = self.instance

@@ -82,6 +82,8 @@ class Instance:
         """What its heartbeat said last; plain servers send none."""
         self.resumes = self.has_incarnation
         """It can continue the streams of others: it has this plugin, as far as it has been told."""
+        self.scales_out: bool | None = None
+        """It has vLLM's scale-out routes, which continue some streams; None: not asked yet."""
         self.kv_events: tuple[KvEventSource, ...] = ()
         """Where it says that it publishes its prefix cache, if its entry does not."""
         self.prefill_tokens = 0
@@ -96,6 +98,13 @@ class Instance:
     def num_idle_connections(self) -> int:
         """Open, and unused at the moment."""
         return len(self.pool) + self.num_idle_elsewhere
+
+    @property
+    def continues(self) -> str:
+        """How it continues the streams of others: "plugin", "scale-out", or "no"."""
+        if self.resumes:
+            return "plugin"
+        return "scale-out" if self.scales_out else "no"
 
     @property
     def queue(self) -> Queue | None:
@@ -338,6 +347,7 @@ class Fleet:
         instance.reported = {}
         instance.load = None
         instance.resumes = instance.has_incarnation
+        instance.scales_out = None
         instance.kv_events = ()
         instance.paces = Paces()
         self._reckon(instance)

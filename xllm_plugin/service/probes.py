@@ -1,6 +1,7 @@
 """Asks instances how they are by `/health`, `/v1/models` and `/metrics`, as vLLM has them.
 
-Who sends heartbeats is not asked for figures; who sends them elsewhere is, by `/xllm/load`.
+Who sends heartbeats is not asked for figures; who sends them elsewhere is, by `/xllm/load`.  A
+server without this plugin is asked once a start whether it has vLLM's scale-out routes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from xllm_plugin.registration import Heartbeat, KvEventSource, Load
 from xllm_plugin.service import lifecycle
 from xllm_plugin.service.config import InstancesConfig
 from xllm_plugin.service.fleet import Fleet, Instance
+from xllm_plugin.service.scale_out.server import GENERATE_PATH
 
 __all__ = ["Prober", "read_metrics"]
 
@@ -26,6 +28,10 @@ _USAGE = "vllm:kv_cache_usage_perc"
 _OURS = "xllm:engine_up"
 """Only servers with this plugin have it."""
 _LOAD_EVERY = 2
+_SCALE_OUT_PATHS = (GENERATE_PATH, "/v1/completions/derender")
+"""Asked with an empty object, which is no request to either: no engine hears of it."""
+_NO_REQUEST = (400, 422)
+_NO_ROUTE = (403, 404, 405, 501)
 _MAX_ANSWER_BYTES = 16 * 2**20
 _METRIC = re.compile(
     r"^(vllm:num_requests_running|vllm:num_requests_waiting|vllm:kv_cache_usage_perc"
@@ -104,6 +110,8 @@ class Prober:
                     self._take_models(instance, await self._get(instance, "/v1/models"))
                     if not instance.entry.kv_events:
                         instance.kv_events = await self._kv_events(instance)
+                    if not instance.resumes and instance.scales_out is None:
+                        instance.scales_out = await self._scales_out(instance)
         # RecursionError is what `json` makes of thousands of brackets.
         except (aiohttp.ClientError, OSError, ValueError, RecursionError) as error:
             reason = str(error) or f"no answer within {self.config.probe_timeout_s:g} s"
@@ -141,10 +149,31 @@ class Prober:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return ()  # an older server has no such route
 
-    async def _get(self, instance: Instance, path: str) -> bytes:
-        key = self.config.api_key
-        headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+    async def _scales_out(self, instance: Instance) -> bool | None:
+        """Whether it has the routes of `--enable-scale-out`; None: it does not say."""
+        found = [await self._status(instance, path) for path in _SCALE_OUT_PATHS]
+        if all(status in _NO_REQUEST for status in found):
+            return True
+        return False if any(status in _NO_ROUTE for status in found) else None
+
+    async def _status(self, instance: Instance, path: str) -> int:
+        """Of an answer to an empty object; 0 if there is none."""
         url = instance.entry.url.rstrip("/") + path
+        timeout = aiohttp.ClientTimeout(total=self.config.probe_timeout_s / 4)
+        try:
+            async with self._session.post(
+                url, json={}, headers=self._headers(), allow_redirects=False, timeout=timeout
+            ) as reply:
+                return reply.status
+        except (aiohttp.ClientError, OSError):
+            return 0  # whether it is well is what the other probes find out
+
+    def _headers(self) -> dict[str, str]:
+        key = self.config.api_key
+        return {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+
+    async def _get(self, instance: Instance, path: str) -> bytes:
+        url, headers = instance.entry.url.rstrip("/") + path, self._headers()
         async with self._session.get(url, headers=headers, allow_redirects=False) as reply:
             if reply.status != 200:  # noqa: PLR2004
                 raise ValueError(f"{path} answers {reply.status}")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from xllm_plugin.service.kv_index.directory import KvDirectory
     from xllm_plugin.service.kv_index.tokens import PromptReader
     from xllm_plugin.service.metrics import WorkerFigures
+    from xllm_plugin.service.scale_out.resumer import Resumer
     from xllm_plugin.service.tracing import Tracing
 
 __all__ = ["Proxy"]
@@ -56,6 +57,8 @@ class Proxy:
         """Errors of our own, by status."""
         self.telemetry = Telemetry(fleet, config.slo, num_samples=config.admin.num_samples)
         self.tracing: Tracing | None = None
+        self.resumer: Resumer | None = None
+        """Continues streams at servers without this plugin; None: nobody does."""
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._sweep_s = _SWEEP_S

@@ -77,8 +77,12 @@ class Router:
         self._predicted: dict[int, list[Sent]] = {}
         """By the tick in which their prompts are predicted to be computed."""
 
-    def choose(self, request: Exchange) -> Instance:
+    def choose(self, request: Exchange, among: Sequence[Instance] | None = None) -> Instance:
         """The instance for `request`, none of those that it has tried.
+
+        Args:
+            request: which has tried one, if `among` is given.
+            among: candidates of these alone.
 
         Raises:
             Refusal: there is none, with what the client is to do.
@@ -86,6 +90,8 @@ class Router:
         candidates = self.fleet.candidates(request.model)
         if not candidates:
             raise self._none_for(request.model)
+        if among is not None:
+            candidates = among
         if request.response_id:
             owner = self._owner(request.response_id)
             if owner is not None and owner not in request.tried:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -385,6 +386,14 @@ class Pool:
         """Keep a connection whose answer is complete."""
         connection.idle_since_s = asyncio.get_running_loop().time()
         self._idle.append(connection)
+
+    async def adopt(self, opened: socket.socket) -> UpstreamConnection:
+        """A connection that is open already, to who stands in for the instance."""
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_unix_connection(
+            lambda: UpstreamConnection(self), sock=opened
+        )
+        return connection
 
     async def connect(self) -> UpstreamConnection:
         """Open a connection.

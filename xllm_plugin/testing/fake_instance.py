@@ -7,8 +7,8 @@
         ...
         instance.requests[-1].body
 
-It answers `/health`, `/v1/models`, `/metrics` and `/kv_event_sources` as vLLM does, `/xllm/load` as
-this plugin does, and everything else by its script.
+It answers `/health`, `/v1/models`, `/metrics`, `/kv_event_sources` and probes of scale-out routes
+as vLLM does, `/xllm/load` as this plugin does, and everything else by its script.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ __all__ = [
     "chunked",
     "stream",
 ]
+
+_SCALE_OUT = ("/inference/v1/generate", "/v1/completions/derender")
+"""Asked by probes with an empty object."""
 
 
 @dataclass(slots=True)
@@ -119,6 +122,8 @@ class FakeInstance:
         """Data-parallel rank -> where it says that it publishes its cache."""
         self.heartbeat: dict[str, object] | None = None
         """What /xllm/load tells; None: it is a plain server."""
+        self.scales_out = False
+        """Whether it has vLLM's routes of `--enable-scale-out`; they are answered by its script."""
         self.lies: dict[str, bytes] = {}
         """What it answers to probes instead of the above, by path."""
         self.num_lies = 0
@@ -208,6 +213,9 @@ class FakeInstance:
         elif path == "/xllm/load":
             status = "200 OK" if self.heartbeat else "404 Not Found"
             await answer(json.dumps(self.heartbeat or {}).encode(), status)(request, writer)
+        elif path in _SCALE_OUT and request.body == b"{}":
+            status = "400 Bad Request" if self.scales_out else "403 Forbidden"
+            await answer(b"{}", status)(request, writer)
         elif path == "/metrics":
             await answer(self.metrics.encode())(request, writer)
         else:

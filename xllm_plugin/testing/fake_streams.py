@@ -20,7 +20,20 @@ from xllm_plugin.instance.resumption import RESUME_PATH, Resumption
 from xllm_plugin.testing.fake_instance import FakeInstance, Received, answer
 from xllm_plugin.testing.streams import events_in
 
-__all__ = ["Death", "FakeModel", "continued", "events_of", "send_events", "stream_instance"]
+__all__ = [
+    "PROMPT_IDS",
+    "Death",
+    "FakeModel",
+    "Text",
+    "continued",
+    "events_of",
+    "send_events",
+    "stream_instance",
+    "usage_of",
+]
+
+PROMPT_IDS = [7, 8, 9]
+"""Of every prompt."""
 
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
@@ -70,37 +83,58 @@ class FakeModel:
         is_chat = path == "/v1/chat/completions"
         with_ids = bool(body.get("return_token_ids"))
         made = [self._opening(with_ids)] if is_chat else []
-        chunks, text = self.chunks(), _Text()
+        chunks, text = self.chunks(), Text()
         for number, ids in enumerate(chunks, 1):
             new = "".join(text.add(self.pieces[one]) for one in ids)
             finish = self.finish_reason if number == len(chunks) else None
-            prompt = [7, 8, 9] if with_ids and number == 1 else None
+            prompt = PROMPT_IDS if with_ids and number == 1 else None
             choice: dict[str, Any] = {"index": 0}
             if is_chat:
                 choice |= {"delta": {"content": new}, "logprobs": None, "finish_reason": finish}
+                choice |= {"stop_reason": None} if finish else {}
             else:
                 choice |= {"text": new, "logprobs": None, "finish_reason": finish}
                 choice |= {"stop_reason": None, "prompt_token_ids": prompt}
             choice["token_ids"] = ids if with_ids else None
             made.append(_event(is_chat, choices=[choice]))
         if (body.get("stream_options") or {}).get("include_usage"):
-            usage = {"prompt_tokens": 3, "completion_tokens": len(self.pieces)}
+            usage = usage_of(len(self.pieces))
             made.append(_event(is_chat, choices=[], usage=usage))
         return [*made, b"data: [DONE]\n\n"]
 
     def _opening(self, with_ids: bool) -> bytes:
         choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
         choices = [choice | {"finish_reason": None}]
-        return _event(True, choices=choices, prompt_token_ids=[7, 8, 9] if with_ids else None)
+        return _event(True, choices=choices, prompt_token_ids=PROMPT_IDS if with_ids else None)
 
 
-class _Text:
-    """Bytes become text as soon as a character is whole."""
+def usage_of(num_tokens: int) -> dict[str, int]:
+    """What is said of so many tokens."""
+    num_prompt = len(PROMPT_IDS)
+    return {
+        "prompt_tokens": num_prompt,
+        "total_tokens": num_prompt + num_tokens,
+        "completion_tokens": num_tokens,
+    }
 
-    def __init__(self) -> None:
-        self._held = b""
+
+class Text:
+    """Bytes become text as soon as a character is whole.
+
+    Args:
+        held: bytes of one that is not.
+    """
+
+    def __init__(self, held: bytes = b"") -> None:
+        self._held = held
+
+    @property
+    def held(self) -> bytes:
+        """Bytes of a character that is not whole."""
+        return self._held
 
     def add(self, piece: bytes) -> str:
+        """The text that is whole with `piece`."""
         held = self._held + piece
         for end in range(len(held), max(-1, len(held) - 4), -1):
             try:

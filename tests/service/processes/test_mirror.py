@@ -123,8 +123,12 @@ def test_workers_know_who_can_continue_the_streams_of_others() -> None:
     found = post.fleet.get_without_load("b")
     assert found is not None
     found.resumes = True
+    other = post.fleet.get_without_load("a")
+    assert other is not None
+    other.scales_out = True
     post.tell_all()
-    assert [[one.name for one in worker if one.resumes] for worker in post.workers] == [["b"]] * 2
+    told = [{one.name: one.continues for one in worker} for worker in post.workers]
+    assert told == [{"a": "scale-out", "b": "plugin"}] * 2
 
 
 def test_a_ranking_is_told_of_it_too() -> None:

@@ -67,6 +67,7 @@ class InstanceNews(msgspec.Struct):
     models: dict[str, dict[str, Any]]
     kv_events: tuple[KvEventSource, ...]
     resumes: bool
+    scales_out: bool | None = None
 
 
 class Figures(msgspec.Struct, array_like=True):

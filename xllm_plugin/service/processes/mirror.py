@@ -140,7 +140,7 @@ class MirrorFleet(Fleet):
         instance.slot = news.slot
         instance.models = news.models
         instance.kv_events = news.kv_events
-        instance.resumes = news.resumes
+        instance.resumes, instance.scales_out = news.resumes, news.scales_out
         self._num_slots = max(self._num_slots, news.slot + 1)
         self._become(instance, news.life)
 

@@ -178,4 +178,5 @@ def _described(instance: Instance) -> InstanceNews:
         instance.models,
         instance.kv_events,
         instance.resumes,
+        instance.scales_out,
     )
