@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -521,21 +521,32 @@ KILLED_PLAIN = (
 )
 
 
+def check_kill(
+    fleet: RelayedFleet,
+    number: int,
+    cases: Sequence[Case],
+    summed: Callable[[list[Any]], Said],
+) -> None:
+    """Each case twice at once, a server killed meanwhile: each comes to what it would have."""
+    wanted = [summed(ask(fleet, case)) for case in cases] * 2
+    num_resumes = fleet.num_resumes
+    begun = threading.Semaphore(0)
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        streams = [pool.submit(read, fleet, case, begun.release) for case in (*cases, *cases)]
+        for _ in range(UNDER_WAY * len(streams)):
+            assert begun.acquire(timeout=PATIENCE_S)
+        fleet.kill(number)
+        found = [summed(stream.result()) for stream in streams]
+    none = [{}] * (2 * len(cases))
+    assert [differences(one, two) for one, two in zip(wanted, found, strict=True)] == none
+    assert fleet.num_resumes > num_resumes
+
+
 @on_two_servers
 def test_kill_9(fleet: RelayedFleet) -> None:
     """Streams run at both servers when one of them dies; all become what they would have become."""
     fleet.have(OURS, OURS)
-    wanted = [say_together(ask(fleet, case)) for case in KILLED] * 2
-    num_resumes = fleet.num_resumes
-    begun = threading.Semaphore(0)
-    with ThreadPoolExecutor(len(wanted)) as pool:
-        streams = [pool.submit(read, fleet, case, begun.release) for case in KILLED * 2]
-        for _ in range(UNDER_WAY * len(streams)):
-            assert begun.acquire(timeout=PATIENCE_S)
-        fleet.kill(1)
-        found = [say_together(stream.result()) for stream in streams]
-    assert [differences(one, two) for one, two in zip(wanted, found, strict=True)] == [{}] * 8
-    assert fleet.num_resumes > num_resumes
+    check_kill(fleet, 1, KILLED, say_together)
 
 
 @on_two_servers
@@ -621,17 +632,7 @@ def test_a_plain_server_goes_on_when_another_is_killed(fleet: RelayedFleet) -> N
     """`kill -9` in mid-stream: what ran there becomes what it would have become."""
     fleet.have(OWN, PLAIN)
     assert [one["continues"] for one in fleet.instances()] == ["plugin", "scale-out"]
-    wanted = [plain_sum(ask(fleet, case)) for case in KILLED_PLAIN] * 2
-    num_resumes = fleet.num_resumes
-    begun = threading.Semaphore(0)
-    with ThreadPoolExecutor(len(wanted)) as pool:
-        streams = [pool.submit(read, fleet, case, begun.release) for case in KILLED_PLAIN * 2]
-        for _ in range(UNDER_WAY * len(streams)):
-            assert begun.acquire(timeout=PATIENCE_S)
-        fleet.kill(0)
-        found = [plain_sum(stream.result()) for stream in streams]
-    assert [differences(one, two) for one, two in zip(wanted, found, strict=True)] == [{}] * 6
-    assert fleet.num_resumes > num_resumes
+    check_kill(fleet, 0, KILLED_PLAIN, plain_sum)
 
 
 @on_two_servers

@@ -18,44 +18,21 @@ from xllm_plugin.service import lifecycle
 from xllm_plugin.service.chunks import content_start
 from xllm_plugin.service.continuation import ArmedStream, arm
 from xllm_plugin.service.exchange import peek
-from xllm_plugin.service.policy import Choice
 from xllm_plugin.service.routes import route_of
 from xllm_plugin.testing.fake_instance import FakeInstance, Received, answer, answer_raw
 from xllm_plugin.testing.fake_streams import Death, FakeModel, events_of, stream_instance
 from xllm_plugin.testing.instance_faults import STREAM_HEAD
-from xllm_plugin.testing.service_harness import PATIENCE_S, Harness, request, serving
-
-CHAT = "/v1/chat/completions"
-COMPLETION = "/v1/completions"
-# The third and fourth token are one character.
-PIECES = [b"Gr", "ü".encode(), "😀".encode()[:2], "😀".encode()[2:], b' "token_ids":[1] ', b"end"]
-
-
-def first(_: Any, __: Any) -> Choice:
-    """A policy that always takes the first candidate."""
-    return Choice(0, "the first")
-
-
-def body_of(path: str, **changes: Any) -> dict[str, Any]:
-    prompt = {"messages": []} if path == CHAT else {"prompt": "x"}
-    return {"model": "fake", "stream": True, **prompt, **changes}
-
-
-async def ask(harness: Harness, path: str, body: dict[str, Any]) -> list[Any]:
-    head, answered = await harness.ask(request(json.dumps(body).encode(), path.encode()))
-    assert head.startswith(b"HTTP/1.1 200"), head
-    return events_of(answered)
-
-
-def expected(model: FakeModel, path: str, body: dict[str, Any]) -> list[Any]:
-    """What an instance alone would stream."""
-    raw = b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in model.events(path, body))
-    return events_of(raw)
-
-
-def error_in(events: list[Any]) -> str:
-    assert set(events[-1]) == {"error"}
-    return str(events[-1]["error"]["message"])
+from xllm_plugin.testing.service_harness import PATIENCE_S, request, serving
+from xllm_plugin.testing.stream_requests import (
+    CHAT,
+    COMPLETION,
+    PIECES,
+    ask,
+    body_of,
+    error_in,
+    expected,
+    first,
+)
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETION])

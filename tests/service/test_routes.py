@@ -39,7 +39,7 @@ from xllm_plugin.service.routes import CONTROL_ROUTES, Kind, is_control, route_o
         (b"/metrics", Kind.CONTROL),
         (b"/metrics/x", Kind.CONTROL),
         (b"/metricsx?name=a", Kind.CONTROL),
-        (b"/root//metrics", Kind.CONTROL),
+        (b"/prefix//metrics", Kind.CONTROL),
     ],
 )
 def test_kinds(target: bytes, kind: Kind) -> None:

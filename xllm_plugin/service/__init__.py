@@ -15,6 +15,7 @@ set, `keys.py` (who asks, and how much;
 are), `kv_index/` (which prefixes they hold), `registry.py`, `etcd_registry.py` and `probes.py` (who
 says so), `telemetry.py`, `measured.py` and `stats.py` (what was measured), `admin.py`,
 `metrics.py`, `dashboard/`, `access_log.py` and `tracing.py` (see and steer), `tls.py` (HTTPS),
-`process.py` (logs and loop), `carrier.py` (what carries traffic), `app.py` (starts, reloads and
-drains all of it), `processes/` (the same with several processes).
+`answers.py` (what all that ask instances share), `process.py` (logs and loop), `carrier.py` (what
+carries traffic), `app.py` (starts, reloads and drains all of it), `processes/` (the same with
+several processes).
 """

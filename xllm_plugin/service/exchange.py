@@ -313,12 +313,13 @@ class Exchange:
             self.hedging = Hedging(self, wait_s)
         self.hedging.wait()
 
-    def _send(self, instance: Instance) -> None:
+    def _send(self, instance: Instance, resumer: Resumer | None = None) -> None:
+        """To `instance`, or to what stands in for it."""
         self._enter(instance)
         # A pooled connection may be closing as we use it; only what can be sent twice risks that.
-        connection = instance.pool.take() if self._may_repeat() else None
+        connection = instance.pool.take() if resumer is None and self._may_repeat() else None
         if connection is None:
-            self._connecting = self.proxy.loop.create_task(self._connect(instance))
+            self._connecting = self.proxy.loop.create_task(self._connect(instance, resumer))
             return
         self._begin(connection)
 
@@ -729,12 +730,8 @@ class Exchange:
             self._end_in_error(f"{why} {refusal}")
             return
         self.head, self.body = self.stream.next_request(self.head, self.route.target)
-        resumer = self.proxy.resumer
-        if resumer is None or not self.stream.is_known or instance.continues != "scale-out":
-            self._send(instance)
-            return
-        self._enter(instance)
-        self._connecting = self.proxy.loop.create_task(self._connect(instance, resumer))
+        stands_in = self.stream.is_known and instance.continues == "scale-out"
+        self._send(instance, self.proxy.resumer if stands_in else None)
 
     def _who_goes_on(self, stream: ArmedStream) -> Instance:
         """Rather one with this plugin, which continues more streams than vLLM's routes do.

@@ -16,6 +16,7 @@ import aiohttp
 
 from xllm_plugin.registration import Heartbeat, KvEventSource, Load
 from xllm_plugin.service import lifecycle
+from xllm_plugin.service.answers import authorization, read_at_most
 from xllm_plugin.service.config import InstancesConfig
 from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.scale_out.server import GENERATE_PATH
@@ -162,27 +163,22 @@ class Prober:
         timeout = aiohttp.ClientTimeout(total=self.config.probe_timeout_s / 4)
         try:
             async with self._session.post(
-                url, json={}, headers=self._headers(), allow_redirects=False, timeout=timeout
+                url,
+                json={},
+                headers=authorization(self.config),
+                allow_redirects=False,
+                timeout=timeout,
             ) as reply:
                 return reply.status
         except (aiohttp.ClientError, OSError):
             return 0  # whether it is well is what the other probes find out
 
-    def _headers(self) -> dict[str, str]:
-        key = self.config.api_key
-        return {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
-
     async def _get(self, instance: Instance, path: str) -> bytes:
-        url, headers = instance.entry.url.rstrip("/") + path, self._headers()
+        url, headers = instance.entry.url.rstrip("/") + path, authorization(self.config)
         async with self._session.get(url, headers=headers, allow_redirects=False) as reply:
             if reply.status != 200:  # noqa: PLR2004
                 raise ValueError(f"{path} answers {reply.status}")
-            body = bytearray()
-            async for part in reply.content.iter_any():
-                body += part
-                if len(body) > _MAX_ANSWER_BYTES:
-                    raise ValueError(f"{path} answers over {_MAX_ANSWER_BYTES} bytes")
-            return bytes(body)
+            return await read_at_most(reply, _MAX_ANSWER_BYTES, path)
 
     async def _take_load(self, instance: Instance) -> bool:
         """Ask for the heartbeat that goes elsewhere; returns whether there is one."""

@@ -16,24 +16,24 @@ from hypothesis import strategies as st
 
 from xllm_plugin.instance.resumption import RESUME_PATH
 from xllm_plugin.service import lifecycle
-from xllm_plugin.service.policy import Choice
 from xllm_plugin.service.scale_out.resumer import Resumer
 from xllm_plugin.testing.fake_instance import FakeInstance
 from xllm_plugin.testing.fake_scale_out import RouteFault, scale_out_instance
-from xllm_plugin.testing.fake_streams import Death, FakeModel, events_of, stream_instance
+from xllm_plugin.testing.fake_streams import Death, FakeModel, stream_instance
 from xllm_plugin.testing.service_harness import PATIENCE_S, Harness, request, serving
+from xllm_plugin.testing.stream_requests import (
+    CHAT,
+    COMPLETION,
+    PIECES,
+    ask,
+    body_of,
+    error_in,
+    expected,
+    first,
+)
 from xllm_plugin.testing.streams import say_together
 
-CHAT = "/v1/chat/completions"
-COMPLETION = "/v1/completions"
 GENERATE = "/inference/v1/generate"
-# The third and fourth token are one character.
-PIECES = [b"Gr", "ü".encode(), "😀".encode()[:2], "😀".encode()[2:], b' "token_ids":[1] ', b"end"]
-
-
-def first(_: Any, __: Any) -> Choice:
-    """A policy that always takes the first candidate."""
-    return Choice(0, "the first")
 
 
 @contextlib.asynccontextmanager
@@ -47,29 +47,6 @@ async def resuming(*instances: FakeInstance, **sections: Any) -> AsyncIterator[H
         for known, instance in zip(harness.proxy.fleet, instances, strict=True):
             known.scales_out = instance.scales_out
         yield harness
-
-
-def body_of(path: str, **changes: Any) -> dict[str, Any]:
-    prompt = {"messages": []} if path == CHAT else {"prompt": "x"}
-    return {"model": "fake", "stream": True, **prompt, **changes}
-
-
-async def ask(harness: Harness, path: str, body: dict[str, Any], headers: bytes = b"") -> list[Any]:
-    raw = request(json.dumps(body).encode(), path.encode(), headers=headers)
-    head, answered = await harness.ask(raw)
-    assert head.startswith(b"HTTP/1.1 200"), head
-    return events_of(answered)
-
-
-def expected(model: FakeModel, path: str, body: dict[str, Any]) -> list[Any]:
-    """What an instance alone would stream."""
-    raw = b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in model.events(path, body))
-    return events_of(raw)
-
-
-def error_in(events: list[Any]) -> str:
-    assert set(events[-1]) == {"error"}, events[-1]
-    return str(events[-1]["error"]["message"])
 
 
 def sizes(model: FakeModel, path: str, body: dict[str, Any]) -> list[int]:

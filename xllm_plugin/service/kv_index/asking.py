@@ -9,6 +9,7 @@ from typing import Final
 import aiohttp
 import msgspec
 
+from xllm_plugin.service.answers import authorization, read_at_most
 from xllm_plugin.service.config import ServiceConfig
 from xllm_plugin.service.fleet import Instance
 
@@ -52,7 +53,7 @@ class Asker:
             RefusedPromptError: it is wrong.
             ValueError: the instance cannot say; also aiohttp's errors and `TimeoutError`.
         """
-        headers = {"Content-Type": "application/json", **self._authorization()}
+        headers = {"Content-Type": "application/json", **authorization(self._config().instances)}
         url = _url(instance, "/tokenize")
         async with self._session.post(url, data=question, headers=headers) as reply:
             if reply.status == HTTPStatus.BAD_REQUEST:
@@ -67,20 +68,11 @@ class Asker:
         Raises:
             ValueError: it is larger than any is; also aiohttp's errors.
         """
-        headers = self._authorization()
+        headers = authorization(self._config().instances)
         async with self._session.get(_url(instance, path), headers=headers) as reply:
             if reply.status != HTTPStatus.OK:
                 return None
-            body = bytearray()
-            async for chunk in reply.content.iter_any():
-                body += chunk
-                if len(body) > _MOST_BYTES:
-                    raise ValueError(f"{path} of {instance.name} has over {_MOST_BYTES:,} bytes")
-            return bytes(body)
-
-    def _authorization(self) -> dict[str, str]:
-        key = self._config().instances.api_key
-        return {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+            return await read_at_most(reply, _MOST_BYTES, f"{path} of {instance.name}")
 
 
 def _url(instance: Instance, path: str) -> str:

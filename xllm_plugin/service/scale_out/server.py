@@ -9,6 +9,7 @@ from typing import Any, Final
 import aiohttp
 import msgspec
 
+from xllm_plugin.service.answers import read_at_most
 from xllm_plugin.service.scale_out.messages import Derendered, GenerateChunk, Rendered
 from xllm_plugin.service.stream_events import StreamEvent
 
@@ -160,12 +161,10 @@ def _event(event: bytes) -> GenerateChunk | None:
 
 
 async def _read(reply: aiohttp.ClientResponse) -> bytes:
-    body = bytearray()
-    async for part in reply.content.iter_any():
-        body += part
-        if len(body) > _MAX_ANSWER_BYTES:
-            raise NotContinuedError(f"{reply.url.path} answers over {_MAX_ANSWER_BYTES} bytes")
-    return bytes(body)
+    try:
+        return await read_at_most(reply, _MAX_ANSWER_BYTES, reply.url.path)
+    except ValueError as error:
+        raise NotContinuedError(str(error)) from error
 
 
 def _said(path: str, status: int, body: bytes) -> str:
