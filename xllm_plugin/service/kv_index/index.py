@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
-from itertools import groupby, repeat
+from itertools import groupby
 from struct import iter_unpack
 from typing import Any, Final, NamedTuple
 
@@ -224,10 +224,17 @@ class PrefixIndex:
         """(Mask, blocks held by each of its caches), along a chain until nobody goes on."""
         if self._holders[Tier.HOST] or self._holders[Tier.DISK]:
             return self._walk_tiers(keys)
+        masks: Iterable[int | None] = map(self._holders[Tier.DEVICE].get, keys)
+        if isinstance(keys, list):  # they are made, so looking up all of them wastes little
+            masks = looked_up = list(masks)
+            first = looked_up[0] if looked_up else None
+            if first and looked_up.count(first) == len(looked_up):
+                return [(first, Held(len(looked_up)))]
         alive, depth = self._bits, 0
         found = []
         # Neighbours mostly have the same holders, and these are one object: no look at each.
-        for mask, run in groupby(map(self._holders[Tier.DEVICE].get, keys, repeat(0))):
+        for known, run in groupby(masks):
+            mask = known or 0
             if mask & alive != alive:
                 if depth:
                     found.append((alive & ~mask, Held(depth)))
