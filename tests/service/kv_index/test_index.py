@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -204,6 +205,26 @@ def test_a_cache_that_is_dropped_leaves_nothing() -> None:
     index.drop(two)
     assert len(index) == 0
     index.check_integrity()
+
+
+@pytest.mark.parametrize("first_lacks", [(), (0,), (5,), (9,), (0, 9), range(10)])
+@pytest.mark.parametrize("second_lacks", [(), (0,), (5,), (9,), range(1, 9), range(10)])
+def test_a_prompt_that_is_asked_for_again_is_held_as_before(
+    first_lacks: Iterable[int], second_lacks: Iterable[int]
+) -> None:
+    """Then all of its keys are known, and looked up together."""
+    index = PrefixIndex(min_kept_tokens=SIZE)
+    lacks = {index.add(): set(first_lacks), index.add(): set(second_lacks)}
+    for cache, numbers in lacks.items():
+        index.apply(cache, stored(PROMPT))
+        index.apply(cache, removed(PROMPT, *numbers))
+    expected = {cache.bit: min(numbers, default=10) for cache, numbers in lacks.items()}
+    chains: Chains = {}
+    for _ in range(2):
+        found = index.holders(packed([*PROMPT, 1]), NO_EXTRA, chains)
+        depths = {bit: one.held.device for one in found for bit in bits_of(one.caches)}
+        assert depths == {bit: depth for bit, depth in expected.items() if depth}
+    assert index.holders(packed([1]), NO_EXTRA, {}) == []
 
 
 def test_sets_of_holders_that_have_gone_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,12 +224,15 @@ class PrefixIndex:
         """(Mask, blocks held by each of its caches), along a chain until nobody goes on."""
         if self._holders[Tier.HOST] or self._holders[Tier.DISK]:
             return self._walk_tiers(keys)
-        masks: Iterable[int | None] = map(self._holders[Tier.DEVICE].get, keys)
-        if isinstance(keys, list):  # they are made, so looking up all of them wastes little
-            masks = looked_up = list(masks)
-            first = looked_up[0] if looked_up else None
-            if first and looked_up.count(first) == len(looked_up):
-                return [(first, Held(len(looked_up)))]
+        get = self._holders[Tier.DEVICE].get
+        masks: Iterable[int | None] = map(get, keys)
+        # If both ends have the same holders, the rest mostly has: then one pass tells, not a loop.
+        if isinstance(keys, list) and keys:
+            first = get(keys[0])
+            if first and get(keys[-1]) == first:
+                masks = looked_up = list(masks)
+                if looked_up.count(first) == len(looked_up):
+                    return [(first, Held(len(looked_up)))]
         alive, depth = self._bits, 0
         found = []
         # Neighbours mostly have the same holders, and these are one object: no look at each.
