@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -79,3 +80,46 @@ def test_a_plain_server_is_asked_for_its_scale_out_routes(
     assert instance.scales_out is scales_out
     fleet.report(instance, lifecycle.Registered("another"))
     assert instance.scales_out is None, "what is known of a server that was restarted"
+
+
+class RestartedProber(ScriptedProber):
+    """Its server has this plugin, is away for some probes, and comes back as another."""
+
+    def __init__(self, fleet: Fleet, away: range) -> None:
+        super().__init__(fleet, None)
+        self.config = InstancesConfig(probe_interval_s=1e-6)
+        self.statuses = {GENERATE: 400, DERENDER: 400}
+        self.away = away
+        self.num_probes = 0
+
+    async def _get(self, instance: Instance, path: str) -> bytes:
+        if path == "/health":
+            self.num_probes += 1
+        if self.num_probes in self.away:
+            raise OSError("refused")
+        if path != "/metrics":
+            return await super()._get(instance, path)
+        if self.num_probes < self.away.start:
+            return b"process_start_time_seconds 1\nxllm:engine_up 1\n"
+        return b"process_start_time_seconds 2\n"
+
+
+@pytest.mark.parametrize("num_away", [2, 3, 4])
+def test_a_server_that_comes_back_is_known_before_it_gets_requests(run: Any, num_away: int) -> None:
+    """Whatever was due with its first probe: it may be another, which can do less."""
+
+    async def states() -> list[tuple[str, str]]:
+        fleet = Fleet(Timings(lease_s=1e9), make_pool, clock=lambda: 0.0)
+        instance = fleet.register(InstanceEntry(url="http://i:80", name="i"), source="test")
+        prober = RestartedProber(fleet, range(8, 8 + num_away))
+        seen: list[tuple[str, str]] = []
+        following = asyncio.create_task(prober._follow(instance))
+        while prober.num_probes < 8 + num_away + 4:
+            now = (instance.life.state.value, instance.continues)
+            if now != (seen or [None])[-1]:
+                seen.append(now)
+            await asyncio.sleep(0)
+        following.cancel()
+        return seen
+
+    assert [how for state, how in run(states()) if state == "ready"] == ["plugin", "scale-out"]

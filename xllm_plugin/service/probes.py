@@ -97,8 +97,8 @@ class Prober:
             for task in self._running.values():
                 task.cancel()
 
-    async def probe(self, instance: Instance, *, models: bool, metrics: bool) -> None:
-        """Ask once and report what came of it."""
+    async def probe(self, instance: Instance, *, models: bool, metrics: bool) -> bool:
+        """Ask once and report what came of it; returns whether the instance is well."""
         try:
             async with asyncio.timeout(self.config.probe_timeout_s):
                 await self._get(instance, "/health")
@@ -117,18 +117,23 @@ class Prober:
         except (aiohttp.ClientError, OSError, ValueError, RecursionError) as error:
             reason = str(error) or f"no answer within {self.config.probe_timeout_s:g} s"
             self._fleet.report(instance, lifecycle.Failed(f"probe: {reason}"))
-            return
+            return False
         life = instance.life
         self._fleet.report(instance, lifecycle.Alive(life.incarnation, renews=not life.leased))
+        return True
 
     async def _follow(self, instance: Instance) -> None:
         number = 0
+        was_well = False
         while True:
+            # Who comes back may be another: its metrics tell, and come before it gets requests.
             if _is_mirrored(instance):
-                metrics = number % _LOAD_EVERY == 0
+                metrics = not was_well or number % _LOAD_EVERY == 0
             else:
-                metrics = number % _METRICS_EVERY == 0 and instance.load is None
-            await self.probe(instance, models=number % _MODELS_EVERY == 0, metrics=metrics)
+                is_due = not was_well or number % _METRICS_EVERY == 0
+                metrics = is_due and instance.load is None
+            models = number % _MODELS_EVERY == 0
+            was_well = await self.probe(instance, models=models, metrics=metrics)
             number += 1
             await asyncio.sleep(self.config.probe_interval_s)
 
