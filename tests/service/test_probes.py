@@ -123,3 +123,39 @@ def test_a_server_that_comes_back_is_known_before_it_gets_requests(run: Any, num
         return seen
 
     assert [how for state, how in run(states()) if state == "ready"] == ["plugin", "scale-out"]
+
+
+class FiguresProber(ScriptedProber):
+    """Its server answers /metrics with a body, or with a status that is none of success."""
+
+    def __init__(self, fleet: Fleet, answer: str | int) -> None:
+        super().__init__(fleet, None)
+        self.answer = answer
+
+    async def _get(self, instance: Instance, path: str) -> bytes:
+        if path != "/metrics":
+            return await super()._get(instance, path)
+        if isinstance(self.answer, int):
+            raise ValueError(f"/metrics answers {self.answer}")  # noqa: TRY004 - its status
+        return self.answer.encode()
+
+
+@pytest.mark.parametrize("answer", [404, 500, "", "vllm:num_requests_running 1e999\n"])
+def test_a_server_without_figures_is_well(
+    run: Any, caplog: pytest.LogCaptureFixture, answer: str | int
+) -> None:
+    """Always, also with the first probe and after each other one: they are due with these."""
+    fleet = Fleet(Timings(lease_s=1e9), make_pool, clock=lambda: 0.0)
+    instance = fleet.register(InstanceEntry(url="http://i:80", name="i"), source="test")
+    prober = FiguresProber(fleet, answer)
+    for _ in range(3):
+        assert run(prober.probe(instance, models=True, metrics=True))
+        assert instance.life.state is lifecycle.State.READY
+    assert instance.foreign_requests == 0
+    assert instance.queue is None
+    said = [record.getMessage() for record in caplog.records if "alone" in record.getMessage()]
+    assert len(said) == (answer != ""), "said once, and that it is so"
+    prober.answer = "vllm:num_requests_running 4\n"
+    assert run(prober.probe(instance, models=True, metrics=True))
+    assert instance.foreign_requests == 4
+    assert ("has figures now" in caplog.text) is (answer != "")

@@ -76,6 +76,8 @@ class Instance:
         """Requests that wait there, by its last report."""
         self.reported: dict[str, float] = {}
         """What its /metrics said last."""
+        self.metrics_fault = ""
+        """Why they say nothing, if they do not."""
         self.lease_s: float | None = None
         """For how long its lease at a coordinator was renewed last; None: the settings say it."""
         self.load: Load | None = None
@@ -345,6 +347,7 @@ class Fleet:
         instance.pool.close_idle()
         instance.models = {}
         instance.reported = {}
+        instance.metrics_fault = ""
         instance.load = None
         instance.resumes = instance.has_incarnation
         instance.scales_out = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import re
 from typing import Any
@@ -22,6 +23,8 @@ from xllm_plugin.service.fleet import Fleet, Instance
 from xllm_plugin.service.scale_out.server import GENERATE_PATH
 
 __all__ = ["Prober", "read_metrics"]
+
+logger = logging.getLogger(__name__)
 
 _MODELS_EVERY = 10
 _METRICS_EVERY = 3
@@ -103,10 +106,10 @@ class Prober:
             async with asyncio.timeout(self.config.probe_timeout_s):
                 await self._get(instance, "/health")
                 if metrics and not (_is_mirrored(instance) and await self._take_load(instance)):
-                    said = await self._get(instance, "/metrics")
+                    found = await self._figures(instance)
                     # A heartbeat that came meanwhile is newer.
                     if instance.load is None or _is_mirrored(instance):
-                        self._take_metrics(instance, said)
+                        self._take_figures(instance, found)
                 if models or not instance.models:
                     self._take_models(instance, await self._get(instance, "/v1/models"))
                     if not instance.entry.kv_events:
@@ -213,8 +216,21 @@ class Prober:
             raise ValueError("/v1/models names no model")
         self._fleet.set_models(instance, models)
 
-    def _take_metrics(self, instance: Instance, body: bytes) -> None:
-        found = read_metrics(body.decode("utf-8", "replace"))
+    async def _figures(self, instance: Instance) -> dict[str, float]:
+        """What its /metrics says; nothing if it has none to read: it serves for all that."""
+        fault = ""
+        found: dict[str, float] = {}
+        try:
+            found = read_metrics((await self._get(instance, "/metrics")).decode("utf-8", "replace"))
+        except ValueError as error:
+            fault = str(error)
+        if fault != instance.metrics_fault:
+            says = f"routed by what passes here alone: {fault}" if fault else "has figures now"
+            logger.warning("instance %s: %s", instance.name, says)
+        instance.metrics_fault = fault
+        return found
+
+    def _take_figures(self, instance: Instance, found: dict[str, float]) -> None:
         started = found.get("process_start_time_seconds")
         if started is not None and not instance.has_incarnation:
             # A plain server says no incarnation; the start of its process is one.
