@@ -3,7 +3,7 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 const HEIGHT = 150;
-const MARGIN = { left: 46, right: 8, top: 8, bottom: 20 };
+const MARGIN = { left: 54, right: 8, top: 8, bottom: 20 };
 const CLASSES = ["first", "second"];
 
 function element(name, attributes = {}, text = "") {
