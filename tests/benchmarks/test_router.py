@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -50,6 +53,29 @@ def test_a_quick_run_of_ours_passes_its_checks(bench: ModuleType, tmp_path: Path
     above = [row.labels["router"] for row in result.rows if row.figure("above the relay")]
     assert above.count(bench.OURS) == 3
     assert bench.FLOOR not in above
+
+
+BURNER = """
+import subprocess, sys, time
+child = [] if sys.argv[1:] else [subprocess.Popen([sys.executable, __file__, "child"])]
+while time.process_time() < 0.25:
+    pass
+print("burnt", flush=True)
+time.sleep(600)
+"""
+
+
+def test_cpu_time_is_that_of_a_process_and_its_children(bench: ModuleType, tmp_path: Path) -> None:
+    script = tmp_path / "burner.py"
+    script.write_text(BURNER)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE) as burner:
+        assert burner.stdout is not None
+        assert [burner.stdout.readline() for _ in range(2)] == [b"burnt\n"] * 2
+        (child,) = psutil.Process(burner.pid).children()
+        both_s, one_s = bench.cpu_seconds(burner.pid), bench.cpu_seconds(child.pid)
+        child.kill()
+        burner.kill()
+    assert 0.25 <= one_s <= both_s - 0.25
 
 
 def test_routers_that_are_not_here(bench: ModuleType, tmp_path: Path) -> None:
