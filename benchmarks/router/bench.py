@@ -578,9 +578,10 @@ def checks(bench: Bench, routers: Sequence[Router]) -> list[Check]:
 
 NOTES = (
     (
-        "CPU is the user and system time of the router's processes, by their clocks, over "
-        "the requests or events that clients counted in the same seconds. It includes what the kernel "
-        "does for its sockets. A streamed event's CPU has its share of its request (65 events each)."
+        "CPU is the user and system time of the router's processes, by their clocks, over the "
+        "requests or events that clients counted in the same seconds. It includes what the kernel "
+        "does for its sockets. A streamed event's CPU includes its share of its request (65 events "
+        "each)."
     ),
     (
         "The router has one core to itself, clients and backends share the other. Routers are "
